@@ -1,0 +1,26 @@
+"""The one exception for users' mistakes, and the "did you mean" that belongs into its message.
+
+`UserError` is what a wrong key, path, checkpoint or file raises: the command line prints its text alone (what, where, what to
+type) and exits with status 1. Everything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend; the message says what is wrong, where, and what to type."""
+
+
+def suggest(name: str, options: Iterable[str], *, num: int = 3) -> str:
+    """`" Did you mean A or B?"` with the options nearest to `name`, or "" if none is near."""
+    options = list(options)
+    by_lower = {option.lower(): option for option in options}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=num, cutoff=0.6)
+    if not near:  # a key typed without its section: compare the last parts
+        last_parts = {option.lower().rsplit(".", 1)[-1]: option for option in options}
+        near = difflib.get_close_matches(name.lower().rsplit(".", 1)[-1], last_parts, n=num, cutoff=0.75)
+        by_lower = last_parts
+    return f" Did you mean {' or '.join(by_lower[n] for n in near)}?" if near else ""
