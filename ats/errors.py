@@ -1,7 +1,7 @@
 """The one exception for users' mistakes, and the "did you mean" that belongs into its message.
 
-`UserError` is what a wrong key, path, checkpoint or file raises: the command line prints its text alone (what, where, what to
-type) and exits with status 1. Everything else that escapes is a bug of ours and keeps its traceback.
+`UserError` is what a wrong key, path, checkpoint or file raises: the command line prints its text alone (what, where,
+what to type) and exits with status 1. Everything else that escapes is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations

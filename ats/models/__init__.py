@@ -1,0 +1,35 @@
+"""`build_model(cfg)`: the network that MODEL.NAME names.
+
+To add a backbone, write `models/<name>.py` with a `<name>_from_cfg(cfg)` and register it in MODELS. A model has
+`forward(x)` (logits), `forward_tokens(x)` (logits and the trace of kept tokens) and `multiply_adds(trace, input_shape,
+paper=...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from ats.errors import UserError, suggest
+from ats.models.vit import VisionTransformer, vit_from_cfg
+
+__all__ = ["MODELS", "VisionTransformer", "build_model"]
+
+MODELS: dict[str, Callable[[CfgNode], nn.Module]] = {
+    "ViT": vit_from_cfg,
+}
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """The network described by `cfg`, on the CPU, with freshly initialised weights.
+
+    Raises:
+        UserError: unknown MODEL.NAME, or keys that do not fit together.
+    """
+    if cfg.MODEL.NAME not in MODELS:
+        raise UserError(
+            f"MODEL.NAME {cfg.MODEL.NAME}: choose from {', '.join(MODELS)}.{suggest(cfg.MODEL.NAME, MODELS)}"
+        )
+    return MODELS[cfg.MODEL.NAME](cfg)

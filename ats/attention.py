@@ -1,0 +1,132 @@
+"""Attention from ragged queries to ragged keys: each sequence's queries to that sequence's keys and values.
+
+One function, several backends that compute the same numbers:
+
+* `padded`: scaled_dot_product_attention over sequences padded to the longest, with a mask. Runs everywhere.
+* `loop`: one scaled_dot_product_attention per sequence. No wasted work, one call per sequence: for the CPU.
+* `varlen`: torch's variable-length flash attention. CUDA, half precision.
+
+Shapes: S sequences, Tq / Tk packed queries / keys, H heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ats.tokens import Layout
+
+BACKENDS = ("auto", "padded", "loop", "varlen")
+
+
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    queries: Layout,
+    keys: Layout,
+    scale: float,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q k^T scale) v within each sequence.
+
+    Args:
+        q: [Tq, H, D]. k, v: [Tk, H, D].
+        queries, keys: layouts of q and of k, v; the same number of sequences.
+        dropout_p: dropout on the attention weights.
+
+    Returns:
+        [Tq, H, D].
+    """
+    if backend == "auto":
+        backend = choose_backend(q, queries=queries, keys=keys, dropout_p=dropout_p)
+    return _BACKENDS[backend](q, k, v, queries, keys, scale, dropout_p)
+
+
+def choose_backend(q: Tensor, *, queries: Layout, keys: Layout, dropout_p: float = 0.0) -> str:
+    """The backend for these tensors: varlen where it runs; on a CPU the loop where padding would compute on air."""
+    if queries.uniform and keys.uniform:
+        return "padded"  # nothing is padded: one plain call
+    if q.is_cuda:
+        return "varlen" if q.dtype in (torch.float16, torch.bfloat16) and dropout_p == 0 and _has_varlen() else "padded"
+    return "loop"
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, dropout_p: float) -> Tensor:
+    q, k, v = (layout.pad(t).transpose(1, 2) for t, layout in ((q, queries), (k, keys), (v, keys)))
+    mask = None if keys.uniform else keys.mask[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    return queries.unpad(out.transpose(1, 2))
+
+
+def _loop(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, dropout_p: float) -> Tensor:
+    sequences = zip(q.split(queries.sizes), k.split(keys.sizes), v.split(keys.sizes), strict=True)
+    out = []
+    for q_s, k_s, v_s in sequences:
+        q_s, k_s, v_s = (t.transpose(0, 1)[None] for t in (q_s, k_s, v_s))
+        attended = F.scaled_dot_product_attention(q_s, k_s, v_s, dropout_p=dropout_p, scale=scale)
+        out.append(attended[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, dropout_p: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout_p:
+        raise ValueError("variable-length attention has no dropout on the attention weights; use the padded backend")
+    return varlen_attn(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest, scale=scale)
+
+
+def _has_varlen() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+_BACKENDS = {"padded": _padded, "loop": _loop, "varlen": _varlen}
+
+
+def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float) -> Tensor:
+    """The row of the attention matrix that scores tokens: attention of one query per sequence to all its keys.
+
+    Args:
+        q: [S, H, D], e.g. of CLS. k: [Tk, H, D].
+
+    Returns:
+        [S, H, M] float32 or better, 0 where there is no key.
+    """
+    logits = torch.einsum("shd,smhd->shm", q * scale, keys.pad(k))
+    return _softmax(logits, keys)
+
+
+def mean_attention(q: Tensor, k: Tensor, *, layout: Layout, scale: float, chunk: int = 256) -> Tensor:
+    """Attention each token receives, averaged over the tokens that attend; for networks without CLS.
+
+    Rows are computed `chunk` at a time, so memory stays linear in the number of tokens.
+
+    Args:
+        q, k: [T, H, D].
+
+    Returns:
+        [S, H, M] float32 or better.
+    """
+    q, k = layout.pad(q * scale), layout.pad(k)
+    received = 0
+    for start in range(0, layout.longest, chunk):
+        rows = torch.einsum("sqhd,smhd->shqm", q[:, start : start + chunk], k)
+        attention = _softmax(rows, layout) * layout.mask[:, None, start : start + chunk, None]
+        received = received + attention.sum(dim=2)
+    return received / layout.lengths[:, None, None]
+
+
+def _softmax(logits: Tensor, keys: Layout) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not keys.uniform:
+        mask = keys.mask.reshape(len(keys.lengths), *[1] * (logits.ndim - 2), keys.longest)
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return logits.softmax(dim=-1)

@@ -1,0 +1,185 @@
+"""Reading and writing weights: safe files only, strict matching, and the key names and wrappers of every reference
+release.
+
+* Files are read with `weights_only=True` or as safetensors; a pickle that would run code is refused and nothing of it
+  runs.
+* Releases wrap their weights (`model`, `model_state`, `state_dict`, ...) and prefix their keys (`module.`,
+  `base_model.`, ...); both are undone here. What only one architecture knows (e.g. resizing position embeddings) is its
+  `adapt_state_dict`.
+* Files are written to a temporary name, synced and renamed, so a file with its final name is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_safetensors_file
+from torch import Tensor, nn
+
+from ats.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Where releases keep their weights: ours and SlowFast's, timm's EMA, DeiT's, others'.
+WRAPPERS = ("model_state", "state_dict_ema", "model_ema", "model", "state_dict", "module")
+PREFIXES = ("module.", "_orig_mod.", "base_model.", "model.")
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The contents of a .pth / .pyth / .safetensors file, on the CPU.
+
+    Raises:
+        UserError: no such file, not a checkpoint, damaged, or a pickle that would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No checkpoint file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments in DeiT's and timm's files
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
+            raise UserError(f"{path} is not a checkpoint or is damaged: {error}") from error
+        raise UserError(
+            f"{path} was refused: it holds objects whose loading would run code ({_refused_global(error)}); nothing of it "
+            "was run. Ask for a file with tensors and plain values only (a state_dict, or .safetensors)."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a checkpoint or is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds a {type(contents).__name__}, not a dictionary of weights.")
+    return contents
+
+
+def save_checkpoint(path: str | Path, contents: dict) -> None:
+    """Write tensors and plain values so that `path` is either the old file or the whole new one, whatever happens."""
+    with _atomic(path) as temporary:
+        torch.save(contents, temporary)
+
+
+def save_safetensors(path: str | Path, state_dict: dict[str, Tensor]) -> None:
+    """Write weights alone as safetensors, with the same guarantee."""
+    with _atomic(path) as temporary:
+        save_safetensors_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}, temporary
+        )
+
+
+def load_weights(model: nn.Module, source: str | Path | dict[str, Tensor], *, skip: Iterable[str] = ()) -> None:
+    """Load weights into `model`, strictly: every key of the file used or known to be without meaning, every key of the
+    model filled.
+
+    Args:
+        source: a file, or a (possibly wrapped) state dict.
+        skip: key prefixes left as they are in the model, e.g. ("head.",) for another set of classes.
+
+    Raises:
+        UserError: the file is not readable, or belongs to another architecture (missing, unexpected and misshapen keys,
+            grouped).
+    """
+    name = "the given state dict" if isinstance(source, dict) else str(source)
+    state = unwrap(source if isinstance(source, dict) else load_checkpoint(source))
+    if not state:
+        raise UserError(f"{name} holds no weights.")
+    expected = model.state_dict()
+    state = strip_prefixes(state, expected)
+    if hasattr(model, "adapt_state_dict"):
+        state = model.adapt_state_dict(state)
+    for key in expected:
+        if key.startswith(tuple(skip)):
+            state[key] = expected[key]
+    _check(expected, state, name)
+    model.load_state_dict(state)
+
+
+def unwrap(contents: dict) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint: the first of WRAPPERS that is there, else the tensors on the top level."""
+    for wrapper in WRAPPERS:
+        if isinstance(contents.get(wrapper), dict):
+            return unwrap(contents[wrapper])
+    return {key: value for key, value in contents.items() if isinstance(value, Tensor)}
+
+
+def strip_prefixes(state: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
+    """Remove a prefix that all keys share, unless the model's own keys have it."""
+    expected = set(expected)
+    while not expected & set(state):
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            return state
+        state = {key[len(prefix) :]: value for key, value in state.items()}
+    return dict(state)
+
+
+def _check(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) -> None:
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    misshapen = {
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected.keys() & state.keys()
+        if state[key].shape != expected[key].shape
+    }
+    if not (missing or unexpected or misshapen):
+        return
+    lines = [f"{name} does not belong to this model."]
+    for title, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
+        if keys:
+            lines.append(f"  {len(keys)} keys {title}: {_grouped(keys)}")
+    if not missing and not unexpected and all("head" in line for line in misshapen):
+        classes = state[next(key for key in state if "head" in key)].shape[0]
+        lines.append(
+            f"  The file has {classes} classes: set MODEL.NUM_CLASSES {classes}, or fine-tune with TRAIN.RESET_HEAD True"
+        )
+    else:
+        lines.append(
+            "  Compare MODEL.NAME and the VIT keys with the network the file was made for (--print-config shows them)."
+        )
+    raise UserError("\n".join(lines))
+
+
+def _grouped(keys: Iterable[str], limit: int = 12) -> str:
+    """Keys that differ in their block number alone as one, with their count."""
+    groups = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key in sorted(keys))
+    texts = [f"{key} (x{count})" if count > 1 else key for key, count in groups.items()]
+    return ", ".join(texts[:limit]) + (f", ... ({len(texts) - limit} more groups)" if len(texts) > limit else "")
+
+
+def _refused_global(error: Exception) -> str:
+    match = re.search(r"GLOBAL ([\w.]+)|global (?:name )?[`'\"]?([\w.]+)", str(error))
+    return next(group for group in match.groups() if group) if match else "an unknown class"
+
+
+class _atomic:
+    """Context manager: a temporary path beside `path` that takes its place, synced, when the block succeeds."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.temporary
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:
+            self.temporary.unlink(missing_ok=True)
+            return
+        with open(self.temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(self.temporary, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)

@@ -1,0 +1,95 @@
+"""Configuration: `get_cfg()` gives every default, `load_config(path, overrides)` a checked and frozen configuration.
+
+A YAML file may name other files in `_BASE_`, relative to itself; they are read first. YAMLs of the official ATS release
+and of SlowFast load as they are (`legacy.py`). `describe()` is the text behind `--help`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from ats.config.defaults import KEYS
+from ats.config.schema import CfgNode, default_cfg, flatten
+from ats.errors import UserError
+
+__all__ = ["CfgNode", "describe", "get_cfg", "load_config", "load_yaml"]
+
+
+def get_cfg() -> CfgNode:
+    """A fresh, mutable configuration with every key at its default."""
+    return default_cfg()
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> CfgNode:
+    """Defaults, then the YAML file, then the overrides `[KEY, VALUE, ...]`; returned frozen.
+
+    Raises:
+        UserError: file not found or not YAML, unknown key, wrong value.
+    """
+    cfg = get_cfg()
+    if path is not None:
+        cfg.merge_pairs(flatten(load_yaml(path)))
+    cfg.merge_from_list(list(overrides or []))
+    cfg.freeze()
+    return cfg
+
+
+def load_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
+    """The nested mapping in a YAML file, merged over its `_BASE_` file or files.
+
+    Raises:
+        UserError: not found, not YAML, not a mapping, a key twice (YAML itself would let the last one win), `_BASE_` in
+            a circle.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        listing = f" There are: {', '.join(str(p) for p in near)}" if near else ""
+        raise UserError(f"No config file {path}.{listing}")
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its _BASE_ files name each other in a circle.")
+    try:
+        content = yaml.load(path.read_text(), Loader=_UniqueKeyLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, not KEY: VALUE pairs.")
+    bases = content.pop("_BASE_", [])
+    merged: dict = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        _merge(merged, load_yaml(path.parent / Path(base).expanduser(), (*seen, path.resolve())))
+    return _merge(merged, content)
+
+
+def describe() -> str:
+    """All keys with type, default and meaning, one paragraph each."""
+    lines = []
+    for key in KEYS:
+        kinds = " | ".join(
+            "None" if kind is type(None) else kind.__name__ for kind in key.types or (type(key.default),)
+        )
+        choices = f" Choices: {', '.join(map(str, key.choices))}." if key.choices else ""
+        lines.append(f"{key.name}  ({kinds}, default {key.default!r})\n    {key.help}{choices}")
+    return "\n".join(lines)
+
+
+def _merge(into: dict, other: dict) -> dict:
+    for name, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into[name] = value
+    return into
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice and reads 1e-3 as a number (YAML 1.1 wants 1.0e-3)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)

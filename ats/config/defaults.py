@@ -1,0 +1,183 @@
+"""Every configuration key: name, default, what it means (and, where the default does not tell, which types and choices
+it takes).
+
+One line per key, in the order in which `--help` prints them. Names and meanings are SlowFast's and the official ATS
+release's wherever those have the key. `schema.py` turns the list into a CfgNode; `legacy.py` maps the keys of older
+releases to these.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Key(NamedTuple):
+    """One configuration key. `types`: what it accepts, by default the type of `default`; `choices`: the allowed values,
+    if few.
+    """
+
+    name: str
+    default: object
+    help: str
+    types: tuple[type, ...] = ()
+    choices: tuple[object, ...] = ()
+
+
+NONE = type(None)
+
+KEYS: list[Key] = [
+    # ---- what is built
+    Key("MODEL.NAME", "ViT", "Architecture; see ats.models.MODELS."),
+    Key("MODEL.NUM_CLASSES", 1000, "Classes of the head; must be the number of class folders of the data set."),
+    Key("MODEL.DROPOUT_RATE", 0.0, "Dropout before the classification head, in training."),
+    Key(
+        "VIT.IMG_SIZE",
+        224,
+        "Image size the position embedding belongs to, in pixels: one number or [height, width].",
+        (int, list),
+    ),
+    Key("VIT.PATCH_SIZE", 16, "Side of a patch in pixels.", (int,)),
+    Key("VIT.EMBED_DIM", 768, "Width of the tokens."),
+    Key("VIT.DEPTH", 12, "Number of blocks."),
+    Key("VIT.NUM_HEADS", 12, "Attention heads of a block; divides VIT.EMBED_DIM."),
+    Key("VIT.MLP_RATIO", 4.0, "Hidden width of the MLP over VIT.EMBED_DIM."),
+    Key("VIT.QKV_BIAS", True, "Bias in the query, key and value projections."),
+    Key(
+        "VIT.WEIGHT_INIT",
+        "deit",
+        "Initial weights: deit (normal, 0.02) or jax (Xavier, as the original ViT), which narrow networks need to learn.",
+        choices=("deit", "jax"),
+    ),
+    Key("VIT.DISTILLED", False, "DeiT's distillation token: two prefix tokens, two heads, averaged in evaluation."),
+    Key(
+        "VIT.DROP_RATE", 0.0, "Dropout after the position embedding, the attention projection and the MLP, in training."
+    ),
+    Key("VIT.ATTN_DROP_RATE", 0.0, "Dropout on the attention weights, in training."),
+    Key(
+        "VIT.DROP_PATH_RATE",
+        0.0,
+        "Stochastic depth of the last block, in training; rises linearly from 0 in the first.",
+    ),
+    # ---- adaptive token sampling
+    Key("ATS.ENABLE", False, "Sample tokens. False gives the dense network."),
+    Key("ATS.BLOCKS", [3, 4, 5, 6, 7, 8, 9, 10, 11], "Blocks that sample, counted from 0."),
+    Key(
+        "ATS.NUM_TOKENS",
+        1.0,
+        "K, the most tokens a block keeps, prefix tokens counted: a number of tokens (2 or more) or a ratio (up to 1) of "
+        "the token slots; one value for all blocks, or a list with one entry per block of the network.",
+        (int, float, list),
+    ),
+    Key(
+        "ATS.SAMPLER",
+        "inverse_transform",
+        "How kept tokens are chosen: inverse transform sampling (the paper), the K highest scores, or K at random.",
+        choices=("inverse_transform", "topk", "random"),
+    ),
+    Key(
+        "ATS.SCORE",
+        "cls_attention_value_norm",
+        "Significance score of a token: attention of CLS x norm of its value (the paper), attention of CLS alone, or the "
+        "mean attention it receives from all tokens (for networks without CLS).",
+        choices=("cls_attention_value_norm", "cls_attention", "mean_attention"),
+    ),
+    Key(
+        "ATS.RULE",
+        "official",
+        "Details of inverse transform sampling: as the official code with DROP_TOKENS False, or as the paper's text.",
+        choices=("official", "paper"),
+    ),
+    Key("ATS.MIN_TOKENS", 8, "Lower bound of K after rounding; never below the prefix tokens + 2."),
+    Key("ATS.SEED", 0, "Seed of ATS.SAMPLER random."),
+    # ---- training
+    Key("TRAIN.ENABLE", False, "Train."),
+    Key("TRAIN.DATASET", "imagenet", "Data set to train on; also the one validated on while training."),
+    Key("TRAIN.BATCH_SIZE", 256, "Samples per optimizer step, over all processes and accumulation steps."),
+    Key("TRAIN.GRAD_ACCUM_STEPS", 1, "Forward-backward passes that one batch is cut into to save memory."),
+    Key("TRAIN.EVAL_PERIOD", 1, "Evaluate every so many epochs while training (and after the last)."),
+    Key("TRAIN.CHECKPOINT_PERIOD", 1, "Save a checkpoint every so many epochs (and after the last)."),
+    Key("TRAIN.CHECKPOINT_FILE_PATH", "", "Weights to start from, e.g. the dense model for ATS fine-tuning."),
+    Key("TRAIN.RESET_HEAD", False, "Leave the head of TRAIN.CHECKPOINT_FILE_PATH out: fine-tuning for other classes."),
+    Key("TRAIN.AUTO_RESUME", True, "Go on from the newest readable checkpoint in OUTPUT_DIR/checkpoints."),
+    Key("TRAIN.MIXED_PRECISION", False, "Autocast in training, to TRAIN.AMP_DTYPE."),
+    Key(
+        "TRAIN.AMP_DTYPE",
+        "bfloat16",
+        "Type used by TRAIN.MIXED_PRECISION; float16 brings its gradient scaler.",
+        choices=("bfloat16", "float16"),
+    ),
+    Key("EMA.ENABLE", False, "Keep an exponential moving average of the weights and evaluate with it."),
+    Key("EMA.DECAY", 0.9999, "Decay of the average, per optimizer step."),
+    Key("SOLVER.OPTIMIZING_METHOD", "adamw", "Optimizer, by timm's names."),
+    Key("SOLVER.BASE_LR", 1e-3, "Peak learning rate, for the whole TRAIN.BATCH_SIZE."),
+    Key("SOLVER.LR_POLICY", "cosine", "Learning rate after the warm-up.", choices=("cosine", "constant")),
+    Key("SOLVER.COSINE_END_LR", 1e-5, "Learning rate at the end of the cosine."),
+    Key(
+        "SOLVER.COSINE_AFTER_WARMUP",
+        True,
+        "Start the cosine from its peak after the warm-up; False: run it over all epochs.",
+    ),
+    Key("SOLVER.MAX_EPOCH", 300, "Epochs."),
+    Key("SOLVER.WARMUP_EPOCHS", 5.0, "Epochs of linear warm-up."),
+    Key("SOLVER.WARMUP_START_LR", 1e-6, "Learning rate the warm-up starts from."),
+    Key("SOLVER.MOMENTUM", 0.9, "Momentum of SGD-like optimizers."),
+    Key("SOLVER.WEIGHT_DECAY", 0.05, "Weight decay."),
+    Key("SOLVER.ZERO_WD_1D_PARAM", True, "No weight decay on biases, norms, position embedding and prefix tokens."),
+    Key("SOLVER.LAYER_DECAY", 1.0, "Learning rate of a block over that of the block after it; 1: the same everywhere."),
+    Key("SOLVER.CLIP_GRAD_L2NORM", None, "Clip the gradient to this norm.", (float, NONE)),
+    Key("SOLVER.CLIP_GRAD_VAL", None, "Clip each gradient entry to this size.", (float, NONE)),
+    # ---- evaluation
+    Key("TEST.ENABLE", True, "Evaluate (after training, if TRAIN.ENABLE) and write OUTPUT_DIR/result.json."),
+    Key("TEST.DATASET", "imagenet", "Data set to evaluate on."),
+    Key("TEST.BATCH_SIZE", 64, "Samples per batch; the results do not depend on it."),
+    Key("TEST.CHECKPOINT_FILE_PATH", "", "Weights to evaluate; empty after training: the ones just trained."),
+    # ---- data
+    Key("DATA.PATH_TO_DATA_DIR", "", "Folder of the data set: for ImageNet the one with train/ and val/."),
+    Key("DATA.MEAN", [0.485, 0.456, 0.406], "Mean of the R, G, B channels, subtracted."),
+    Key("DATA.STD", [0.229, 0.224, 0.225], "Standard deviation of the R, G, B channels, divided by."),
+    Key("DATA.TRAIN_CROP_SIZE", 224, "Side of the training crop in pixels."),
+    Key("DATA.TEST_CROP_SIZE", 224, "Side of the evaluation crop in pixels."),
+    Key(
+        "DATA.TEST_CROP_RATIO",
+        0.875,
+        "Evaluation resizes the short side to crop / ratio, then crops the centre (224/0.875 = 256).",
+    ),
+    Key(
+        "DATA.TEST_INTERPOLATION",
+        "bicubic",
+        "Interpolation of the evaluation resize.",
+        choices=("bicubic", "bilinear", "nearest"),
+    ),
+    Key("DATA.TRAIN_JITTER_SCALES_RELATIVE", [0.08, 1.0], "Range of the random crop's area over the image's."),
+    Key("DATA.TRAIN_JITTER_ASPECT_RELATIVE", [0.75, 1.3333], "Range of the random crop's aspect ratio."),
+    Key("DATA.RANDOM_FLIP", True, "Random horizontal flip in training."),
+    Key(
+        "DATA.MAX_BAD_FRACTION",
+        0.01,
+        "Training stops when more than this share of the samples read so far was unreadable.",
+    ),
+    Key("DATA_LOADER.NUM_WORKERS", 8, "Worker processes that read data; 0 reads in the main process."),
+    Key("DATA_LOADER.PIN_MEMORY", True, "Pinned memory for transfers to a GPU."),
+    Key("AUG.ENABLE", True, "RandAugment, colour jitter and random erasing in training, on top of crop and flip."),
+    Key("AUG.NUM_SAMPLE", 1, "Repeated augmentation: draws per image and epoch; the epoch keeps its length (DeiT: 3)."),
+    Key("AUG.COLOR_JITTER", 0.4, "Strength of the colour jitter; used when AUG.AA_TYPE is empty."),
+    Key("AUG.AA_TYPE", "rand-m9-mstd0.5-inc1", "AutoAugment policy by timm's names; empty: none."),
+    Key(
+        "AUG.INTERPOLATION", "bicubic", "Interpolation of the training crop.", choices=("bicubic", "bilinear", "random")
+    ),
+    Key("AUG.RE_PROB", 0.25, "Probability of random erasing."),
+    Key("AUG.RE_MODE", "pixel", "Filling of the erased rectangle.", choices=("pixel", "rand", "const")),
+    Key("AUG.RE_COUNT", 1, "Most rectangles erased."),
+    Key("MIXUP.ENABLE", False, "Mixup and CutMix in training."),
+    Key("MIXUP.ALPHA", 0.8, "Mixup's alpha; 0: no mixup."),
+    Key("MIXUP.CUTMIX_ALPHA", 1.0, "CutMix's alpha; 0: no CutMix."),
+    Key("MIXUP.PROB", 1.0, "Probability of mixing a batch."),
+    Key("MIXUP.SWITCH_PROB", 0.5, "Probability of CutMix where both are on."),
+    Key("MIXUP.LABEL_SMOOTH_VALUE", 0.1, "Label smoothing, also without mixup."),
+    # ---- the run
+    Key("OUTPUT_DIR", "output", "Where config.yaml, log, checkpoints and result.json go."),
+    Key("DEVICE", "auto", "Device: auto takes the GPU if there is one.", choices=("auto", "cpu", "cuda")),
+    Key("RNG_SEED", 0, "Seed of everything random."),
+    Key("LOG_PERIOD", 10, "Steps between two lines of the log."),
+    Key("TENSORBOARD.ENABLE", False, "Write scalars to OUTPUT_DIR/tensorboard."),
+]

@@ -1,0 +1,164 @@
+"""From the config to a loader: `build_loader(cfg, "train" | "val" | "test")`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from fvcore.common.config import CfgNode
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from ats.datasets.imagenet import ImageNet, Sample
+from ats.datasets.sampler import EvalSampler, TrainSampler
+from ats.datasets.transforms import Transform, eval_transform, train_transform
+from ats.errors import UserError, suggest
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "val", "test"]
+SPLITS = ("train", "val", "test")
+DATASETS: dict[str, Callable[[CfgNode, Split], Dataset]] = {}  # TRAIN.DATASET, in lower case -> builder
+
+
+def register_dataset(name: str) -> Callable:
+    """Decorator: make a builder `(cfg, split) -> Dataset of Sample` known as TRAIN.DATASET / TEST.DATASET `name`."""
+
+    def register(builder: Callable[[CfgNode, Split], Dataset]) -> Callable[[CfgNode, Split], Dataset]:
+        DATASETS[name.lower()] = builder
+        return builder
+
+    return register
+
+
+class Loader(DataLoader):
+    """A DataLoader that raises a worker's UserError as it is.
+
+    A plain DataLoader would raise it with the worker's traceback as its text. So the data set returns it in place of
+    the batch (`__getitems__`), and it is raised here, when its batch is due.
+    """
+
+    def __iter__(self) -> Iterator[Sample]:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                # A new one: raising `batch` itself would make a reference cycle with this frame, and an iterator that
+                # the garbage collector finds in a cycle waits five seconds for each of its workers.
+                raise type(batch)(*batch.args)
+            yield batch
+
+
+def collate(samples: list[Sample] | UserError) -> Sample | UserError:
+    """Stack samples: x [B, 3, H, W], label and index int64 [B], bad B strings; a UserError passes through."""
+    return samples if isinstance(samples, UserError) else default_collate(samples)
+
+
+def build_transform(cfg: CfgNode, split: Split) -> Transform:
+    """The image transform of a split."""
+    data, aug = cfg.DATA, cfg.AUG
+    if split != "train":
+        return eval_transform(
+            data.TEST_CROP_SIZE,
+            crop_ratio=data.TEST_CROP_RATIO,
+            interpolation=data.TEST_INTERPOLATION,
+            mean=data.MEAN,
+            std=data.STD,
+        )
+    augment = {}
+    if aug.ENABLE:
+        augment = {
+            "auto_augment": aug.AA_TYPE,
+            "color_jitter": aug.COLOR_JITTER,
+            "erase_prob": aug.RE_PROB,
+            "erase_mode": aug.RE_MODE,
+            "erase_count": aug.RE_COUNT,
+        }
+    return train_transform(
+        data.TRAIN_CROP_SIZE,
+        scale=data.TRAIN_JITTER_SCALES_RELATIVE or (0.08, 1.0),
+        ratio=data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3),
+        flip=data.RANDOM_FLIP,
+        interpolation=aug.INTERPOLATION,
+        mean=data.MEAN,
+        std=data.STD,
+        **augment,
+    )
+
+
+@register_dataset("imagenet")
+def build_imagenet(cfg: CfgNode, split: Split) -> ImageNet:
+    """The ImageNet folder layout; "test" reads `val/`. Unreadable files are replaced in training only.
+
+    Raises:
+        UserError: the folder is not as expected, or has not MODEL.NUM_CLASSES classes.
+    """
+    dataset = ImageNet(
+        cfg.DATA.PATH_TO_DATA_DIR,
+        split="train" if split == "train" else "val",
+        transform=build_transform(cfg, split),
+        on_bad="replace" if split == "train" else "raise",
+        seed=cfg.RNG_SEED,
+    )
+    num_classes = len(dataset.classes)
+    if num_classes != cfg.MODEL.NUM_CLASSES:
+        raise UserError(
+            f"{dataset.folder} has {num_classes} class folders, but the model has MODEL.NUM_CLASSES "
+            f"{cfg.MODEL.NUM_CLASSES}. Set MODEL.NUM_CLASSES {num_classes}, or give another DATA.PATH_TO_DATA_DIR."
+        )
+    return dataset
+
+
+def build_dataset(cfg: CfgNode, split: Split) -> Dataset:
+    """The data set of a split: TRAIN.DATASET for "train" and "val", TEST.DATASET for "test".
+
+    Raises:
+        UserError: no data set has that name.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}; got {split!r}.")
+    key = "TEST.DATASET" if split == "test" else "TRAIN.DATASET"
+    name = cfg.TEST.DATASET if split == "test" else cfg.TRAIN.DATASET
+    if name.lower() not in DATASETS:
+        raise UserError(f"{key} {name!r} is not known.{suggest(name, DATASETS)} Choose one of: {', '.join(DATASETS)}.")
+    return DATASETS[name.lower()](cfg, split)
+
+
+def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int = 1) -> Loader:
+    """A loader of one process's share of every batch.
+
+    Its batches are `Sample`s; `loader.batch_sampler` is a `TrainSampler` for "train" (call its `set_epoch`), an
+    `EvalSampler` otherwise. The batches do not depend on the number of workers.
+
+    Raises:
+        UserError: the data set or the batch size does not fit; while iterating: a file cannot be read.
+    """
+    dataset = build_dataset(cfg, split)
+    if split == "train":
+        sampler = TrainSampler(
+            len(dataset),
+            batch_size=cfg.TRAIN.BATCH_SIZE,
+            seed=cfg.RNG_SEED,
+            num_repeats=cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1,
+            rank=rank,
+            world_size=world_size,
+        )
+    else:
+        sampler = EvalSampler(len(dataset), batch_size=cfg.TEST.BATCH_SIZE, rank=rank, world_size=world_size)
+    num_workers = min(cfg.DATA_LOADER.NUM_WORKERS, _num_cores())
+    if num_workers < cfg.DATA_LOADER.NUM_WORKERS:
+        logger.info("%s data: %d workers, one per core (DATA_LOADER.NUM_WORKERS asks for more)", split, num_workers)
+    return Loader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available(),
+    )
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # a container's share of the machine, not the machine
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

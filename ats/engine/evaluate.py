@@ -1,0 +1,269 @@
+"""Evaluate a model: accuracy, GFLOPs of every sample, tokens kept per block, speed.
+
+    result = evaluate(model, loader, device=torch.device("cpu"))
+    result = evaluate_weights(cfg)      # the model, weights and data of a config; OUTPUT_DIR/result.json and a table
+
+Everything is collected per sample and ordered by the sample's index before it is averaged, so the result depends
+neither on the batch size nor on the order in which samples arrive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import simplejson
+import timm
+import torch
+import torchvision
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import ats
+from ats.checkpoint import load_weights
+from ats.config import CfgNode
+from ats.config.schema import flatten
+from ats.datasets import build_loader
+from ats.engine.device import autocast, device_name, select_device
+from ats.engine.logging import log_plan, open_output_dir
+from ats.errors import UserError
+from ats.flops import Gflops, dense_gflops, gflops
+from ats.models import build_model
+
+logger = logging.getLogger(__name__)
+
+# Keys that say where and how a run is carried out, not what it computes.
+MACHINE_KEYS = {
+    "OUTPUT_DIR",
+    "DEVICE",
+    "LOG_PERIOD",
+    "TENSORBOARD.ENABLE",
+    "DATA.PATH_TO_DATA_DIR",
+    "DATA_LOADER.NUM_WORKERS",
+    "DATA_LOADER.PIN_MEMORY",
+    "TRAIN.AUTO_RESUME",
+    "TRAIN.CHECKPOINT_FILE_PATH",
+    "TEST.CHECKPOINT_FILE_PATH",
+}
+
+
+@dataclass
+class Result:
+    """What an evaluation found; the fields of result.json.
+
+    top1, top5: percent of the samples (top5 among fewer than five classes: among all of them).
+    gflops: `mean`, `std`, `min`, `p5`, `p50`, `p95`, `max` over the samples as run; `paper_mean` in the paper's
+        accounting; `dense` of the same network without ATS.
+    tokens_per_block: ATS block -> mean number of tokens kept, prefix tokens counted.
+    images_per_second: rate of the forward passes alone, the first batch (warm-up) left out where there are others;
+        `wall_seconds` is the whole evaluation with reading the data.
+    num_nonfinite: samples whose logits were not finite; they count as wrong.
+    """
+
+    top1: float
+    top5: float
+    num_samples: int
+    num_nonfinite: int
+    gflops: dict[str, float]
+    tokens_per_block: dict[int, float]
+    images_per_second: float
+    wall_seconds: float
+    params_m: float
+    device: str
+
+
+@dataclass
+class _Tally:
+    """Per-sample records of an evaluation, in order of arrival; those of several processes can be concatenated."""
+
+    # Per batch [B, 6] float64: index, hit at 1, hit at 5, non-finite, GFLOPs as run, GFLOPs of the paper.
+    rows: list[Tensor] = field(default_factory=list)
+    # ATS block -> [sum of kept tokens, number of sequences]
+    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    # Per batch: samples, seconds of the forward pass.
+    timing: list[tuple[int, float]] = field(default_factory=list)
+    dense: float = 0.0
+
+    def add(self, logits: Tensor, label: Tensor, index: Tensor, trace: list, cost: Gflops, seconds: float) -> None:
+        """Add one batch: logits [B, C], label and index [B]."""
+        finite = logits.isfinite().all(dim=1)
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = (top == label.to(top.device)[:, None]) & finite[:, None]
+        columns = [index, hits[:, 0], hits.any(dim=1), ~finite, cost.as_run, cost.paper]
+        self.rows.append(torch.stack([column.to("cpu", torch.float64) for column in columns], dim=1))
+        for entry in trace:
+            self.tokens[entry.block][0] += int(entry.num_tokens.sum())
+            self.tokens[entry.block][1] += len(entry.num_tokens)
+        self.dense = cost.dense
+        self.timing.append((len(index), seconds))
+
+    def result(self, *, wall_seconds: float, params_m: float, device: str) -> Result:
+        """The averages over all samples."""
+        rows = torch.cat(self.rows)
+        rows = rows[rows[:, 0].argsort()]
+        _, hit1, hit5, nonfinite, as_run, paper = rows.T
+        quantiles = torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0], dtype=torch.float64)
+        low, p5, p50, p95, high = torch.quantile(as_run, quantiles).tolist()
+        spread = {"mean": as_run.mean().item(), "std": as_run.std(correction=0).item()}
+        spread |= {"min": low, "p5": p5, "p50": p50, "p95": p95, "max": high}
+        timed = self.timing[1:] or self.timing
+        return Result(
+            top1=100 * hit1.mean().item(),
+            top5=100 * hit5.mean().item(),
+            num_samples=len(rows),
+            num_nonfinite=int(nonfinite.sum()),
+            gflops=spread | {"paper_mean": paper.mean().item(), "dense": self.dense},
+            tokens_per_block={block: total / count for block, (total, count) in sorted(self.tokens.items())},
+            images_per_second=sum(n for n, _ in timed) / sum(seconds for _, seconds in timed),
+            wall_seconds=wall_seconds,
+            params_m=params_m,
+            device=device,
+        )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    *,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Result:
+    """Run `model` (on `device`) once over every sample of `loader`, in eval mode; the mode it was in is restored.
+
+    Args:
+        loader: batches with `x`, `label` and `index` (`ats.datasets.Sample`).
+        amp_dtype: autocast to this type.
+        progress: show a bar if the console is a terminal.
+
+    Raises:
+        UserError: the loader is empty.
+    """
+    was_training = model.training
+    model.eval()
+    tally = _Tally()
+    start = time.perf_counter()
+    for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True):
+        x = batch.x.to(device, non_blocking=True)
+        _synchronize(device)
+        forward_start = time.perf_counter()
+        with autocast(device, amp_dtype):
+            logits, trace = model.forward_tokens(x)
+        _synchronize(device)
+        seconds = time.perf_counter() - forward_start
+        tally.add(logits, batch.label, batch.index, trace, gflops(model, trace, x.shape), seconds)
+    model.train(was_training)
+    if not tally.rows:
+        raise UserError("There is nothing to evaluate: the data set is empty.")
+    params_m = sum(p.numel() for p in model.parameters()) / 1e6
+    result = tally.result(wall_seconds=time.perf_counter() - start, params_m=params_m, device=device_name(device))
+    if result.num_nonfinite:
+        logger.warning(
+            "%d of %d samples have NaN or infinite logits; counted as wrong.", result.num_nonfinite, result.num_samples
+        )
+    return result
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
+    """Evaluate `TEST.CHECKPOINT_FILE_PATH`, or `weights` where that is empty, on `TEST.DATASET`.
+
+    Writes OUTPUT_DIR/result.json and prints the table.
+
+    Raises:
+        UserError: no weights are given; weights or data do not fit the model or cannot be read.
+    """
+    weights = str(cfg.TEST.CHECKPOINT_FILE_PATH or weights)
+    if not weights:
+        raise UserError(
+            "TEST.CHECKPOINT_FILE_PATH is empty: there are no weights to evaluate. "
+            "Type TEST.CHECKPOINT_FILE_PATH FILE, or TRAIN.ENABLE True to train first."
+        )
+    output_dir = open_output_dir(cfg)
+    device = select_device(cfg.DEVICE)
+    model = build_model(cfg)
+    load_weights(model, weights)
+    loader = build_loader(cfg, "test")
+    log_plan(
+        {
+            "test": describe_model(cfg, model),
+            "weights": weights,
+            "data": f"{cfg.TEST.DATASET} in {cfg.DATA.PATH_TO_DATA_DIR}: {len(loader.dataset)} samples",
+            "device": f"{device_name(device)}, float32",
+            "output": str(output_dir.resolve()),
+        }
+    )
+    result = evaluate(model.to(device), loader, device=device)
+    write_result(cfg, result, output_dir / "result.json")
+    table = format_table({model_name(cfg): result})
+    logger.debug("Result:\n%s", table)  # for log.txt; the console gets it on stdout
+    print(f"\n{table}\n")
+    logger.info("Result: %s; log: %s", output_dir / "result.json", output_dir / "log.txt")
+    return result
+
+
+def write_result(cfg: CfgNode, result: Result, path: Path) -> None:
+    """Write result.json, atomically: the fields of `Result`, versions with the device, the config's hash."""
+    contents = asdict(result)
+    contents["versions"] = versions() | {"device": contents.pop("device")}
+    contents["config_sha256"] = config_sha256(cfg)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "ats": ats.__version__,
+    }
+
+
+def config_sha256(cfg: CfgNode) -> str:
+    """Hash of every setting that can change a result: the same on every machine and for every OUTPUT_DIR."""
+    settings = {key: value for key, value in flatten(cfg) if key not in MACHINE_KEYS}
+    return hashlib.sha256(simplejson.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def model_name(cfg: CfgNode) -> str:
+    """A name for tables: the model, and ATS with its sampler if on."""
+    sampler = "" if cfg.ATS.SAMPLER == "inverse_transform" else f" ({cfg.ATS.SAMPLER})"
+    return f"{cfg.MODEL.NAME} + ATS{sampler}" if cfg.ATS.ENABLE else f"{cfg.MODEL.NAME} dense"
+
+
+def describe_model(cfg: CfgNode, model: nn.Module) -> str:
+    """Name, sampling blocks, size and dense cost of a model, for the head of the log."""
+    name = model_name(cfg) + (f" in blocks {', '.join(map(str, cfg.ATS.BLOCKS))}" if cfg.ATS.ENABLE else "")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    cost = dense_gflops(model, (1, 3, cfg.DATA.TEST_CROP_SIZE, cfg.DATA.TEST_CROP_SIZE))
+    return f"{name}: {size:.2f} M parameters, {cost:.4g} GFLOPs dense"
+
+
+def format_table(results: dict[str, Result]) -> str:
+    """An aligned table with one line per named result."""
+    headers = ["model", "top-1 %", "top-5 %", "GFLOPs", "paper", "dense", "images/s", "tokens kept (block: mean)"]
+    lines = []
+    for name, r in results.items():
+        tokens = ", ".join(f"{block}: {mean:.1f}" for block, mean in r.tokens_per_block.items()) or "all"
+        cost = [r.gflops["mean"], r.gflops["paper_mean"], r.gflops["dense"]]
+        lines.append(
+            [name, f"{r.top1:.2f}", f"{r.top5:.2f}", *(f"{c:.4g}" for c in cost), f"{r.images_per_second:.1f}", tokens]
+        )
+    return tabulate(lines, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 6, "left"))

@@ -1,0 +1,88 @@
+"""Small counters of the training loop: averages since the last line of the log, time to go, unreadable files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import timedelta
+
+from ats.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Window:
+    """Averages over the steps since the last `take`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str | int, float] = defaultdict(float)
+        self._num_steps = 0
+        self._start = time.perf_counter()
+
+    def add(self, values: dict[str | int, float]) -> None:
+        """Add one step's values."""
+        for name, value in values.items():
+            self._sums[name] += value
+        self._num_steps += 1
+
+    def take(self) -> dict[str | int, float]:
+        """Mean of every value per step, and `seconds` per step; begins the next window."""
+        means = {name: total / self._num_steps for name, total in self._sums.items()}
+        means["seconds"] = (time.perf_counter() - self._start) / self._num_steps
+        self.__init__()
+        return means
+
+
+class Eta:
+    """Time to go, from the mean pace since it was made (evaluations and checkpoints included)."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self._done = 0
+        self._start = time.perf_counter()
+
+    def step(self) -> None:
+        """One of the steps is done."""
+        self._done += 1
+
+    def __str__(self) -> str:
+        pace = (time.perf_counter() - self._start) / max(self._done, 1)
+        return str(timedelta(seconds=round(pace * (self._num_steps - self._done))))
+
+
+class BadFiles:
+    """Counts the unreadable files that training replaced, names each once, and stops a run that has too many.
+
+    Args:
+        max_fraction: allowed share of bad samples among those read so far.
+        grace: the first so many samples count as read from the start, so that an early bad file does not end a run.
+    """
+
+    def __init__(self, *, max_fraction: float, grace: int = 1000) -> None:
+        self._max_fraction, self._grace = max_fraction, grace
+        self._paths: set[str] = set()
+        self._num_read = self._num_bad = 0
+
+    def add(self, bad: Sequence[str]) -> None:
+        """Add one batch: per sample the path of the file that could not be read, or "".
+
+        Raises:
+            UserError: more than `max_fraction` of the samples read so far were bad.
+        """
+        paths = [path for path in bad if path]
+        for path in dict.fromkeys(paths):
+            if path not in self._paths:
+                logger.warning("%s cannot be read; another sample takes its place.", path)
+        self._paths.update(paths)
+        self._num_read += len(bad)
+        self._num_bad += len(paths)
+        if self._num_bad > self._max_fraction * max(self._num_read, self._grace):
+            first = "".join(f"\n  {path}" for path in sorted(self._paths)[:5])
+            more = f"\n  and {len(self._paths) - 5} more" if len(self._paths) > 5 else ""
+            raise UserError(
+                f"{self._num_bad} of the {self._num_read} training samples read so far cannot be read, more than "
+                f"DATA.MAX_BAD_FRACTION {self._max_fraction} allows. Mend or remove these files, or raise the key:"
+                f"{first}{more}"
+            )

@@ -1,0 +1,167 @@
+"""A transformer block that samples its tokens, and the loop that runs a network of such blocks.
+
+`ATSBlock` takes over a pre-norm ViT block (timm's names: norm1, attn.{qkv, q_norm, k_norm, proj}, ls1, drop_path1,
+norm2, mlp, ...). What it changes in the host:
+
+* tokens are packed (`RaggedTokens`), sequences have different lengths;
+* keys and values are projected for all tokens, queries first for CLS alone, which scores the tokens; the other queries
+  only for the tokens that stay. The kept queries attend to all tokens of the block's input. These are the numbers of
+  "attend N x N, then drop rows" with fewer operations and no N x N matrix;
+* stochastic depth drops whole sequences, as in the host, though they no longer have an axis of their own.
+
+It has no parameters or buffers of its own and registers the host's children under the host's names, so state dicts do
+not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from ats.attention import cls_attention, mean_attention, ragged_attention
+from ats.sampling import BlockSampler, Candidates, plan_samplers, significance_score
+from ats.tokens import KeptTokens, Layout, RaggedTokens
+
+
+class ATSBlock(nn.Module):
+    """A ViT block on ragged tokens; with a `sampler` it keeps some of them, without it all.
+
+    Args:
+        host: the block whose children are used. It must not be used otherwise afterwards.
+        sampler: what to keep; None for an ordinary block behind an ATS block.
+    """
+
+    def __init__(self, host: nn.Module, sampler: BlockSampler | None) -> None:
+        super().__init__()
+        for name, child in host.named_children():
+            self.add_module(name, child)
+        self.sampler = sampler
+
+    def forward(self, tokens: RaggedTokens) -> RaggedTokens:
+        """Tokens in, the kept ones out, both after a full block."""
+        attn = self.attn
+        x = self.norm1(tokens.x)
+        k, v = self.project_kv(x, tokens)
+        if self.sampler is None:
+            kept, kept_x = tokens, x
+        else:
+            mask = self.sample(tokens, x, k, v)
+            kept, index = tokens.keep(mask, slots=min(self.sampler.budget(tokens.slots), tokens.slots))
+            kept_x = x.index_select(0, index)
+        out = ragged_attention(
+            self.project_q(kept_x),
+            k,
+            v,
+            queries=kept.layout,
+            keys=tokens.layout,
+            scale=attn.scale,
+            dropout_p=attn.attn_drop.p if self.training else 0.0,
+        )
+        out = attn.proj_drop(attn.proj(out.flatten(1)))
+        x = kept.x + self.drop_path(self.drop_path1, self.ls1(out), kept.layout)
+        x = x + self.drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), kept.layout)
+        return kept.with_x(x)
+
+    def project_q(self, x: Tensor) -> Tensor:
+        """Queries [T, H, D] of tokens [T, C], from the first third of the host's joint projection."""
+        qkv, size = self.attn.qkv, self.attn.proj.in_features
+        q = F.linear(x, qkv.weight[:size], None if qkv.bias is None else qkv.bias[:size])
+        return self.attn.q_norm(q.unflatten(-1, (self.attn.num_heads, -1)))
+
+    def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [T, H, D], of tokens [T, C]; `tokens` says where they are, for hosts that look at
+        neighbours.
+        """
+        qkv, size = self.attn.qkv, self.attn.proj.in_features
+        kv = F.linear(x, qkv.weight[size:], None if qkv.bias is None else qkv.bias[size:])
+        k, v = kv.unflatten(-1, (2, self.attn.num_heads, -1)).unbind(1)
+        return self.attn.k_norm(k), v
+
+    @torch.no_grad()
+    def sample(self, tokens: RaggedTokens, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Score and sample: a mask [S, M] of the tokens to keep, prefix tokens included.
+
+        Args:
+            x: [T, C], the normalised tokens. k, v: [T, H, D].
+        """
+        sampler, layout, num_prefix = self.sampler, tokens.layout, tokens.num_prefix_tokens
+        if sampler.score == "mean_attention":
+            q = self.project_q(x)
+        else:
+            q = self.project_q(x.index_select(0, layout.offsets[:-1]))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):  # which token wins must not hang on half precision
+            q, k = q.to(dtype), k.to(dtype)
+            if sampler.score == "mean_attention":
+                attention = mean_attention(q, k, layout=layout, scale=self.attn.scale)
+            else:
+                attention = cls_attention(q, k, keys=layout, scale=self.attn.scale)
+            value_norm = None
+            if sampler.score == "cls_attention_value_norm":
+                value_norm = layout.pad(torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype))[:, num_prefix:]
+            candidates = Candidates(
+                scores=significance_score(attention[:, :, num_prefix:], value_norm),
+                valid=layout.mask[:, num_prefix:],
+                position=layout.pad(tokens.position)[:, num_prefix:],
+                num_positions=tokens.num_positions,
+                fills_slots=layout.lengths == tokens.slots,
+            )
+            keep = sampler(candidates, slots=tokens.slots, num_prefix_tokens=num_prefix)
+        return torch.cat([keep.new_ones(len(keep), num_prefix), keep], dim=1)
+
+    @staticmethod
+    def drop_path(host: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+        """The host's stochastic depth for packed tokens [T, C]: one draw per sequence."""
+        if not host.training or getattr(host, "drop_prob", 0.0) == 0.0:
+            return x
+        scale = host(x.new_ones(len(layout.lengths), 1))
+        return x * scale[layout.sequence]
+
+
+def insert_ats(blocks: nn.ModuleList, samplers: dict[int, BlockSampler]) -> None:
+    """Replace, in place, the first block with a sampler and all blocks behind it by ATSBlocks; those before stay as
+    they are.
+    """
+    for index in range(min(samplers, default=len(blocks)), len(blocks)):
+        blocks[index] = ATSBlock(blocks[index], samplers.get(index))
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, *, num_prefix_tokens: int
+) -> tuple[RaggedTokens, list[KeptTokens]]:
+    """Dense tokens [S, N, C] through ordinary blocks, then ATSBlocks.
+
+    Returns:
+        The tokens that are left, and the trace: one entry per block with a sampler, in order.
+    """
+    trace: list[KeptTokens] = []
+    tokens = None
+    for index, block in enumerate(blocks):
+        if not isinstance(block, ATSBlock):
+            x = block(x)
+            continue
+        tokens = block(RaggedTokens.from_dense(x, num_prefix_tokens) if tokens is None else tokens)
+        if block.sampler is not None:
+            trace.append(KeptTokens.of(tokens, index))
+    return RaggedTokens.from_dense(x, num_prefix_tokens) if tokens is None else tokens, trace
+
+
+def samplers_from_cfg(cfg: CfgNode, *, depth: int, num_prefix_tokens: int) -> dict[int, BlockSampler]:
+    """The samplers that the ATS keys describe for a network of `depth` blocks; none if ATS.ENABLE is off."""
+    if not cfg.ATS.ENABLE:
+        return {}
+    return plan_samplers(
+        depth=depth,
+        blocks=cfg.ATS.BLOCKS,
+        num_tokens=cfg.ATS.NUM_TOKENS,
+        num_prefix_tokens=num_prefix_tokens,
+        min_tokens=cfg.ATS.MIN_TOKENS,
+        sampler=cfg.ATS.SAMPLER,
+        score=cfg.ATS.SCORE,
+        rule=cfg.ATS.RULE,
+        seed=cfg.ATS.SEED,
+    )

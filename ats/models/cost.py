@@ -1,0 +1,62 @@
+"""Multiply-adds of the parts models are made of, from token counts; float64 tensors, one number per sequence.
+
+Counted: matrix products and convolutions, the scoring row included. Not counted, as everywhere in the field: element-
+    wise work
+(LayerNorm, softmax, GELU, residuals, the norm of the values, sorting 200 numbers).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ats.models.ats_block import ATSBlock
+from ats.tokens import KeptTokens
+
+
+def block_multiply_adds(block: nn.Module, num_in: Tensor, num_out: Tensor, *, paper: bool) -> Tensor:
+    """A ViT block that gets `num_in` [S] tokens and keeps `num_out` [S].
+
+    As run, an ATS block projects and attends from kept queries alone, and pays for one more query (CLS) and its row of
+    scores. In the paper's accounting, which is the official code's work, it projects all queries and computes the whole
+    N x N matrix of logits; dropped rows are left out from A^s V on.
+    """
+    dim = block.attn.qkv.in_features
+    attn_dim = block.attn.proj.in_features
+    hidden = block.mlp.fc1.out_features
+    n, m = num_in, num_out
+    after = m * attn_dim * dim + 2 * m * dim * hidden  # output projection and MLP
+    sampler = block.sampler if isinstance(block, ATSBlock) else None
+    if sampler is None or paper:
+        return 3 * n * dim * attn_dim + n * n * attn_dim + m * n * attn_dim + after
+    if sampler.score == "mean_attention":
+        scoring = n * dim * attn_dim + n * n * attn_dim
+    else:
+        scoring = dim * attn_dim + n * attn_dim
+    return 2 * n * dim * attn_dim + scoring + m * dim * attn_dim + 2 * m * n * attn_dim + after
+
+
+def blocks_multiply_adds(
+    blocks: nn.ModuleList, trace: list[KeptTokens], num_tokens: int, num_sequences: int, *, paper: bool
+) -> Tensor:
+    """All blocks of a ViT: `num_tokens` come in, `trace` says how many leave each ATS block. Returns [S]."""
+    kept = {entry.block: entry.num_tokens.double() for entry in trace}
+    n = torch.full(
+        (num_sequences,), num_tokens, dtype=torch.float64, device=trace[0].num_tokens.device if trace else None
+    )
+    total = torch.zeros_like(n)
+    for index, block in enumerate(blocks):
+        m = kept.get(index, n)
+        total = total + block_multiply_adds(block, n, m, paper=paper)
+        n = m
+    return total
+
+
+def linear_multiply_adds(layer: nn.Linear, num_tokens: int = 1) -> int:
+    """A linear layer on `num_tokens` tokens."""
+    return num_tokens * layer.in_features * layer.out_features
+
+
+def conv_multiply_adds(layer: nn.Conv2d | nn.Conv3d, num_outputs: int) -> int:
+    """A convolution with `num_outputs` output positions."""
+    return num_outputs * layer.weight.numel()

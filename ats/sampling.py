@@ -1,0 +1,254 @@
+"""Adaptive Token Sampling (Fayyaz et al., ECCV 2022, section 3) on one page, as pure functions of one block's numbers.
+
+    s_j = sum_h A_h[cls, j] * ||v_j||                   significance score, eq. 3     `significance_score`
+    c_i = sum_{j <= i} s_j / sum_j s_j                  its CDF, eq. 4-5              `inverse_transform`
+    kept = { argmin_i |c_i - y_k| : k = 1..K }          inverse transform, eq. 6-7    `nearest_to_points`
+
+A token picked by several sample points y_k is kept once, so the number of kept tokens K' <= K follows the image. The
+kept tokens then query all tokens of the block's input (A^s V, eq. 8): that is `ats_block.py`. Everything here looks at
+one sequence at a time, never at the rest of the batch.
+
+Shapes: S sequences, H heads, M longest number of candidate tokens, T tokens of all sequences together. A candidate is a
+    token that
+may be dropped, i.e. not a prefix token (CLS, distillation). `scores [S, M]` are padded at the end; `valid [S, M]` marks
+candidates.
+
+Degenerate scores never raise and never drop everything:
+* a NaN or infinite score, or all scores zero: nothing tells the tokens apart, all count the same (so K of them are
+  kept, spread evenly);
+* equal scores: ranked by position, the earliest lowest;
+* one candidate: kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ats.errors import UserError, suggest
+
+RULES = ("official", "paper")
+SCORES = ("cls_attention_value_norm", "cls_attention", "mean_attention")
+
+
+def significance_score(attention: Tensor, value_norm: Tensor | None) -> Tensor:
+    """Equation 3 without its normalisation, which cancels in the CDF.
+
+    Args:
+        attention: [S, H, M] attention of CLS (or of all tokens on average) to each candidate.
+        value_norm: [S, M] norm of each candidate's value over all heads; None leaves it out.
+
+    Returns:
+        [S, M] scores.
+    """
+    score = attention.sum(dim=1)
+    return score if value_norm is None else score * value_norm
+
+
+def usable(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores in float32 or better, 0 where not valid; all ones where a sequence's scores are not finite or have no
+    mass.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~valid, 0)
+    total = scores.sum(dim=1, keepdim=True)
+    return torch.where(torch.isfinite(total) & (total > 0), scores, valid.to(scores.dtype))
+
+
+def nearest_to_points(cdf: Tensor, valid: Tensor, *, first: Tensor, step: Tensor, num_points: int) -> Tensor:
+    """Which entries of a CDF are the nearest to at least one of the points `first + i * step`, i = 0 .. num_points - 1.
+
+    Entry i takes the points between the midpoints to its two neighbours (a point on a midpoint goes to the lower
+    entry), so it is picked if and only if the number of points below its upper midpoint exceeds that below its lower
+    one. With evenly spaced points
+    that number is one floor: no search, no sort, no `unique`, and fixed shapes.
+
+    Args:
+        cdf: [S, M], non-decreasing over the valid entries, which come first.
+        valid: [S, M] bool.
+        first, step: [S, 1].
+
+    Returns:
+        [S, M] bool.
+    """
+    middle = (cdf[:, :-1] + cdf[:, 1:]) / 2
+    below = torch.floor((middle - first) / step.clamp_min(torch.finfo(cdf.dtype).tiny)) + 1
+    below = below.clamp(0, num_points)
+    # The last valid entry also takes every point above it.
+    below = below.masked_fill(~valid[:, 1:], num_points)
+    upper = torch.cat([below, below.new_full((len(cdf), 1), num_points)], dim=1)
+    lower = torch.cat([below.new_zeros(len(cdf), 1), below], dim=1)[:, : cdf.shape[1]]
+    return (upper > lower) & valid
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens one block may drop, S sequences padded to M.
+
+    Attributes:
+        scores: [S, M] significance scores.
+        valid: [S, M] bool; the valid entries of a sequence come first.
+        position: [S, M] index of the token in the sequence the network began with, ascending.
+        num_positions: length of that sequence.
+        fills_slots: [S] bool, True where nothing has been dropped yet: present tokens == token slots.
+    """
+
+    scores: Tensor
+    valid: Tensor
+    position: Tensor
+    num_positions: int
+    fills_slots: Tensor
+
+
+# A sampler: (candidates, number of sample points, options of the block) -> [S, M] bool, True where kept.
+Sampler = Callable[[Candidates, int, "BlockSampler"], Tensor]
+SAMPLERS: dict[str, Sampler] = {}
+
+
+def register_sampler(name: str) -> Callable[[Sampler], Sampler]:
+    """Make a sampler available as `ATS.SAMPLER name`."""
+
+    def register(sampler: Sampler) -> Sampler:
+        SAMPLERS[name] = sampler
+        return sampler
+
+    return register
+
+
+@register_sampler("inverse_transform")
+def inverse_transform(candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
+    """Inverse transform sampling with fixed sample points, by `options.rule`.
+
+    "official" is the official code with DROP_TOKENS False: scores sorted ascending; the lowest one subtracted from the
+    CDF where nothing was dropped yet, so that it is not kept; points evenly from the smallest non-zero CDF value to 1.
+    "paper" is the text: no sorting, no subtraction, points (2i + 1) / 2K.
+    """
+    valid, scores = candidates.valid, usable(candidates.scores, candidates.valid)
+    if options.rule == "paper":
+        cdf = scores.cumsum(dim=1)
+        cdf = cdf / cdf[:, -1:]
+        step = cdf.new_full((len(cdf), 1), 1 / num_points)
+        return nearest_to_points(cdf, valid, first=step / 2, step=step, num_points=num_points)
+
+    ranked, order = scores.masked_fill(~valid, torch.inf).sort(dim=1, stable=True)  # invalid entries last
+    cdf = ranked.masked_fill(~valid, 0).cumsum(dim=1)
+    lowest = torch.where(candidates.fills_slots[:, None], cdf[:, :1], 0)
+    lowest = torch.where(cdf[:, -1:] > lowest, lowest, 0)  # a single candidate is its own lowest: keep it
+    cdf = (cdf - lowest) / (cdf[:, -1:] - lowest)
+    first = cdf.masked_fill(cdf <= 0, torch.inf).amin(dim=1, keepdim=True)
+    step = (1 - first) / max(num_points - 1, 1)
+    picked = nearest_to_points(cdf, valid, first=first, step=step, num_points=num_points)
+    return torch.zeros_like(valid).scatter(1, order, picked)
+
+
+@register_sampler("topk")
+def top_k(candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
+    """The K highest scores (all candidates where there are fewer); the earlier token wins a tie."""
+    rank = _descending_rank(usable(candidates.scores, candidates.valid).masked_fill(~candidates.valid, -1))
+    return (rank < num_points) & candidates.valid
+
+
+@register_sampler("random")
+def random_k(candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
+    """K candidates chosen uniformly by seed, block and original position alone, so that the batch makes no difference."""
+    generator = torch.Generator().manual_seed(options.seed * 1009 + options.block)
+    priority = torch.rand(candidates.num_positions, generator=generator, dtype=torch.float64).to(
+        candidates.position.device
+    )
+    rank = _descending_rank(priority[candidates.position].masked_fill(~candidates.valid, -1))
+    return (rank < num_points) & candidates.valid
+
+
+def _descending_rank(values: Tensor) -> Tensor:
+    order = values.sort(dim=1, descending=True, stable=True).indices
+    rank = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, rank)
+
+
+@dataclass(frozen=True)
+class BlockSampler:
+    """What one ATS block does: how many tokens at most, and which.
+
+    Attributes:
+        block: index of the block in the network.
+        num_tokens: K, prefix tokens counted: a number above 1, or a ratio up to 1 of the token slots.
+        sampler: name in SAMPLERS. score: name in SCORES. rule: name in RULES.
+        min_tokens: lower bound of K. seed: of the random sampler.
+    """
+
+    block: int
+    num_tokens: int | float
+    sampler: str = "inverse_transform"
+    score: str = "cls_attention_value_norm"
+    rule: str = "official"
+    min_tokens: int = 8
+    seed: int = 0
+
+    def budget(self, slots: int) -> int:
+        """K of this block where the sequences have `slots` token slots; the next block has min(K, slots).
+
+        Slots follow from the configuration alone, never from how many tokens an image kept.
+        """
+        num_tokens = self.num_tokens if self.num_tokens > 1 else self.num_tokens * slots
+        return round(max(num_tokens, self.min_tokens))
+
+    def __call__(self, candidates: Candidates, *, slots: int, num_prefix_tokens: int) -> Tensor:
+        """[S, M] bool, True where a candidate is kept: at most K - prefix tokens in a sequence, at least one if it has
+        any.
+        """
+        num_points = max(self.budget(slots) - num_prefix_tokens, 1)
+        return SAMPLERS[self.sampler](candidates, num_points, self)
+
+
+def plan_samplers(
+    *,
+    depth: int,
+    blocks: Sequence[int],
+    num_tokens: int | float | Sequence[int | float] = 1.0,
+    num_prefix_tokens: int = 1,
+    min_tokens: int = 8,
+    sampler: str = "inverse_transform",
+    score: str = "cls_attention_value_norm",
+    rule: str = "official",
+    seed: int = 0,
+) -> dict[int, BlockSampler]:
+    """A BlockSampler for each of the `blocks` of a network with `depth` blocks.
+
+    Args:
+        num_tokens: K for all blocks, or one entry per block of the network (entries of other blocks are not used).
+
+    Raises:
+        UserError: a block out of range or twice, K out of range, a list of the wrong length, an unknown name.
+    """
+    for name, value, options in (("SAMPLER", sampler, SAMPLERS), ("SCORE", score, SCORES), ("RULE", rule, RULES)):
+        if value not in options:
+            raise UserError(f"ATS.{name} {value}: choose from {', '.join(options)}.{suggest(value, options)}")
+    if score != "mean_attention" and num_prefix_tokens == 0:
+        raise UserError(f"ATS.SCORE {score} needs a CLS token and this network has none; use ATS.SCORE mean_attention.")
+    for block in blocks:
+        if not 0 <= block < depth:
+            raise UserError(
+                f"ATS.BLOCKS {list(blocks)}: block {block} does not exist, the network has blocks 0 to {depth - 1}."
+            )
+    if len(set(blocks)) < len(blocks):
+        raise UserError(f"ATS.BLOCKS {list(blocks)}: a block stands twice.")
+    if isinstance(num_tokens, (int, float)):
+        num_tokens = [num_tokens] * depth
+    if len(num_tokens) != depth:
+        raise UserError(
+            f"ATS.NUM_TOKENS has {len(num_tokens)} entries, the network {depth} blocks: give one number, or {depth}."
+        )
+    lowest = max(min_tokens, num_prefix_tokens + 2)
+    samplers = {}
+    for block in sorted(blocks):
+        k = num_tokens[block]
+        if not (0 < k <= 1 or (k >= 2 and k == int(k))):
+            raise UserError(
+                f"ATS.NUM_TOKENS {k} (block {block}): give a ratio in (0, 1] or a whole number of tokens from 2."
+            )
+        samplers[block] = BlockSampler(
+            block=block, num_tokens=k, sampler=sampler, score=score, rule=rule, min_tokens=lowest, seed=seed
+        )
+    return samplers

@@ -1,0 +1,184 @@
+"""RaggedTokens: a batch of token sequences of different lengths, packed into one tensor.
+
+Padding to the longest sequence would cost what sampling saves, so tokens lie one after the other in `x [T, C]`.
+Pointwise layers (LayerNorm, Linear, MLP) run on `x` as it is; only attention and scoring ask the `Layout` where a
+sequence begins.
+
+Shapes: S sequences, T tokens in all, M tokens in the longest sequence, C channels, P prefix tokens (CLS, distillation),
+    which come
+first in every sequence and are always kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """Where the sequences lie in a packed tensor.
+
+    Attributes:
+        lengths: [S] int64, tokens per sequence.
+        total: T. longest: M. uniform: all sequences have M tokens, so packed and padded are the same memory.
+    """
+
+    def __init__(self, lengths: Tensor, *, total: int, longest: int) -> None:
+        self.lengths = lengths
+        self.total = total
+        self.longest = longest
+        self.uniform = total == len(lengths) * longest
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor) -> Layout:
+        """The layout of sequences with these lengths [S]. On a GPU this waits for the numbers, once."""
+        total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
+        return cls(lengths, total=total, longest=longest)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """[S + 1] int32, start of each sequence and T (`cu_seqlens` of variable-length attention)."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """[S, M] bool, True where the padded layout holds a token."""
+        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """[T] int64, the sequence a token belongs to."""
+        sequences = torch.arange(len(self.lengths), device=self.lengths.device)
+        return sequences.repeat_interleave(self.lengths, output_size=self.total)
+
+    @cached_property
+    def padded_index(self) -> Tensor:
+        """[T] int64, the place of a token in the padded layout, counted over S * M."""
+        start = self.lengths.cumsum(0) - self.lengths
+        within = torch.arange(self.total, device=self.lengths.device) - start[self.sequence]
+        return self.sequence * self.longest + within
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Lengths as Python numbers; on a GPU this waits for them."""
+        return self.lengths.tolist()
+
+    def pad(self, x: Tensor, value: float = 0) -> Tensor:
+        """[T, ...] -> [S, M, ...], `value` where there is no token. A view where the layout is uniform."""
+        if self.uniform:
+            return x.reshape(len(self.lengths), self.longest, *x.shape[1:])
+        padded = x.new_full((len(self.lengths) * self.longest, *x.shape[1:]), value)
+        return padded.index_copy(0, self.padded_index, x).reshape(len(self.lengths), self.longest, *x.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """[S, M, ...] -> [T, ...]."""
+        flat = padded.reshape(-1, *padded.shape[2:])
+        return flat if self.uniform else flat.index_select(0, self.padded_index)
+
+
+@dataclass
+class RaggedTokens:
+    """Sequences of tokens with their places in the sequences the network began with.
+
+    Attributes:
+        x: [T, C] packed tokens; in each sequence the prefix tokens first, then patches by ascending position.
+        layout: where the sequences lie in x.
+        position: [T] int64, index of the token in the original sequence; prefix tokens are 0 .. P - 1.
+        num_prefix_tokens: P.
+        num_positions: length N of the original sequences.
+        slots: token slots: N at first, min(K, slots) after an ATS block. A number of the configuration, not of the
+            data.
+    """
+
+    x: Tensor
+    layout: Layout
+    position: Tensor
+    num_prefix_tokens: int
+    num_positions: int
+    slots: int
+
+    @classmethod
+    def from_dense(cls, x: Tensor, num_prefix_tokens: int) -> RaggedTokens:
+        """Dense sequences [S, N, C] as ragged ones; `x` is not copied."""
+        num_sequences, length, _ = x.shape
+        lengths = torch.full((num_sequences,), length, device=x.device)
+        layout = Layout(lengths, total=num_sequences * length, longest=length)
+        position = torch.arange(length, device=x.device).repeat(num_sequences)
+        return cls(x.flatten(0, 1), layout, position, num_prefix_tokens, length, length)
+
+    def with_x(self, x: Tensor) -> RaggedTokens:
+        """The same tokens with other values [T, C']."""
+        return replace(self, x=x)
+
+    def prefix(self) -> Tensor:
+        """[S, P, C], the prefix tokens."""
+        return self.x[self.prefix_index()].reshape(len(self.layout.lengths), self.num_prefix_tokens, -1)
+
+    def prefix_index(self) -> Tensor:
+        """[S * P] int64, where the prefix tokens lie in x."""
+        start = self.layout.offsets[:-1].long()
+        return (start[:, None] + torch.arange(self.num_prefix_tokens, device=start.device)).flatten()
+
+    def keep(self, mask: Tensor, *, slots: int) -> tuple[RaggedTokens, Tensor]:
+        """The tokens marked in `mask` [S, M] (padded layout, all prefix tokens True), and their indices [T'] in the old
+        x.
+
+        The one place where the number of tokens depends on the data: on a GPU it waits once.
+        """
+        layout = Layout.from_lengths(mask.sum(dim=1))
+        index = torch.nonzero(self.layout.unpad(mask)).squeeze(1)
+        kept = replace(self, x=self.x.index_select(0, index), layout=layout, position=self.position[index], slots=slots)
+        return kept, index
+
+    def to_grid(self, x: Tensor | None = None) -> Tensor:
+        """Dense [S, N, ...] with every token at its original position and zeros where it was dropped.
+
+        Args:
+            x: [T, ...] values to place, by default the tokens themselves.
+        """
+        x = self.x if x is None else x
+        grid = x.new_zeros(len(self.layout.lengths) * self.num_positions, *x.shape[1:])
+        grid = grid.index_copy(0, self.grid_index(), x)
+        return grid.reshape(len(self.layout.lengths), self.num_positions, *x.shape[1:])
+
+    def from_grid(self, grid: Tensor) -> Tensor:
+        """[S, N, ...] -> [T, ...], the values at the positions of the tokens."""
+        return grid.flatten(0, 1).index_select(0, self.grid_index())
+
+    def grid_index(self) -> Tensor:
+        """[T] int64, the place of a token in the original dense layout, counted over S * N."""
+        return self.layout.sequence * self.num_positions + self.position
+
+
+@dataclass
+class KeptTokens:
+    """What one ATS block kept: an entry of the trace.
+
+    Attributes:
+        block: index of the block in the network.
+        num_tokens: [S] int64, tokens kept by each sequence, prefix tokens counted.
+        position: [T] int64, their original positions, packed.
+        num_prefix_tokens: P.
+    """
+
+    block: int
+    num_tokens: Tensor
+    position: Tensor
+    num_prefix_tokens: int
+
+    @classmethod
+    def of(cls, tokens: RaggedTokens, block: int) -> KeptTokens:
+        """The entry for the tokens that left ATS block `block`."""
+        return cls(block, tokens.layout.lengths, tokens.position, tokens.num_prefix_tokens)
+
+    @property
+    def patches(self) -> list[Tensor]:
+        """For each sequence the indices of its kept patches in the original grid (row major, prefix tokens not
+        counted), ascending.
+        """
+        return [
+            p[self.num_prefix_tokens :] - self.num_prefix_tokens for p in self.position.split(self.num_tokens.tolist())
+        ]

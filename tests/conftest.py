@@ -1,0 +1,55 @@
+"""Fixtures that several test files use: a small real image folder that is easy to learn, and a config that fits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0), "yellow": (255, 255, 0)}
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet layout, 4 classes: 32 x 32 PNGs, a coloured square on noise; per class 16 to train on, 8 in val."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 8)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+                top, left = rng.integers(0, 16, 2)
+                pixels[top : top + 16, left : left + 16] = colour
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def tiny_config(colours: Path, tmp_path: Path) -> Path:
+    """A YAML file for `colours`: a ViT of 3 blocks, ATS in two of them; 4 steps per epoch; OUTPUT_DIR in tmp_path."""
+    settings = {
+        "MODEL": {"NUM_CLASSES": 4},
+        "VIT": {"IMG_SIZE": 32, "PATCH_SIZE": 8, "EMBED_DIM": 32, "DEPTH": 3, "NUM_HEADS": 2},
+        "ATS": {"ENABLE": True, "BLOCKS": [1, 2]},
+        "TRAIN": {"BATCH_SIZE": 16},
+        "TEST": {"BATCH_SIZE": 12},
+        "SOLVER": {"MAX_EPOCH": 2, "BASE_LR": 0.003, "WARMUP_EPOCHS": 1},
+        "DATA": {
+            "PATH_TO_DATA_DIR": str(colours),
+            "TRAIN_CROP_SIZE": 32,
+            "TEST_CROP_SIZE": 32,
+            "TEST_CROP_RATIO": 1.0,
+            "TRAIN_JITTER_SCALES_RELATIVE": [0.5, 1.0],
+        },
+        "DATA_LOADER": {"NUM_WORKERS": 0},
+        "AUG": {"ENABLE": False},
+        "LOG_PERIOD": 2,
+        "OUTPUT_DIR": str(tmp_path / "out"),
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path

@@ -1,0 +1,85 @@
+"""The GFLOPs formula: equal to torch's own counter at batch size 1, and to the published figures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ats.config import get_cfg
+from ats.flops import dense_gflops, gflops
+from ats.models import build_model
+from ats.tokens import KeptTokens
+
+
+def counted(model: torch.nn.Module, x: torch.Tensor) -> tuple[float, list[KeptTokens]]:
+    """GFLOPs (multiply-adds) by torch's counter. Unfused attention, because older counters miss the CPU's fused kernel."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _, trace = model.forward_tokens(x)
+    return counter.get_total_flops() / 2 / 1e9, trace
+
+
+@pytest.mark.parametrize("score", ["cls_attention_value_norm", "cls_attention", "mean_attention"])
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("blocks", [None, [0], [1, 3], [2, 3]], ids=str)
+@pytest.mark.parametrize("size", [32, 48])
+def test_formula_equals_counter(score, distilled, blocks, size):
+    """To the last multiply-add, for dense, single-stage, interleaved and multi-stage networks, and another image size."""
+    cfg = get_cfg()
+    cfg.merge_from_list([
+        "VIT.IMG_SIZE", 32, "VIT.PATCH_SIZE", 4, "VIT.EMBED_DIM", 48, "VIT.DEPTH", 4, "VIT.NUM_HEADS", 3, "VIT.MLP_RATIO", 3,
+        "VIT.DISTILLED", distilled, "MODEL.NUM_CLASSES", 11, "ATS.SCORE", score, "ATS.NUM_TOKENS", 0.8,
+        "ATS.ENABLE", blocks is not None, "ATS.BLOCKS", blocks or [0],
+    ])  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    x = torch.randn(1, 3, size, size)
+    total, trace = counted(model, x)
+    cost = gflops(model, trace, x.shape)
+    assert cost.as_run.item() * 1e9 == pytest.approx(total * 1e9, abs=0.5)
+    if blocks is None:
+        assert cost.dense == cost.paper.item() == cost.as_run.item()
+    else:
+        assert cost.as_run.item() < cost.dense or score == "mean_attention"
+
+
+def test_each_image_is_counted_by_its_own_tokens():
+    """A batch's GFLOPs are those of its images one by one."""
+    cfg = get_cfg()
+    cfg.merge_from_list(["VIT.IMG_SIZE", 32, "VIT.PATCH_SIZE", 4, "VIT.EMBED_DIM", 32, "VIT.NUM_HEADS", 2, "ATS.ENABLE", True])
+    torch.manual_seed(0)
+    model = build_model(cfg).double().eval()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    together = gflops(model, model.forward_tokens(x)[1], x.shape)
+    for i in range(4):
+        alone = gflops(model, model.forward_tokens(x[i : i + 1])[1], x[:1].shape)
+        assert alone.as_run.item() == together.as_run[i].item()
+        assert alone.paper.item() == together.paper[i].item()
+    assert len(set(together.as_run.tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("embed_dim", "num_heads", "published"),
+    [(192, 3, 1.3), (258, 6, 2.2), (318, 6, 3.2), (384, 6, 4.6), (768, 12, 17.6)],
+)
+def test_published_dense_gflops(embed_dim, num_heads, published):
+    """DeiT-Ti, widths 258 and 318 of the paper's scaling figure, DeiT-S and DeiT-B at 224 pixels."""
+    cfg = get_cfg()
+    cfg.merge_from_list(["VIT.EMBED_DIM", embed_dim, "VIT.NUM_HEADS", num_heads])
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert dense_gflops(model, (1, 3, 224, 224)) == pytest.approx(published, abs=0.06)
+
+
+def test_papers_token_counts_give_the_papers_gflops():
+    """With the mean tokens of the paper's histograms DeiT-S costs about the paper's 2.9 GFLOPs (3.1 with counts read off a plot)."""
+    cfg = get_cfg()
+    cfg.merge_from_list(["VIT.EMBED_DIM", 384, "VIT.NUM_HEADS", 6, "ATS.ENABLE", True])
+    with torch.device("meta"):
+        model = build_model(cfg)
+    means = [162, 146, 132, 117, 105, 98, 82, 72, 62]
+    trace = [KeptTokens(block, torch.tensor([n]), torch.empty(0), 1) for block, n in zip(range(3, 12), means, strict=True)]
+    cost = gflops(model, trace, (1, 3, 224, 224))
+    assert cost.paper.item() == pytest.approx(3.1, abs=0.06)
+    assert cost.as_run.item() < cost.paper.item() < cost.dense

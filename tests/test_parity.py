@@ -1,0 +1,125 @@
+"""Golden numbers of the official ATS code (fixtures/image): kept sets, logits and gradients.
+
+The arrays were made by running the official repository unchanged, with DROP_TOKENS False (its only mode that does not depend on the
+batch); A3 by the repair of its NUM_TOKENS described in docs/FIDELITY.md. `case.json` says how each was produced.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ats.checkpoint import load_weights
+from ats.config import get_cfg
+from ats.models import build_model
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CASES = ["A2_vit_dropF", "A3_ntok20", "A3_ratio05", "A4_deit_small_recipe", "A5_batch_dependence", "A7_interleaved_dropF"]
+
+
+def model_of(config: dict, dtype: torch.dtype = torch.float32, **ats: object) -> torch.nn.Module:
+    """The network a case was made with."""
+    cfg = get_cfg()
+    cfg.merge_from_list([
+        "MODEL.NAME", "ViT", "MODEL.NUM_CLASSES", config["num_classes"], "VIT.IMG_SIZE", config["img_size"],
+        "VIT.PATCH_SIZE", config["patch_size"], "VIT.EMBED_DIM", config["embed_dim"], "VIT.DEPTH", config["depth"],
+        "VIT.NUM_HEADS", config["num_heads"], "VIT.MLP_RATIO", config["mlp_ratio"], "ATS.ENABLE", True,
+        "ATS.BLOCKS", config["ats_blocks"], "ATS.NUM_TOKENS", config["n_tokens"],
+    ])  # fmt: skip
+    for key, value in ats.items():
+        cfg.merge_from_list([f"ATS.{key}", value])
+    return build_model(cfg).to(dtype).eval()
+
+
+def weights_by_recipe(recipe: dict) -> dict[str, torch.Tensor]:
+    """A4's weights are too large for a repository; they are drawn key by key (see "recipe" in its case.json)."""
+    shapes = json.loads((FIXTURES / "keys" / "deit_small_patch16_224.json").read_text())["release_file_layout"]["model"]
+    weights = {}
+    for key, shape in shapes.items():
+        z = np.random.default_rng([recipe["SEED"], zlib.crc32(key.encode())]).standard_normal(shape)
+        if "norm" in key and key.endswith("weight"):
+            z = 1 + 0.1 * z
+        elif key.endswith("bias"):
+            z = 0.1 * z
+        elif key in ("pos_embed", "cls_token"):
+            z = 0.3 * z
+        else:
+            z = z / np.sqrt(np.prod(shape[1:]))
+            if key.endswith("attn.qkv.weight"):
+                z[: 2 * recipe["embed_dim"]] *= recipe["QK_GAIN"]
+        weights[key] = torch.from_numpy(z.astype(np.float32))
+    return weights
+
+
+def images(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(((array / 255.0 - 0.5) / 0.25).astype(np.float32)).to(dtype)
+
+
+def load_case(name: str, dtype: torch.dtype) -> tuple[dict, torch.nn.Module, np.lib.npyio.NpzFile, torch.Tensor]:
+    folder = FIXTURES / "image" / name
+    case = json.loads((folder / "case.json").read_text())
+    model = model_of(case["config"], dtype)
+    load_weights(model, weights_by_recipe(case["weights"]) if "weights" in case else folder / "weights.safetensors")
+    golden = np.load(folder / "golden.npz")
+    return case, model, golden, images(golden["image_u8"], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", CASES)
+def test_kept_sets_and_logits(name, dtype):
+    """Every kept set is exact, every logit within what the official softmax's epsilon moves it."""
+    case, model, golden, x = load_case(name, dtype)
+    with torch.no_grad():
+        logits, trace = model.forward_tokens(x)
+    np.testing.assert_allclose(logits.numpy(), golden["logits"], atol=3e-5, rtol=0)
+    assert [entry.block for entry in trace] == case["config"]["ats_blocks"]
+    for entry in trace:
+        for patches, want in zip(entry.patches, golden[f"ats{entry.block}_kept"], strict=True):
+            assert patches.tolist() == sorted(want[want >= 0].tolist())
+        assert entry.num_tokens.tolist() == [len(patches) + 1 for patches in entry.patches]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("A4_deit_small_recipe", "A5_batch_dependence")])
+def test_gradients(name):
+    """Gradients with respect to the image and every stored weight."""
+    _, model, golden, x = load_case(name, torch.float32)
+    x.requires_grad_()
+    (model(x) * torch.from_numpy(golden["loss_weight"])).sum().backward()
+    parameters = dict(model.named_parameters())
+    grads = {"grad_input": x.grad} | {f"grad__{k}": p.grad for k, p in parameters.items() if f"grad__{k}" in golden}
+    assert len(grads) >= 4
+    for key, grad in grads.items():
+        scale = np.abs(golden[key]).max()
+        np.testing.assert_allclose(grad.numpy() / scale, golden[key] / scale, atol=2e-3, err_msg=key)
+
+
+@pytest.mark.parametrize("subcase", ["equal_tokens", "zero_v_block0", "zero_v_block1", "collapse"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_degenerate_images(subcase, batch):
+    """Constant images, values that are all zero, sequences that shrink to nothing: finite logits equal to the official ones.
+
+    With zero values the official scores are 0/0 and its sort of NaNs happens to keep one token; here such tokens count the same and
+    are kept as in `equal_tokens`. The logits do not depend on it, since what is attended to is zero.
+    """
+    folder = FIXTURES / "image" / "A6_degenerate"
+    configs = json.loads((folder / "case.json").read_text())["configs"]
+    golden = np.load(folder / "golden.npz")
+    prefix = f"{subcase}__dropF_b{batch}__"
+    model = model_of(next(config for names, config in configs.items() if subcase in names))
+    model.load_state_dict({
+        key: value for key, value in load_file(folder / f"weights_{subcase}.safetensors").items() if "out_zero_mask" not in key
+    })
+    with torch.no_grad():
+        logits, trace = model.forward_tokens(images(golden[f"{subcase}__image_u8"], torch.float32)[:batch])
+    np.testing.assert_allclose(logits.numpy(), golden[prefix + "logits"], atol=5e-5, rtol=0)
+    for entry in trace:
+        num_kept = (entry.num_tokens - 1).tolist()
+        assert min(num_kept) >= 1
+        if subcase in ("equal_tokens", "collapse"):
+            assert num_kept == golden[f"{prefix}ats{entry.block}_num_kept"].tolist()

@@ -1,0 +1,187 @@
+"""The sampling rule: against its definition written out point by point, on its laws, and on degenerate scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ats.errors import UserError
+from ats.sampling import SAMPLERS, BlockSampler, Candidates, plan_samplers
+
+
+def candidates(rows: list[list[float]], *, fills_slots: bool = True, pad: int = 0) -> Candidates:
+    """Score rows of different lengths as padded candidates."""
+    longest = max(map(len, rows)) + pad
+    scores = torch.full((len(rows), longest), torch.nan, dtype=torch.float64)  # padding must never be looked at
+    valid = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        scores[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+        valid[i, : len(row)] = True
+    position = torch.arange(longest).expand(len(rows), -1)
+    return Candidates(scores, valid, position, longest, torch.full((len(rows),), fills_slots))
+
+
+def by_definition(scores: list[float], num_points: int, *, fills_slots: bool, rule: str) -> set[int]:
+    """Section 3 of the paper / the official code in plain numpy, one sample point at a time."""
+    s = np.asarray(scores, dtype=np.float64)
+    s = s / s.sum()
+    if rule == "paper":
+        c = np.cumsum(s)
+        points = (2 * np.arange(num_points) + 1) / (2 * num_points)
+        return {int(np.abs(c - y).argmin()) for y in points}
+    order = np.argsort(s, kind="stable")
+    c = np.cumsum(s[order])
+    lo = c[0] if fills_slots else 0.0
+    c = (c - lo) / (c[-1] - lo)
+    first = c[c > 0].min()
+    points = first + np.arange(num_points) * (1 - first) / (num_points - 1)
+    return {int(order[np.abs(c - y).argmin()]) for y in points}
+
+
+distinct_scores = st.lists(st.integers(1, 10**6), min_size=2, max_size=60, unique=True).map(
+    lambda values: [v / 1000 for v in values]
+)
+
+
+@given(distinct_scores, st.integers(2, 80), st.booleans(), st.sampled_from(["official", "paper"]))
+@settings(max_examples=300, deadline=None)
+def test_inverse_transform_is_the_definition(scores, num_points, fills_slots, rule):
+    """The closed form picks the tokens that trying every sample point picks.
+
+    Sample points that lie on a midpoint to within rounding may go to either side, so such draws are left out.
+    """
+    sampler = BlockSampler(block=0, num_tokens=num_points + 1, rule=rule)
+    kept = SAMPLERS["inverse_transform"](candidates([scores], fills_slots=fills_slots), num_points, sampler)
+    want = by_definition(scores, num_points, fills_slots=fills_slots, rule=rule)
+    nudged = by_definition([s * (1 + 1e-9) ** i for i, s in enumerate(scores)], num_points, fills_slots=fills_slots, rule=rule)
+    if want == nudged:
+        assert set(kept[0].nonzero().flatten().tolist()) == want
+
+
+@given(
+    st.lists(distinct_scores, min_size=2, max_size=5),
+    st.integers(2, 40),
+    st.sampled_from(sorted(SAMPLERS)),
+    st.sampled_from(["official", "paper"]),
+    st.integers(0, 7),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_sequence_does_not_see_the_batch(rows, num_points, name, rule, pad):
+    """What is kept of a sequence is the same alone, in a batch, and with more padding: exactly, for every sampler."""
+    sampler = BlockSampler(block=3, num_tokens=num_points + 1, rule=rule, sampler=name)
+    together = SAMPLERS[name](candidates(rows, pad=pad), num_points, sampler)
+    size = together.shape[1]
+    for i, row in enumerate(rows):
+        alone = candidates([row])
+        alone = Candidates(alone.scores, alone.valid, alone.position, size, alone.fills_slots)
+        assert torch.equal(SAMPLERS[name](alone, num_points, sampler)[0], together[i, : len(row)])
+
+
+@given(distinct_scores, st.integers(2, 40), st.floats(1e-3, 1e3), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_official_rule_ignores_scale_and_order(scores, num_points, scale, random):
+    """Scores are sorted and normalised first: neither their unit nor the order of the tokens matters."""
+    sampler = BlockSampler(block=0, num_tokens=num_points + 1)
+    kept = SAMPLERS["inverse_transform"](candidates([scores]), num_points, sampler)[0]
+    shuffled = list(range(len(scores)))
+    random.shuffle(shuffled)
+    other = SAMPLERS["inverse_transform"](candidates([[scores[i] * 2.0 ** round(scale) for i in shuffled]]), num_points, sampler)[0]
+    assert {shuffled[i] for i in other.nonzero().flatten().tolist()} == set(kept.nonzero().flatten().tolist())
+
+
+@given(distinct_scores, st.integers(2, 80), st.sampled_from(sorted(SAMPLERS)), st.sampled_from(["official", "paper"]))
+@settings(max_examples=150, deadline=None)
+def test_number_kept(scores, num_points, name, rule):
+    """At least one and at most K tokens stay; topk and random keep exactly K, or all there are."""
+    sampler = BlockSampler(block=0, num_tokens=num_points + 1, rule=rule, sampler=name)
+    kept = SAMPLERS[name](candidates([scores]), num_points, sampler)
+    assert 1 <= kept.sum() <= num_points
+    if name in ("topk", "random"):
+        assert kept.sum() == min(num_points, len(scores))
+
+
+def test_topk_keeps_the_highest():
+    kept = SAMPLERS["topk"](candidates([[0.3, 0.9, 0.1, 0.5]]), 2, BlockSampler(block=0, num_tokens=3))
+    assert kept.tolist() == [[False, True, False, True]]
+
+
+def test_random_follows_seed_and_block():
+    """Another seed or block draws other tokens, the same ones the same; over many draws every token is as likely."""
+    rows = candidates([[1.0] * 20])
+    draws = {
+        (seed, block): tuple(SAMPLERS["random"](rows, 5, BlockSampler(block=block, num_tokens=6, seed=seed))[0].tolist())
+        for seed in range(40)
+        for block in range(10)
+    }
+    assert draws[3, 4] == tuple(SAMPLERS["random"](rows, 5, BlockSampler(block=4, num_tokens=6, seed=3))[0].tolist())
+    assert len(set(draws.values())) > 300
+    share = np.mean(list(draws.values()), axis=0)
+    assert np.abs(share - 0.25).max() < 0.1
+
+
+@pytest.mark.parametrize("rule", ["official", "paper"])
+@pytest.mark.parametrize(
+    "row",
+    [[0.0] * 6, [torch.nan] * 6, [1.0, torch.nan, 2.0, 1.0, 1.0, 1.0], [torch.inf, 1.0, 1.0, 1.0, 1.0, 1.0]],
+    ids=["all zero", "all nan", "one nan", "one inf"],
+)
+def test_scores_that_say_nothing_count_the_same(row, rule):
+    """Without usable scores, tokens are kept as with equal scores, and the other sequences of the batch are not touched."""
+    good, equal = [0.1, 0.5, 0.2, 0.9, 0.3, 0.4], [1.0] * 6
+    sampler = BlockSampler(block=0, num_tokens=5, rule=rule)
+    kept = SAMPLERS["inverse_transform"](candidates([row, good, equal]), 4, sampler)
+    alone = SAMPLERS["inverse_transform"](candidates([good]), 4, sampler)
+    assert kept[0].any()
+    assert torch.equal(kept[0], kept[2])
+    assert torch.equal(kept[1], alone[0])
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("rule", ["official", "paper"])
+@pytest.mark.parametrize("fills_slots", [True, False])
+def test_one_candidate_is_kept(name, rule, fills_slots):
+    kept = SAMPLERS[name](candidates([[0.7]], fills_slots=fills_slots), 6, BlockSampler(block=0, num_tokens=8, rule=rule))
+    assert kept.tolist() == [[True]]
+
+
+def test_lowest_score_goes_first_and_then_stays():
+    """The official code's own behaviour: with full slots the lowest is never kept, with an empty slot always."""
+    scores = [0.001, 0.2, 0.3, 0.25, 0.249]
+    full = SAMPLERS["inverse_transform"](candidates([scores]), 40, BlockSampler(block=0, num_tokens=41))
+    after = SAMPLERS["inverse_transform"](candidates([scores], fills_slots=False), 40, BlockSampler(block=0, num_tokens=41))
+    assert full.tolist() == [[False, True, True, True, True]]
+    assert after.tolist() == [[True] * 5]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "slots", "budget"),
+    [(197, 197, 197), (1.0, 65, 65), (1, 65, 65), (0.5, 65, 32), (20, 65, 20), (0.5, 10, 8), (300, 197, 300), (2, 197, 8)],
+)
+def test_budget(num_tokens, slots, budget):
+    """K: a count as it is (not clamped to the slots), a ratio of the slots rounded as Python does, at least 8."""
+    assert BlockSampler(block=0, num_tokens=num_tokens).budget(slots) == budget
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"blocks": [12]}, "block 12 does not exist, the network has blocks 0 to 11"),
+        ({"blocks": [-1]}, "block -1 does not exist"),
+        ({"blocks": [3, 3]}, "a block stands twice"),
+        ({"num_tokens": [197] * 9}, "has 9 entries, the network 12 blocks"),
+        ({"num_tokens": 0}, "NUM_TOKENS 0 (block 3)"),
+        ({"num_tokens": -4}, "NUM_TOKENS -4"),
+        ({"num_tokens": 1.5}, "NUM_TOKENS 1.5"),
+        ({"sampler": "inverse_transfrom"}, "Did you mean inverse_transform"),
+        ({"score": "cls"}, "choose from cls_attention_value_norm"),
+        ({"rule": "offical"}, "Did you mean official"),
+        ({"num_prefix_tokens": 0}, "use ATS.SCORE mean_attention"),
+    ],
+)
+def test_wrong_settings_are_named(changes, text):
+    with pytest.raises(UserError) as error:
+        plan_samplers(**{"depth": 12, "blocks": [3, 4], "num_tokens": 197} | changes)
+    assert text in str(error.value)

@@ -1,0 +1,436 @@
+"""Make the Digits data set: real handwritten digits on cluttered canvases, in the ImageNet folder layout.
+
+    python tools/make_digits.py --output data/digits
+
+scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels. They are split by digit image, stratified by class: 80 %
+for training, 20 % for validation. Each one is enlarged, turned a little and placed at random on `per_digit` canvases,
+among fragments (about half a digit each) of other digits of the *same split*: whatever is seen in validation,
+distractors included, was never seen in training. The number of fragments differs from canvas to canvas, hence so does
+the number of tokens an image needs. No fragment enters the box of the digit, and each is smaller than a digit: the
+label is unambiguous.
+
+    <output>/train/<class>/<digit>_<copy>.png     <digit> is the index in sklearn.datasets.load_digits()
+    <output>/val/<class>/<digit>_<copy>.png
+    <output>/SHA256SUMS                           one checksum per split, over the names and bytes of all its files
+    <output>/digits.json                          settings, counts, number of distractors of every image
+
+Each image depends on (seed, split, digit, copy, size) alone, whatever the number of processes and of copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
+
+from ats.errors import UserError
+
+VERSION = 1  # of the pictures: raise it when they change, so that old folders are made anew
+VAL_FRACTION = 0.2
+MAX_DISTRACTORS = 12  # asked for; a crowded canvas gets those that fit
+NUM_ATTEMPTS = 12  # to place one of them
+NUM_FRAGMENTS = 4096  # drawn once per split and used again: drawing them is what costs time
+MIN_SIZE = 32
+
+
+class Digits(NamedTuple):
+    """The source digits of one split: images [N, 8, 8] in 0..1, labels [N], ids [N] (index in load_digits())."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels: top, left, height, width."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def meets_any(self, others: list[Box], *, gap: int) -> bool:
+        """Whether fewer than `gap` pixels lie between this and any other."""
+        top, left, height, width = self
+        return any(
+            top < other_top + other_height + gap
+            and other_top < top + height + gap
+            and left < other_left + other_width + gap
+            and other_left < left + width + gap
+            for other_top, other_left, other_height, other_width in others
+        )
+
+
+def split_digits(*, seed: int) -> dict[str, Digits]:
+    """Split scikit-learn's digits by image, stratified by class.
+
+    Returns:
+        `{"train": Digits, "val": Digits}`, about 80 % and 20 % of every class.
+    """
+    from sklearn.datasets import load_digits  # takes a second to import: not needed to say "up to date"
+
+    source = load_digits()
+    rng = np.random.default_rng(seed)
+    val_ids = []
+    for label in range(10):
+        ids = rng.permutation(np.flatnonzero(source.target == label))
+        val_ids.extend(ids[: round(len(ids) * VAL_FRACTION)])
+    in_val = np.isin(np.arange(len(source.target)), val_ids)
+    images = (source.images / 16).astype(np.float32)
+    return {
+        split: Digits(images[mask], source.target[mask], np.flatnonzero(mask))
+        for split, mask in (("train", ~in_val), ("val", in_val))
+    }
+
+
+def draw_strokes(glyph: np.ndarray, *, scale: float, angle: float, shear: float = 0.0) -> np.ndarray:
+    """Enlarge and turn a small glyph and crop it to its ink.
+
+    Args:
+        glyph: [h, w] in 0..1.
+        scale: pixels per glyph cell. angle: degrees. shear: horizontal, in pixels per pixel.
+
+    Returns:
+        Opacity [H, W] in 0..1 whose first and last rows and columns have ink; [0, 0] if the glyph is blank.
+    """
+    padded = np.zeros((glyph.shape[0] + 4, glyph.shape[1] + 4), np.float32)  # bicubic needs a blank surround
+    padded[2:-2, 2:-2] = glyph
+    out_size = math.ceil(math.hypot(*padded.shape) * scale)
+    cos, sin = math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
+    a, b, d, e = cos, sin + shear * cos, -sin, cos - shear * sin  # output pixel -> glyph cell
+    c = padded.shape[1] / 2 - (a + b) * out_size / 2
+    f = padded.shape[0] / 2 - (d + e) * out_size / 2
+    image = Image.fromarray(padded).transform(
+        (out_size, out_size), Image.Transform.AFFINE, (a, b, c, d, e, f), resample=Image.Resampling.BICUBIC
+    )
+    ink = np.clip((np.asarray(image) - 0.3) / 0.45, 0, 1)  # enlarging blurs: make the strokes crisp again
+    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+    if not len(rows):
+        return np.zeros((0, 0), np.float32)
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+class Fragment(NamedTuple):
+    """A distractor: the opacity of its strokes [H, W] in 0..1, and the position in `Digits` of its source."""
+
+    strokes: np.ndarray
+    source: int
+
+
+def cut_fragments(digits: Digits, *, seed: list[int], num_fragments: int, cell: float) -> list[Fragment]:
+    """Cut pieces of about half a digit - upper or lower half, or a corner - and draw them at any angle.
+
+    Args:
+        cell: pixels of the canvas per 1/60 of its side.
+    """
+    # Not the left or right half: those of 4, 7 and 9 are strokes as tall as a digit, which read as 1.
+    pieces = [np.s_[:4, :], np.s_[4:, :], np.s_[:5, :5], np.s_[:5, 3:], np.s_[3:, :5], np.s_[3:, 3:]]
+    rng = np.random.default_rng(seed)
+    fragments = []
+    while len(fragments) < num_fragments:
+        source, piece = int(rng.integers(len(digits.ids))), pieces[rng.integers(len(pieces))]
+        strokes = draw_strokes(
+            digits.images[source][piece], scale=rng.uniform(2.0, 2.7) * cell, angle=rng.uniform(0, 360)
+        )
+        if min(strokes.shape) >= 4 * cell:  # a corner may be nearly blank
+            fragments.append(Fragment(strokes, source))
+    return fragments
+
+
+def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A dark, tinted gradient with soft blotches and a little sensor noise, [size, size, 3] in 0..1."""
+    tint = rng.uniform(0.06, 0.30, 3).astype(np.float32)
+    ramp = np.linspace(-0.1, 0.1, 6)
+    grid = rng.normal(0, 0.03, (6, 6)) + rng.normal() * ramp + rng.normal() * ramp[:, None]
+    shade = Image.fromarray(grid.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
+    noise = rng.standard_normal((size, size), dtype=np.float32) * rng.uniform(0.002, 0.02)
+    return tint + (np.asarray(shade) + noise)[..., None]
+
+
+def make_canvas(
+    rng: np.random.Generator, digits: Digits, index: int, *, fragments: list[Fragment], size: int
+) -> tuple[Image.Image, int, Box]:
+    """Place digit `index` of `digits` on a canvas among fragments of the others.
+
+    Returns:
+        The RGB image [size, size], the number of distractors on it, and the digit's box.
+    """
+    canvas = draw_background(rng, size)
+    ink = rng.uniform(0.7, 1.0, 3).astype(np.float32)
+
+    def place(strokes: np.ndarray, box: Box, opacity: float) -> None:
+        window = canvas[box.top : box.top + box.height, box.left : box.left + box.width]
+        window += (opacity * strokes)[..., None] * (ink - window)
+
+    def box_at(strokes: np.ndarray, y: float, x: float) -> Box:
+        height, width = strokes.shape
+        return Box(int(y * (size - height + 1)), int(x * (size - width + 1)), height, width)
+
+    strokes = draw_strokes(
+        digits.images[index],
+        scale=rng.uniform(2.6, 3.2) * size / 60,  # everything scales with the canvas
+        angle=rng.uniform(-12, 12),
+        shear=rng.uniform(-0.12, 0.12),
+    )
+    boxes = [box_at(strokes, *rng.random(2))]
+    place(strokes, boxes[0], rng.uniform(0.75, 1.0))
+
+    gap = round(size / 30)
+    num_distractors = rng.integers(MAX_DISTRACTORS + 1)
+    choices = rng.integers(len(fragments), size=num_distractors)
+    opacities = rng.uniform(0.6, 1.0, num_distractors)
+    attempts = rng.random((num_distractors, NUM_ATTEMPTS, 2)).tolist()
+    for choice, opacity, corners in zip(choices, opacities, attempts, strict=True):
+        strokes, source = fragments[choice]
+        if source == index:
+            continue
+        for y, x in corners:
+            box = box_at(strokes, y, x)
+            if not box.meets_any(boxes, gap=gap):
+                boxes.append(box)
+                place(strokes, box, opacity)
+                break
+    pixels = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return Image.fromarray(pixels), len(boxes) - 1, boxes[0]
+
+
+def _write_digit(
+    index: int, *, digits: Digits, fragments: list[Fragment], folder: Path, per_digit: int, size: int, seed: list[int]
+) -> list[tuple[str, int]]:
+    """Write all canvases of one digit; returns (name relative to `folder`, number of distractors) of each."""
+    digit_id, label = int(digits.ids[index]), int(digits.labels[index])
+    written = []
+    for copy in range(per_digit):
+        rng = np.random.default_rng([*seed, digit_id + 1, copy])  # 0 is the fragments' stream
+        image, num_distractors, _ = make_canvas(rng, digits, index, fragments=fragments, size=size)
+        name = f"{label}/{digit_id:04d}_{copy:02d}.png"
+        png = io.BytesIO()
+        image.save(png, format="png", compress_level=1)
+        (folder / name).write_bytes(png.getvalue())  # in one piece: faster than saving to the file
+        written.append((name, num_distractors))
+    return written
+
+
+def _write_split(
+    folder: Path, digits: Digits, *, seed: list[int], per_digit: int, size: int, num_workers: int
+) -> dict[str, int]:
+    """Write one split; returns the number of distractors of each file, by name, in order."""
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+    fragments = cut_fragments(digits, seed=[*seed, 0], num_fragments=NUM_FRAGMENTS, cell=size / 60)
+    write = partial(
+        _write_digit, digits=digits, fragments=fragments, folder=folder, per_digit=per_digit, size=size, seed=seed
+    )
+    num_distractors: dict[str, int] = {}
+    with tqdm(total=len(digits.ids) * per_digit, desc=f"digits {folder.name}", unit="image", mininterval=0.5) as bar:
+        for written in _map(write, len(digits.ids), num_workers=num_workers):
+            num_distractors.update(written)
+            bar.update(len(written))
+    return dict(sorted(num_distractors.items()))
+
+
+def _map(function: Callable[[int], list], num_items: int, *, num_workers: int) -> Iterator[list]:
+    if num_workers <= 1:
+        yield from map(function, range(num_items))
+        return
+    with multiprocessing.Pool(num_workers, _keep, (function,)) as pool:
+        yield from pool.imap_unordered(_call, range(num_items), chunksize=8)
+
+
+def _keep(function: Callable[[int], list]) -> None:
+    global _function  # in the worker: sent once, not with every item
+    _function = function
+
+
+def _call(item: int) -> list:
+    return _function(item)
+
+
+def checksum(folder: Path) -> str:
+    """SHA-256 over the names (relative to `folder`) and bytes of all files below it, in sorted order."""
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
+    digest = hashlib.sha256()
+    for name, path in sorted((os.path.relpath(path, folder).replace(os.sep, "/"), path) for path in paths):
+        with open(path, "rb", buffering=0) as file:  # plain open: pathlib takes three times as long over 25,000 files
+            content = file.read()
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _is_up_to_date(output: Path, settings: dict) -> bool:
+    """Whether `output` holds these settings' files, every byte of them."""
+    try:
+        if json.loads((output / "digits.json").read_text())["settings"] != settings:
+            return False
+        lines = (output / "SHA256SUMS").read_text().splitlines()
+    except (OSError, ValueError, KeyError):
+        return False
+    return lines == [f"{checksum(output / split)}  {split}" for split in ("train", "val")]
+
+
+def _check_output(output: Path) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(
+            f"{output} is a file; --output needs a folder that does not exist yet, or an older Digits folder."
+        )
+    if any(output.iterdir()) and not (output / "digits.json").is_file():
+        raise UserError(
+            f"{output} is not empty and is not a Digits folder (it has no digits.json), so it is left as it is. "
+            "Give another folder with --output."
+        )
+
+
+def _check_settings(*, seed: int, train_per_digit: int, val_per_digit: int, size: int) -> None:
+    if seed < 0:
+        raise UserError(f"--seed must not be negative; got {seed}.")
+    for name, value in (("--train-per-digit", train_per_digit), ("--val-per-digit", val_per_digit)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1; got {value}.")
+    if size < MIN_SIZE:
+        raise UserError(f"--size must be at least {MIN_SIZE} pixels; got {size}.")
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove what killed runs left beside `output`; a run that is still alive keeps its own."""
+    for folder in output.parent.glob(f".{output.name}.partial-*"):
+        pid = folder.name.rsplit("-", 1)[-1]
+        try:
+            os.kill(int(pid), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:  # another user's live process
+            pass
+
+
+def _replace(output: Path, new: Path) -> None:
+    """Put `new` where `output` is; at every moment `output` is whole or absent."""
+    if output.exists():
+        old = new.with_name(new.name.replace(".partial-", ".partial-old-"))
+        output.rename(old)
+        new.rename(output)
+        shutil.rmtree(old)
+    else:
+        new.rename(output)
+
+
+def make_digits(
+    output: str | Path,
+    *,
+    seed: int = 0,
+    train_per_digit: int = 16,
+    val_per_digit: int = 5,
+    size: int = 60,
+    num_workers: int | None = None,
+) -> bool:
+    """Make the Digits data set in `output`, unless the same files are there already.
+
+    Args:
+        output: a folder that does not exist, is empty, or holds an older Digits data set (which is replaced).
+        seed: of the split, the placement and the clutter.
+        train_per_digit, val_per_digit: canvases per source digit.
+        size: of the square canvas, in pixels; the digits scale with it.
+        num_workers: processes; default one per core. Does not change the result.
+
+    Returns:
+        True if the files were made, False if they were up to date.
+
+    Raises:
+        UserError: `output` is something else's folder, or a setting is out of range.
+    """
+    _check_settings(seed=seed, train_per_digit=train_per_digit, val_per_digit=val_per_digit, size=size)
+    output = Path(output).absolute()
+    settings = {
+        "version": VERSION,
+        "seed": seed,
+        "train_per_digit": train_per_digit,
+        "val_per_digit": val_per_digit,
+        "size": size,
+    }
+    _check_output(output)
+    _remove_leftovers(output)
+    if _is_up_to_date(output, settings):
+        return False
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial_folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial_folder, ignore_errors=True)  # of a killed run that had the same number
+    try:
+        splits = {}
+        for split, digits in split_digits(seed=seed).items():
+            splits[split] = _write_split(
+                partial_folder / split,
+                digits,
+                seed=[seed, 1 + len(splits)],
+                per_digit=train_per_digit if split == "train" else val_per_digit,
+                size=size,
+                num_workers=num_workers,
+            )
+        _write_manifest(partial_folder, settings=settings, splits=splits)
+        _replace(output, partial_folder)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    return True
+
+
+def _write_manifest(folder: Path, *, settings: dict, splits: dict[str, dict[str, int]]) -> None:
+    counts = {split: len(files) for split, files in splits.items()}
+    manifest = {
+        "source": "scikit-learn's load_digits(): optical recognition of handwritten digits, UCI (Alpaydin and Kaynak)",
+        "settings": settings,
+        "num_images": counts,
+        "num_distractors": splits,
+    }
+    (folder / "digits.json").write_text(json.dumps(manifest, separators=(",", ":")) + "\n")
+    (folder / "SHA256SUMS").write_text("".join(f"{checksum(folder / split)}  {split}\n" for split in splits))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="data/digits", metavar="DIR", help="where to (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--train-per-digit", type=int, default=16, metavar="N", help="canvases (default: %(default)s)")
+    parser.add_argument("--val-per-digit", type=int, default=5, metavar="N", help="canvases (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=60, help="of the canvas in pixels (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        made = make_digits(
+            args.output,
+            seed=args.seed,
+            train_per_digit=args.train_per_digit,
+            val_per_digit=args.val_per_digit,
+            size=args.size,
+        )
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.output}: {'made' if made else 'up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Arrange the official ImageNet (ILSVRC 2012) archives in the folder layout that the loaders read.
+
+    python tools/prepare_imagenet.py --archives ~/Downloads --output data/imagenet
+
+The archives come from https://image-net.org (an account is needed):
+
+    ILSVRC2012_devkit_t12.tar.gz       which classes there are, and the class of each validation image
+    ILSVRC2012_img_val.tar             50,000 validation images  ->  <output>/val/<wnid>/*.JPEG
+    ILSVRC2012_img_train.tar           1,281,167 images          ->  <output>/train/<wnid>/*.JPEG
+
+Without --split, whatever archive is there is arranged. The archives are read once, in order, and are not changed. Every
+image is written under another name and renamed when whole, so the program can be stopped and started again at any
+time: images that are there already are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
+
+from ats.errors import UserError
+
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
+
+
+class Devkit(NamedTuple):
+    """wnids of the classes that have images, and the wnid of each validation image in order."""
+
+    wnids: set[str]
+    val_wnids: list[str]
+
+
+def read_devkit(path: Path) -> Devkit:
+    """Read the class list (`data/meta.mat`) and the validation labels from the devkit archive.
+
+    Raises:
+        UserError: the archive is missing, damaged, or something else.
+    """
+    from scipy.io import loadmat  # slow to import
+
+    with _open(path) as archive:
+        content = {
+            name: archive.extractfile(f"ILSVRC2012_devkit_t12/data/{name}").read()
+            for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+        }
+    synsets = loadmat(io.BytesIO(content["meta.mat"]), squeeze_me=True)["synsets"]
+    # Inner nodes of the WordNet tree (num_children > 0) have ids too, but no images.
+    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if row["num_children"] == 0}
+    labels = content["ILSVRC2012_validation_ground_truth.txt"].split()
+    return Devkit(set(wnids.values()), [wnids[int(label)] for label in labels])
+
+
+def arrange_val(archive: Path, output: Path, *, devkit: Devkit) -> int:
+    """Write the validation images to `<output>/val/<wnid>/`.
+
+    Returns:
+        The number of images written now; those that were there already are not counted.
+
+    Raises:
+        UserError: the archive is damaged or incomplete, or does not belong to the devkit.
+    """
+
+    def target(name: str) -> str:
+        match = re.fullmatch(r"(?:.*/)?(ILSVRC2012_val_(\d{8})\.JPEG)", name)
+        number = int(match[2]) if match else 0
+        if not 1 <= number <= len(devkit.val_wnids):
+            raise UserError(f"{archive} holds {name!r}, none of the {len(devkit.val_wnids)} validation images.")
+        return f"{devkit.val_wnids[number - 1]}/{match[1]}"
+
+    with _open(archive) as tar, tqdm(total=len(devkit.val_wnids), desc="val", unit="image") as bar:
+        num_found, num_written = _extract(tar, output / "val", target=target, bar=bar)
+    if num_found != len(devkit.val_wnids):
+        raise UserError(
+            f"{archive} is incomplete: {num_found} of {len(devkit.val_wnids)} images. Download it again; what is "
+            f"arranged already will be kept."
+        )
+    return num_written
+
+
+def arrange_train(archive: Path, output: Path, *, devkit: Devkit | None = None) -> int:
+    """Write the training images, which are an archive per class in the archive, to `<output>/train/<wnid>/`.
+
+    Returns:
+        The number of images written now; those that were there already are not counted.
+
+    Raises:
+        UserError: the archive is damaged, or (known by the devkit, if given) classes are missing.
+    """
+    found, num_written = set(), 0
+    with _open(archive) as outer, tqdm(total=archive.stat().st_size, desc="train", unit="B", unit_scale=True) as bar:
+        for member in outer:
+            match = re.fullmatch(r"(?:.*/)?(n\d{8})\.tar", member.name)
+            if not match or (devkit and match[1] not in devkit.wnids):
+                raise UserError(f"{archive} holds {member.name!r}, which is not the archive of a class.")
+            wnid = match[1]
+            bar.set_description(f"train {wnid}")
+
+            def target(name: str, wnid: str = wnid) -> str:
+                match = re.fullmatch(rf"(?:.*/)?({wnid}_\d+\.JPEG)", name)
+                if not match:
+                    raise UserError(f"{wnid}.tar in {archive} holds {name!r}, which is not an image of that class.")
+                return f"{wnid}/{match[1]}"
+
+            with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                num_written += _extract(inner, output / "train", target=target)[1]
+            found.add(wnid)
+            bar.update(member.size)
+    if devkit and found != devkit.wnids:
+        raise UserError(
+            f"{archive} is incomplete: {len(found)} of {len(devkit.wnids)} classes. Download it again; what is "
+            f"arranged already will be kept."
+        )
+    return num_written
+
+
+def _extract(
+    tar: tarfile.TarFile, folder: Path, *, target: Callable[[str], str], bar: tqdm | None = None
+) -> tuple[int, int]:
+    """Write the files of an archive to `folder / target(name)`; returns how many there are, and how many are new."""
+    num_found = num_written = 0
+    for member in tar:
+        if not member.isfile():
+            continue
+        path = folder / target(member.name)
+        num_found += 1
+        if not (path.is_file() and path.stat().st_size == member.size):
+            content = tar.extractfile(member).read()
+            if len(content) != member.size:
+                raise tarfile.ReadError(f"{member.name} is cut off")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_bytes(content)
+            os.replace(partial, path)
+            num_written += 1
+        if bar is not None:
+            bar.update()
+    return num_found, num_written
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tarfile.TarFile]:
+    """Open an archive; what goes wrong while it is read is the user's download."""
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist. Get it from https://image-net.org and name its folder with --archives."
+        )
+    try:
+        with tarfile.open(path) as archive:
+            yield archive
+    except (tarfile.TarError, EOFError, zlib.error, KeyError) as error:
+        raise UserError(f"{path} is damaged or is not the official archive ({error}). Download it again.") from error
+
+
+def prepare_imagenet(archives: str | Path, output: str | Path, *, splits: list[str] | None = None) -> dict[str, int]:
+    """Arrange the archives in the folder `archives` under `output`.
+
+    Args:
+        splits: some of "val", "train"; default: those whose archive is there.
+
+    Returns:
+        The number of images written now, by split.
+
+    Raises:
+        UserError: an archive is missing, damaged or incomplete.
+    """
+    archives, output = Path(archives).expanduser(), Path(output).expanduser()
+    if splits is None:
+        splits = [split for split, name in ARCHIVES.items() if (archives / name).is_file()]
+    if not splits:
+        raise UserError(
+            f"{archives} holds neither {' nor '.join(ARCHIVES.values())}. Get them, and {DEVKIT}, from "
+            f"https://image-net.org and name their folder with --archives."
+        )
+    devkit = read_devkit(archives / DEVKIT) if "val" in splits or (archives / DEVKIT).is_file() else None
+    num_written = {}
+    for split in splits:
+        arrange = arrange_val if split == "val" else arrange_train
+        num_written[split] = arrange(archives / ARCHIVES[split], output, devkit=devkit)
+    return num_written
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archives", default=".", metavar="DIR", help="where the archives are (default: %(default)s)")
+    parser.add_argument("--output", default="data/imagenet", metavar="DIR", help="where to (default: %(default)s)")
+    parser.add_argument(
+        "--split", action="append", choices=list(ARCHIVES), help="may be repeated; default: all there are"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        num_written = prepare_imagenet(args.archives, args.output, splits=args.split)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for split, num in num_written.items():
+        print(f"{args.output}/{split}: {f'{num} images written' if num else 'up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
