@@ -23,6 +23,7 @@ setup(
         "timm>=1.0.20",
         "fvcore>=0.1.5.post20221221",
         "simplejson",
+        "tabulate",
         "pyyaml",
         "tqdm",
         "tensorboard",

@@ -30,8 +30,8 @@ from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Where releases keep their weights: ours and SlowFast's, timm's EMA, DeiT's, others'.
-WRAPPERS = ("model_state", "state_dict_ema", "model_ema", "model", "state_dict", "module")
+# Where releases keep their weights, averaged ones first: they are what a training evaluated.
+WRAPPERS = ("ema_state", "state_dict_ema", "model_ema", "model_state", "model", "state_dict", "module")
 PREFIXES = ("module.", "_orig_mod.", "base_model.", "model.")
 
 
@@ -57,7 +57,9 @@ def load_checkpoint(path: str | Path) -> dict:
             "was run. Ask for a file with tensors and plain values only (a state_dict, or .safetensors)."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a checkpoint or is damaged: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{path} is not a checkpoint or is damaged: {str(error).split(chr(10))[0] or type(error).__name__}"
+        ) from error
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds a {type(contents).__name__}, not a dictionary of weights.")
     return contents
@@ -149,8 +151,12 @@ def _check(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) -> 
 
 
 def _grouped(keys: Iterable[str], limit: int = 12) -> str:
-    """Keys that differ in their block number alone as one, with their count."""
-    groups = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key in sorted(keys))
+    """Keys that differ in their block number alone as one, with their count; the network's own parts before its
+    blocks'.
+    """
+    groups = Counter(
+        re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key in sorted(keys, key=lambda key: (key.count("."), key))
+    )
     texts = [f"{key} (x{count})" if count > 1 else key for key, count in groups.items()]
     return ", ".join(texts[:limit]) + (f", ... ({len(texts) - limit} more groups)" if len(texts) > limit else "")
 

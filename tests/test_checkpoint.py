@@ -17,7 +17,10 @@ from ats.models import VisionTransformer
 
 def vit(**settings) -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(**{"img_size": (32, 32), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5} | settings)
+    return VisionTransformer(
+        **{"img_size": (32, 32), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+        | settings
+    )
 
 
 @pytest.fixture
@@ -41,7 +44,9 @@ def test_safetensors(tmp_path, weights):
     model = vit()
     load_weights(model, tmp_path / "a.safetensors")
     save_safetensors(tmp_path / "new" / "b.safetensors", model.state_dict())
-    assert all(torch.equal(value, weights[key]) for key, value in load_checkpoint(tmp_path / "new" / "b.safetensors").items())
+    assert all(
+        torch.equal(value, weights[key]) for key, value in load_checkpoint(tmp_path / "new" / "b.safetensors").items()
+    )
 
 
 def test_another_architecture_is_told_by_groups_of_keys(weights):

@@ -199,13 +199,6 @@ def test_accumulation_in_training_with_mixup(make_cfg):
         torch.testing.assert_close(whole[key], chunked[key], atol=2e-6, rtol=0)
 
 
-def test_distilled_heads_learn_the_same_target():
-    logits, target = torch.randn(5, 2, 4), torch.randint(4, (5,))
-    criterion = nn.CrossEntropyLoss()
-    expected = (criterion(logits[:, 0], target) + criterion(logits[:, 1], target)) / 2
-    torch.testing.assert_close(train.batch_loss(criterion, logits, target), expected)
-
-
 def test_distilled_network_trains(make_cfg):
     _, step = make_step(make_cfg("VIT.DISTILLED", "True", "MIXUP.ENABLE", "True"))
     x, label = random_batch()

@@ -47,7 +47,9 @@ def test_formula_equals_counter(score, distilled, blocks, size):
 def test_each_image_is_counted_by_its_own_tokens():
     """A batch's GFLOPs are those of its images one by one."""
     cfg = get_cfg()
-    cfg.merge_from_list(["VIT.IMG_SIZE", 32, "VIT.PATCH_SIZE", 4, "VIT.EMBED_DIM", 32, "VIT.NUM_HEADS", 2, "ATS.ENABLE", True])
+    cfg.merge_from_list(
+        ["VIT.IMG_SIZE", 32, "VIT.PATCH_SIZE", 4, "VIT.EMBED_DIM", 32, "VIT.NUM_HEADS", 2, "ATS.ENABLE", True]
+    )
     torch.manual_seed(0)
     model = build_model(cfg).double().eval()
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
@@ -73,13 +75,17 @@ def test_published_dense_gflops(embed_dim, num_heads, published):
 
 
 def test_papers_token_counts_give_the_papers_gflops():
-    """With the mean tokens of the paper's histograms DeiT-S costs about the paper's 2.9 GFLOPs (3.1 with counts read off a plot)."""
+    """With the mean tokens of the paper's histograms DeiT-S costs about the paper's 2.9 GFLOPs (3.1 with counts read
+    off a plot).
+    """
     cfg = get_cfg()
     cfg.merge_from_list(["VIT.EMBED_DIM", 384, "VIT.NUM_HEADS", 6, "ATS.ENABLE", True])
     with torch.device("meta"):
         model = build_model(cfg)
     means = [162, 146, 132, 117, 105, 98, 82, 72, 62]
-    trace = [KeptTokens(block, torch.tensor([n]), torch.empty(0), 1) for block, n in zip(range(3, 12), means, strict=True)]
+    trace = [
+        KeptTokens(block, torch.tensor([n]), torch.empty(0), 1) for block, n in zip(range(3, 12), means, strict=True)
+    ]
     cost = gflops(model, trace, (1, 3, 224, 224))
     assert cost.paper.item() == pytest.approx(3.1, abs=0.06)
     assert cost.as_run.item() < cost.paper.item() < cost.dense

@@ -23,14 +23,28 @@ ROOT = Path(__file__).parents[1]
 KEYS = Path(__file__).parent / "fixtures" / "keys"
 
 
-def small_vit(*, ats: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0, distilled: bool = False, **settings) -> VisionTransformer:
+def small_vit(
+    *, ats: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0, distilled: bool = False, **settings
+) -> VisionTransformer:
     """A small ViT whose weights are large enough for tokens to differ."""
-    options = {"blocks": range(1, 4), "num_tokens": 1.0} | {k: settings.pop(k) for k in list(settings) if k in (
-        "blocks", "num_tokens", "sampler", "score", "rule", "min_tokens")}
+    options = {"blocks": range(1, 4), "num_tokens": 1.0} | {
+        k: settings.pop(k)
+        for k in list(settings)
+        if k in ("blocks", "num_tokens", "sampler", "score", "rule", "min_tokens")
+    }
     torch.manual_seed(seed)
     samplers = plan_samplers(depth=4, num_prefix_tokens=2 if distilled else 1, **options) if ats else {}
-    model = VisionTransformer(img_size=(32, 32), patch_size=4, num_classes=7, embed_dim=32, depth=4, num_heads=2,
-                              distilled=distilled, samplers=samplers, **settings)
+    model = VisionTransformer(
+        img_size=(32, 32),
+        patch_size=4,
+        num_classes=7,
+        embed_dim=32,
+        depth=4,
+        num_heads=2,
+        distilled=distilled,
+        samplers=samplers,
+        **settings,
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.1)
     return model.to(dtype).eval()
@@ -53,14 +67,22 @@ def test_equals_timm(name, dtype, atol, keep_all):
     """With ATS off, or on and every token kept in blocks 3 to 11, the logits are timm's."""
     torch.manual_seed(0)
     reference = timm.create_model(name, pretrained=False).to(dtype).eval()
-    overrides = ["VIT.EMBED_DIM", reference.embed_dim, "VIT.NUM_HEADS", reference.blocks[0].attn.num_heads,
-                 "VIT.DISTILLED", "distilled" in name]
+    overrides = [
+        "VIT.EMBED_DIM",
+        reference.embed_dim,
+        "VIT.NUM_HEADS",
+        reference.blocks[0].attn.num_heads,
+        "VIT.DISTILLED",
+        "distilled" in name,
+    ]
     with KeepAll():
         cfg = get_cfg()
         cfg.merge_from_list(overrides)
         model = build_model(cfg)
         if keep_all:
-            samplers = plan_samplers(depth=12, blocks=range(3, 12), sampler="keep_all", num_prefix_tokens=model.num_prefix_tokens)
+            samplers = plan_samplers(
+                depth=12, blocks=range(3, 12), sampler="keep_all", num_prefix_tokens=model.num_prefix_tokens
+            )
             model = build_model_with(cfg, samplers)
         load_weights(model, reference.state_dict())
         x = torch.randn(2, 3, 224, 224, dtype=dtype)
@@ -69,11 +91,19 @@ def test_equals_timm(name, dtype, atol, keep_all):
 
 
 def build_model_with(cfg, samplers):
-    return VisionTransformer(embed_dim=cfg.VIT.EMBED_DIM, num_heads=cfg.VIT.NUM_HEADS, distilled=cfg.VIT.DISTILLED, samplers=samplers)
+    return VisionTransformer(
+        embed_dim=cfg.VIT.EMBED_DIM, num_heads=cfg.VIT.NUM_HEADS, distilled=cfg.VIT.DISTILLED, samplers=samplers
+    )
 
 
-@given(st.integers(0, 10**6), st.lists(st.integers(0, 5), min_size=1, max_size=5), st.sampled_from(["inverse_transform", "topk", "random"]),
-       st.sampled_from(["cls_attention_value_norm", "cls_attention", "mean_attention"]), st.sampled_from([1.0, 0.5, 20]), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    st.sampled_from(["inverse_transform", "topk", "random"]),
+    st.sampled_from(["cls_attention_value_norm", "cls_attention", "mean_attention"]),
+    st.sampled_from([1.0, 0.5, 20]),
+    st.booleans(),
+)
 @settings(max_examples=40, deadline=None)
 def test_kept_sets_do_not_depend_on_the_batch(seed, order, sampler, score, num_tokens, distilled):
     """Any batch made of any images in any order: each image keeps the tokens and gets the logits it gets alone."""
@@ -185,7 +215,9 @@ def test_another_image_size_resizes_the_positions():
     model = small_vit(dtype=torch.float32)
     _, trace = model.forward_tokens(torch.randn(2, 3, 48, 40))
     assert trace[0].num_tokens.max() <= 1 + 12 * 10
-    larger = VisionTransformer(img_size=(48, 48), patch_size=4, num_classes=7, embed_dim=32, depth=4, num_heads=2).eval()
+    larger = VisionTransformer(
+        img_size=(48, 48), patch_size=4, num_classes=7, embed_dim=32, depth=4, num_heads=2
+    ).eval()
     load_weights(larger, model.state_dict())
     dense = small_vit(ats=False, dtype=torch.float32)
     x = torch.randn(2, 3, 48, 48)
@@ -204,16 +236,22 @@ def test_every_imagenet_config_builds(path):
     assert f"--cfg configs/ImageNet/{path.name}" in path.read_text()
 
 
-@pytest.mark.parametrize("path", sorted(KEYS.glob("*deit*.json")) + [KEYS / "vit_base_patch16_224.json"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(KEYS.glob("*deit*.json")) + [KEYS / "vit_base_patch16_224.json"], ids=lambda path: path.stem
+)
 def test_released_keys_load(path):
-    """The key names and shapes of every released DeiT and ViT checkpoint, in the release's own wrapper, fill a model strictly."""
+    """The key names and shapes of every released DeiT and ViT checkpoint, in the release's own wrapper, fill a model
+    strictly.
+    """
     shapes = json.loads(path.read_text())
     shapes = shapes.get("release_file_layout", shapes)
     wrapped = "model" in shapes
     shapes = shapes["model"] if wrapped else shapes
     cfg = get_cfg()
     dim = shapes["cls_token"][-1]
-    cfg.merge_from_list(["VIT.EMBED_DIM", dim, "VIT.NUM_HEADS", dim // 64, "VIT.DISTILLED", "dist_token" in shapes, "ATS.ENABLE", True])
+    cfg.merge_from_list(
+        ["VIT.EMBED_DIM", dim, "VIT.NUM_HEADS", dim // 64, "VIT.DISTILLED", "dist_token" in shapes, "ATS.ENABLE", True]
+    )
     model = build_model(cfg)
     state = {key: torch.full(shape, 0.5) for key, shape in shapes.items()}
     load_weights(model, {"model": state} if wrapped else state)

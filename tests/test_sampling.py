@@ -56,7 +56,9 @@ def test_inverse_transform_is_the_definition(scores, num_points, fills_slots, ru
     sampler = BlockSampler(block=0, num_tokens=num_points + 1, rule=rule)
     kept = SAMPLERS["inverse_transform"](candidates([scores], fills_slots=fills_slots), num_points, sampler)
     want = by_definition(scores, num_points, fills_slots=fills_slots, rule=rule)
-    nudged = by_definition([s * (1 + 1e-9) ** i for i, s in enumerate(scores)], num_points, fills_slots=fills_slots, rule=rule)
+    nudged = by_definition(
+        [s * (1 + 1e-9) ** i for i, s in enumerate(scores)], num_points, fills_slots=fills_slots, rule=rule
+    )
     if want == nudged:
         assert set(kept[0].nonzero().flatten().tolist()) == want
 
@@ -88,7 +90,9 @@ def test_official_rule_ignores_scale_and_order(scores, num_points, scale, random
     kept = SAMPLERS["inverse_transform"](candidates([scores]), num_points, sampler)[0]
     shuffled = list(range(len(scores)))
     random.shuffle(shuffled)
-    other = SAMPLERS["inverse_transform"](candidates([[scores[i] * 2.0 ** round(scale) for i in shuffled]]), num_points, sampler)[0]
+    other = SAMPLERS["inverse_transform"](
+        candidates([[scores[i] * 2.0 ** round(scale) for i in shuffled]]), num_points, sampler
+    )[0]
     assert {shuffled[i] for i in other.nonzero().flatten().tolist()} == set(kept.nonzero().flatten().tolist())
 
 
@@ -112,7 +116,9 @@ def test_random_follows_seed_and_block():
     """Another seed or block draws other tokens, the same ones the same; over many draws every token is as likely."""
     rows = candidates([[1.0] * 20])
     draws = {
-        (seed, block): tuple(SAMPLERS["random"](rows, 5, BlockSampler(block=block, num_tokens=6, seed=seed))[0].tolist())
+        (seed, block): tuple(
+            SAMPLERS["random"](rows, 5, BlockSampler(block=block, num_tokens=6, seed=seed))[0].tolist()
+        )
         for seed in range(40)
         for block in range(10)
     }
@@ -129,7 +135,9 @@ def test_random_follows_seed_and_block():
     ids=["all zero", "all nan", "one nan", "one inf"],
 )
 def test_scores_that_say_nothing_count_the_same(row, rule):
-    """Without usable scores, tokens are kept as with equal scores, and the other sequences of the batch are not touched."""
+    """Without usable scores, tokens are kept as with equal scores, and the other sequences of the batch are not
+    touched.
+    """
     good, equal = [0.1, 0.5, 0.2, 0.9, 0.3, 0.4], [1.0] * 6
     sampler = BlockSampler(block=0, num_tokens=5, rule=rule)
     kept = SAMPLERS["inverse_transform"](candidates([row, good, equal]), 4, sampler)
@@ -143,7 +151,9 @@ def test_scores_that_say_nothing_count_the_same(row, rule):
 @pytest.mark.parametrize("rule", ["official", "paper"])
 @pytest.mark.parametrize("fills_slots", [True, False])
 def test_one_candidate_is_kept(name, rule, fills_slots):
-    kept = SAMPLERS[name](candidates([[0.7]], fills_slots=fills_slots), 6, BlockSampler(block=0, num_tokens=8, rule=rule))
+    kept = SAMPLERS[name](
+        candidates([[0.7]], fills_slots=fills_slots), 6, BlockSampler(block=0, num_tokens=8, rule=rule)
+    )
     assert kept.tolist() == [[True]]
 
 
@@ -151,14 +161,25 @@ def test_lowest_score_goes_first_and_then_stays():
     """The official code's own behaviour: with full slots the lowest is never kept, with an empty slot always."""
     scores = [0.001, 0.2, 0.3, 0.25, 0.249]
     full = SAMPLERS["inverse_transform"](candidates([scores]), 40, BlockSampler(block=0, num_tokens=41))
-    after = SAMPLERS["inverse_transform"](candidates([scores], fills_slots=False), 40, BlockSampler(block=0, num_tokens=41))
+    after = SAMPLERS["inverse_transform"](
+        candidates([scores], fills_slots=False), 40, BlockSampler(block=0, num_tokens=41)
+    )
     assert full.tolist() == [[False, True, True, True, True]]
     assert after.tolist() == [[True] * 5]
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "slots", "budget"),
-    [(197, 197, 197), (1.0, 65, 65), (1, 65, 65), (0.5, 65, 32), (20, 65, 20), (0.5, 10, 8), (300, 197, 300), (2, 197, 8)],
+    [
+        (197, 197, 197),
+        (1.0, 65, 65),
+        (1, 65, 65),
+        (0.5, 65, 32),
+        (20, 65, 20),
+        (0.5, 10, 8),
+        (300, 197, 300),
+        (2, 197, 8),
+    ],
 )
 def test_budget(num_tokens, slots, budget):
     """K: a count as it is (not clamped to the slots), a ratio of the slots rounded as Python does, at least 8."""

@@ -29,7 +29,9 @@ def test_pad_and_unpad_are_inverse(lengths):
 @given(st.integers(1, 4), st.integers(3, 12), st.integers(1, 2), st.integers(0, 2**30))
 @settings(max_examples=50, deadline=None)
 def test_keep_remembers_where_tokens_come_from(num_sequences, length, num_prefix, seed):
-    """After two rounds of keeping, every token still equals the original at its position, and the grid holds the rest as zeros."""
+    """After two rounds of keeping, every token still equals the original at its position, and the grid holds the rest
+    as zeros.
+    """
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(num_sequences, length, 2, generator=generator)
     tokens = RaggedTokens.from_dense(dense, num_prefix)
@@ -47,7 +49,10 @@ def test_keep_remembers_where_tokens_come_from(num_sequences, length, num_prefix
     entry = KeptTokens.of(tokens, block=5)
     for i, patches in enumerate(entry.patches):
         assert len(patches) == entry.num_tokens[i] - num_prefix
-        assert torch.equal(tokens.x[tokens.layout.offsets[i] + num_prefix : tokens.layout.offsets[i + 1]], dense[i, num_prefix + patches])
+        assert torch.equal(
+            tokens.x[tokens.layout.offsets[i] + num_prefix : tokens.layout.offsets[i + 1]],
+            dense[i, num_prefix + patches],
+        )
 
 
 def reference_attention(q, k, v, q_sizes, k_sizes, scale):
@@ -62,7 +67,9 @@ def reference_attention(q, k, v, q_sizes, k_sizes, scale):
 def random_qkv(k_sizes, q_sizes, dtype=torch.float64, device="cpu"):
     generator = torch.Generator().manual_seed(sum(k_sizes))
     q = torch.randn(sum(q_sizes), 2, 8, generator=generator, dtype=torch.float64).to(device, dtype)
-    k, v = (torch.randn(sum(k_sizes), 2, 8, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2))
+    k, v = (
+        torch.randn(sum(k_sizes), 2, 8, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2)
+    )
     return q, k, v
 
 
@@ -73,7 +80,10 @@ def test_attention_backends_agree(backend, sizes):
     """Values and gradients of each backend equal attention written out, for any query and key lengths."""
     q_sizes, k_sizes = [min(s) for s in sizes], [max(s) for s in sizes]
     q, k, v = (t.requires_grad_() for t in random_qkv(k_sizes, q_sizes))
-    layouts = {"queries": Layout.from_lengths(torch.tensor(q_sizes)), "keys": Layout.from_lengths(torch.tensor(k_sizes))}
+    layouts = {
+        "queries": Layout.from_lengths(torch.tensor(q_sizes)),
+        "keys": Layout.from_lengths(torch.tensor(k_sizes)),
+    }
     out = ragged_attention(q, k, v, **layouts, scale=0.3, backend=backend)
     want = reference_attention(q, k, v, q_sizes, k_sizes, 0.3)
     torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
@@ -88,7 +98,10 @@ def test_attention_backends_agree(backend, sizes):
 def test_varlen_attention_agrees(dtype):
     q_sizes, k_sizes = [5, 1, 60], [9, 130, 64]
     q, k, v = random_qkv(k_sizes, q_sizes, dtype, "cuda")
-    layouts = {"queries": Layout.from_lengths(torch.tensor(q_sizes).cuda()), "keys": Layout.from_lengths(torch.tensor(k_sizes).cuda())}
+    layouts = {
+        "queries": Layout.from_lengths(torch.tensor(q_sizes).cuda()),
+        "keys": Layout.from_lengths(torch.tensor(k_sizes).cuda()),
+    }
     out = ragged_attention(q, k, v, **layouts, scale=0.3, backend="varlen")
     want = reference_attention(q.double(), k.double(), v.double(), q_sizes, k_sizes, 0.3)
     torch.testing.assert_close(out.double(), want, rtol=0, atol=2e-2)

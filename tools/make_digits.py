@@ -338,7 +338,7 @@ def make_digits(
     seed: int = 0,
     train_per_digit: int = 16,
     val_per_digit: int = 5,
-    size: int = 60,
+    size: int = 56,
     num_workers: int | None = None,
 ) -> bool:
     """Make the Digits data set in `output`, unless the same files are there already.
@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--train-per-digit", type=int, default=16, metavar="N", help="canvases (default: %(default)s)")
     parser.add_argument("--val-per-digit", type=int, default=5, metavar="N", help="canvases (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=60, help="of the canvas in pixels (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=56, help="of the canvas in pixels (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     try:

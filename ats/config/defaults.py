@@ -45,8 +45,8 @@ KEYS: list[Key] = [
     Key(
         "VIT.WEIGHT_INIT",
         "deit",
-        "Initial weights: deit (normal, 0.02) or jax (Xavier, as the original ViT), which narrow networks need to learn.",
-        choices=("deit", "jax"),
+        "Initial weights: deit (normal, 0.02) or big_vision (Xavier, sine-cosine positions), for narrow networks.",
+        choices=("deit", "big_vision"),
     ),
     Key("VIT.DISTILLED", False, "DeiT's distillation token: two prefix tokens, two heads, averaged in evaluation."),
     Key(
@@ -90,7 +90,7 @@ KEYS: list[Key] = [
     Key("ATS.MIN_TOKENS", 8, "Lower bound of K after rounding; never below the prefix tokens + 2."),
     Key("ATS.SEED", 0, "Seed of ATS.SAMPLER random."),
     # ---- training
-    Key("TRAIN.ENABLE", False, "Train."),
+    Key("TRAIN.ENABLE", False, "Train the network."),
     Key("TRAIN.DATASET", "imagenet", "Data set to train on; also the one validated on while training."),
     Key("TRAIN.BATCH_SIZE", 256, "Samples per optimizer step, over all processes and accumulation steps."),
     Key("TRAIN.GRAD_ACCUM_STEPS", 1, "Forward-backward passes that one batch is cut into to save memory."),

@@ -259,7 +259,7 @@ def train_step(
         share = len(x_chunk) / len(x)
         with autocast(x.device, recipe.amp_dtype):
             logits, trace = model.forward_tokens(x_chunk)
-        chunk_loss = share * batch_loss(recipe.criterion, logits.float(), target_chunk)
+        chunk_loss = share * recipe.criterion(logits.float(), target_chunk)
         scaler.scale(chunk_loss).backward()
         loss += chunk_loss.detach()
         for entry in trace:
@@ -277,11 +277,3 @@ def train_step(
     scaler.update()
     scale = scaler.get_scale() if scaler.is_enabled() else None
     return StepStats(loss, grad_norm, dict(zip(tokens, token_means, strict=True)), loss_scale=scale)
-
-
-def batch_loss(criterion: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
-    """Mean loss of logits [B, C], or of a distilled network's heads [B, heads, C], which all learn the same target."""
-    if logits.ndim == 3:
-        target = target.repeat_interleave(logits.shape[1], dim=0)
-        logits = logits.flatten(0, 1)
-    return criterion(logits, target)

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from fvcore.common.config import CfgNode
-from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ class VisionTransformer(nn.Module):
     Args:
         img_size: height and width the position embedding belongs to; other sizes resize it (bicubic) as they come.
         distilled: a second prefix token with its own head; the two heads' logits are averaged.
-        weight_init: "deit" or "jax", see `init_weights`.
+        weight_init: "deit" or "big_vision", see `init_weights`.
         samplers: block -> what it keeps; empty for the dense network.
     """
 
@@ -87,10 +87,10 @@ class VisionTransformer(nn.Module):
                 qkv_bias=qkv_bias,
                 proj_drop=drop_rate,
                 attn_drop=attn_drop_rate,
-                drop_path=float(rate),
+                drop_path=drop_path_rate * index / max(depth - 1, 1),
                 norm_layer=partial(nn.LayerNorm, eps=1e-6),
             )
-            for rate in torch.linspace(0, drop_path_rate, depth)
+            for index in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head_drop = nn.Dropout(head_drop_rate)
@@ -100,7 +100,8 @@ class VisionTransformer(nn.Module):
         insert_ats(self.blocks, samplers or {})
 
     def init_weights(self, scheme: str) -> None:
-        """Fresh weights: "deit" is a truncated normal of standard deviation 0.02, "jax" Xavier as in the original ViT.
+        """Fresh weights: "deit" is a truncated normal of standard deviation 0.02, "big_vision" Xavier with sine-cosine
+        positions (Beyer et al., 2022; here the positions go on to be learned).
 
         0.02 suits widths of several hundred; a network of width 64 hardly starts to learn from it.
         """
@@ -109,14 +110,23 @@ class VisionTransformer(nn.Module):
                 trunc_normal_(parameter, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                if scheme == "jax":
+                if scheme == "big_vision":
                     nn.init.xavier_uniform_(module.weight)
                 else:
                     trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if scheme == "jax":
+        if scheme == "big_vision":
             nn.init.zeros_(self.head.weight)
+            positions = build_sincos2d_pos_embed(self.grid_size, self.embed_dim, temperature=100.0)
+            self.pos_embed.data[0, self.num_prefix_tokens :] = positions.reshape(-1, self.embed_dim)
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Which parameters form a layer, in timm's form, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|dist_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that are never decayed."""
