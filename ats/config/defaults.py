@@ -120,7 +120,7 @@ KEYS: list[Key] = [
     Key(
         "ATS.SHARE_FRAMES",
         False,
-        "Video: the frames of a segment (XViT) or clip (TimeSformer) keep the same patches, chosen by their mean score; "
+        "Video: all frames of a segment (XViT) or clip (TimeSformer) keep the same patches, by their mean score; "
         "False: every frame its own.",
     ),
     # ---- training

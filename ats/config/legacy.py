@@ -29,7 +29,7 @@ def _ats_blocks(value: object) -> list[tuple[str, object]]:
     return [("ATS.ENABLE", True), ("ATS.BLOCKS", value)]
 
 
-# Names of networks in older releases -> MODEL.NAME here; TimeSformer's release names its network after its first weights.
+# Names of networks in older releases -> MODEL.NAME here; TimeSformer's release names it after its first weights.
 NETWORKS = {"XVIT": "XViT", "vit_base_patch16_224": "TimeSformer"}
 
 

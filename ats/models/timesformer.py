@@ -237,7 +237,8 @@ class TimeSformer(VisionTransformer):
         blocks = partial(blocks_multiply_adds, self.blocks, trace, paper=paper)
         if self.attention_type == "joint_space_time":
             return blocks(1 + grid * num_frames, batch_size) + stem_and_head
-        total = blocks(1 + grid, batch_size * num_frames).reshape(batch_size, num_frames).sum(dim=1) + stem_and_head
+        frames = blocks(1 + grid, batch_size * num_frames, num_frames=num_frames)
+        total = frames.reshape(batch_size, num_frames).sum(dim=1) + stem_and_head
         if self.attention_type == "space_only":
             return total
         return total + self._temporal_multiply_adds(trace, batch_size, num_frames, grid)

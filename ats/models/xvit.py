@@ -234,7 +234,9 @@ class XViT(nn.Module):
         batch_size, _, num_frames, height, width = input_shape
         model = self.base_model
         grid = (height // model.patch_size) * (width // model.patch_size)
-        frames = blocks_multiply_adds(model.blocks, trace, 1 + grid, batch_size * num_frames, paper=paper)
+        frames = blocks_multiply_adds(
+            model.blocks, trace, 1 + grid, batch_size * num_frames, paper=paper, num_frames=num_frames
+        )
         per_frame = conv_multiply_adds(model.patch_embed.proj, grid)
         per_frame += sum(linear_multiply_adds(h) for h in (model.head, self.new_fc) if isinstance(h, nn.Linear))
         head = 0 if self.consensus is None else self.consensus.multiply_adds(num_frames)
