@@ -1,4 +1,4 @@
-"""Adaptive Token Sampling: `pip install .` gives the package `ats`; `requirements.txt` holds the versions it was tested with."""
+"""`pip install .` gives the package `ats`; `requirements.txt` holds the versions it was tested with."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "ats" / "__init__.py").read
 setup(
     name="adaptive-token-sampling",
     version=VERSION,
-    description="Adaptive Token Sampling for efficient vision transformers (ECCV 2022), exact, batch independent and fast",
+    description="Adaptive Token Sampling for efficient vision transformers (ECCV 2022)",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -53,8 +53,8 @@ def load_checkpoint(path: str | Path) -> dict:
         if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
             raise UserError(f"{path} is not a checkpoint or is damaged: {error}") from error
         raise UserError(
-            f"{path} was refused: it holds objects whose loading would run code ({_refused_global(error)}); nothing of it "
-            "was run. Ask for a file with tensors and plain values only (a state_dict, or .safetensors)."
+            f"{path} was refused: loading it would run code ({_refused_global(error)}); nothing of it was run. "
+            "Ask for a file with tensors and plain values only (a state_dict, or .safetensors)."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -141,7 +141,7 @@ def _check(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) -> 
     if not missing and not unexpected and all("head" in key or "new_fc" in key for key in misshapen):
         classes = state[next(iter(misshapen))].shape[0]
         lines.append(
-            f"  The file has {classes} classes: set MODEL.NUM_CLASSES {classes}, or fine-tune with TRAIN.RESET_HEAD True"
+            f"  The file has {classes} classes: set MODEL.NUM_CLASSES {classes} or, to fine-tune, TRAIN.RESET_HEAD True"
         )
     else:
         lines.append(

@@ -171,7 +171,7 @@ def top_k(candidates: Candidates, num_points: int, options: BlockSampler) -> Ten
 
 @register_sampler("random")
 def random_k(candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
-    """K candidates chosen uniformly by seed, block and original position alone, so that the batch makes no difference."""
+    """K candidates chosen uniformly, by seed, block and original position alone: the batch makes no difference."""
     generator = torch.Generator().manual_seed(options.seed * 1009 + options.block)
     priority = torch.rand(candidates.num_positions, generator=generator, dtype=torch.float64).to(
         candidates.position.device

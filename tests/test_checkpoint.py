@@ -64,7 +64,7 @@ def test_another_architecture_is_told_by_groups_of_keys(weights):
 
 
 def test_another_head_names_the_key_to_change(weights):
-    with pytest.raises(UserError, match="MODEL.NUM_CLASSES 5"):
+    with pytest.raises(UserError, match=r"MODEL\.NUM_CLASSES 5"):
         load_weights(vit(num_classes=3), weights)
     model = vit(num_classes=3)
     head = model.head.weight.clone()

@@ -14,7 +14,7 @@ from ats.tokens import KeptTokens
 
 
 def counted(model: torch.nn.Module, x: torch.Tensor) -> tuple[float, list[KeptTokens]]:
-    """GFLOPs (multiply-adds) by torch's counter. Unfused attention, because older counters miss the CPU's fused kernel."""
+    """GFLOPs (multiply-adds) by torch's counter; unfused attention, since older counters miss the CPU's fused one."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _, trace = model.forward_tokens(x)
     return counter.get_total_flops() / 2 / 1e9, trace
@@ -25,10 +25,11 @@ def counted(model: torch.nn.Module, x: torch.Tensor) -> tuple[float, list[KeptTo
 @pytest.mark.parametrize("blocks", [None, [0], [1, 3], [2, 3]], ids=str)
 @pytest.mark.parametrize("size", [32, 48])
 def test_formula_equals_counter(score, distilled, blocks, size):
-    """To the last multiply-add, for dense, single-stage, interleaved and multi-stage networks, and another image size."""
+    """To the last multiply-add: dense, single-stage, interleaved and multi-stage networks, another image size."""
     cfg = get_cfg()
     cfg.merge_from_list([
-        "VIT.IMG_SIZE", 32, "VIT.PATCH_SIZE", 4, "VIT.EMBED_DIM", 48, "VIT.DEPTH", 4, "VIT.NUM_HEADS", 3, "VIT.MLP_RATIO", 3,
+        "VIT.IMG_SIZE", 32, "VIT.PATCH_SIZE", 4, "VIT.EMBED_DIM", 48, "VIT.DEPTH", 4, "VIT.NUM_HEADS", 3,
+        "VIT.MLP_RATIO", 3,
         "VIT.DISTILLED", distilled, "MODEL.NUM_CLASSES", 11, "ATS.SCORE", score, "ATS.NUM_TOKENS", 0.8,
         "ATS.ENABLE", blocks is not None, "ATS.BLOCKS", blocks or [0],
     ])  # fmt: skip

@@ -134,7 +134,7 @@ def test_blocks_before_the_first_sampler_are_the_hosts_own():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
 def test_broken_images_harm_nobody_else(value):
-    """NaN or infinite pixels in one image: no exception, something is kept, and the other images' logits are unchanged."""
+    """NaN or infinite pixels in one image: no exception, something is kept, the other images' logits stay."""
     model = small_vit()
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_half_precision_autocast_runs_and_keeps_about_as_many():
 
 
 def test_gradient_reaches_every_parameter_and_matches_finite_differences():
-    """ATS fine-tuning trains the whole network; the kept set is piecewise constant, so central differences are exact."""
+    """ATS trains the whole network; the kept set is piecewise constant, so central differences are exact."""
     model = small_vit(num_tokens=0.6)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     weight = torch.randn(2, 7, dtype=torch.float64)
@@ -178,7 +178,7 @@ def test_gradient_reaches_every_parameter_and_matches_finite_differences():
 
 
 def test_stochastic_depth_drops_whole_images():
-    """In training an image's residual branch is dropped as a whole: with rate ~1 behind ATS its tokens pass unchanged."""
+    """In training an image's residual branch is dropped as a whole: all of its tokens pass unchanged or none."""
     model = small_vit(drop_path_rate=0.5, blocks=[0])
     block = model.blocks[3].train()
     block.drop_path1.drop_prob = block.drop_path2.drop_prob = 0.5
@@ -228,7 +228,7 @@ def test_every_imagenet_config_builds(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(KEYS.glob("*deit*.json")) + [KEYS / "vit_base_patch16_224.json"], ids=lambda path: path.stem
+    "path", [*sorted(KEYS.glob("*deit*.json")), KEYS / "vit_base_patch16_224.json"], ids=lambda path: path.stem
 )
 def test_released_keys_load(path):
     """The key names and shapes of every released DeiT and ViT checkpoint, in the release's own wrapper, fill a model

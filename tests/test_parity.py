@@ -8,19 +8,17 @@ produced.
 from __future__ import annotations
 
 import json
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden import FIXTURES, images, weights_by_recipe
 from safetensors.torch import load_file
 
 from ats.checkpoint import load_weights
 from ats.config import get_cfg
 from ats.models import build_model
 
-FIXTURES = Path(__file__).parent / "fixtures"
 CASES = [
     "A2_vit_dropF",
     "A3_ntok20",
@@ -43,30 +41,6 @@ def model_of(config: dict, dtype: torch.dtype = torch.float32, **ats: object) ->
     for key, value in ats.items():
         cfg.merge_from_list([f"ATS.{key}", value])
     return build_model(cfg).to(dtype).eval()
-
-
-def weights_by_recipe(recipe: dict) -> dict[str, torch.Tensor]:
-    """A4's weights are too large for a repository; they are drawn key by key (see "recipe" in its case.json)."""
-    shapes = json.loads((FIXTURES / "keys" / "deit_small_patch16_224.json").read_text())["release_file_layout"]["model"]
-    weights = {}
-    for key, shape in shapes.items():
-        z = np.random.default_rng([recipe["SEED"], zlib.crc32(key.encode())]).standard_normal(shape)
-        if "norm" in key and key.endswith("weight"):
-            z = 1 + 0.1 * z
-        elif key.endswith("bias"):
-            z = 0.1 * z
-        elif key in ("pos_embed", "cls_token"):
-            z = 0.3 * z
-        else:
-            z = z / np.sqrt(np.prod(shape[1:]))
-            if key.endswith("attn.qkv.weight"):
-                z[: 2 * recipe["embed_dim"]] *= recipe["QK_GAIN"]
-        weights[key] = torch.from_numpy(z.astype(np.float32))
-    return weights
-
-
-def images(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(((array / 255.0 - 0.5) / 0.25).astype(np.float32)).to(dtype)
 
 
 def load_case(name: str, dtype: torch.dtype) -> tuple[dict, torch.nn.Module, np.lib.npyio.NpzFile, torch.Tensor]:

@@ -92,8 +92,8 @@ KEYS: list[Key] = [
     Key(
         "ATS.NUM_TOKENS",
         1.0,
-        "K, the most tokens a block keeps, prefix tokens counted: a number of tokens (2 or more) or a ratio (up to 1) of "
-        "the token slots; one value for all blocks, or a list with one entry per block of the network.",
+        "K, the most tokens a block keeps, prefix tokens counted: a number (2 or more) or a ratio (up to 1) of the "
+        "token slots; one value for all blocks, or a list with one entry per block of the network.",
         (int, float, list),
     ),
     Key(
@@ -105,8 +105,8 @@ KEYS: list[Key] = [
     Key(
         "ATS.SCORE",
         "cls_attention_value_norm",
-        "Significance score of a token: attention of CLS x norm of its value (the paper), attention of CLS alone, or the "
-        "mean attention it receives from all tokens (for networks without CLS).",
+        "Significance score of a token: attention of CLS x norm of its value (the paper), attention of CLS alone, or "
+        "the mean attention it receives from all tokens (for networks without CLS).",
         choices=("cls_attention_value_norm", "cls_attention", "mean_attention"),
     ),
     Key(
@@ -151,7 +151,7 @@ KEYS: list[Key] = [
         True,
         "Start the cosine from its peak after the warm-up; False: run it over all epochs.",
     ),
-    Key("SOLVER.MAX_EPOCH", 300, "Epochs."),
+    Key("SOLVER.MAX_EPOCH", 300, "Epochs to train for."),
     Key("SOLVER.WARMUP_EPOCHS", 5.0, "Epochs of linear warm-up."),
     Key("SOLVER.WARMUP_START_LR", 1e-6, "Learning rate the warm-up starts from."),
     Key("SOLVER.MOMENTUM", 0.9, "Momentum of SGD-like optimizers."),

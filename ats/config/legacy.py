@@ -88,7 +88,7 @@ FIXED: dict[str, tuple[object, ...]] = {
 
 # Keys (or patterns) without meaning here -> the reason, printed in a warning.
 IGNORED: dict[str, str] = {
-    "VIT.DROP_TOKENS": "tokens are always dropped, with the numbers of DROP_TOKENS False, which do not depend on the batch",
+    "VIT.DROP_TOKENS": "tokens are always dropped, with the batch-independent numbers of DROP_TOKENS False",
     "MODEL.ARCH": "MODEL.NAME says which network is built",
     "MODEL.SINGLE_PATHWAY_ARCH": "all networks here have one pathway",
     "MODEL.DROPCONNECT_RATE": "stochastic depth is VIT.DROP_PATH_RATE",
