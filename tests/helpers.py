@@ -116,3 +116,12 @@ def released_state(name: str, value: float = 0.5) -> tuple[dict, dict]:
     about = json.loads((FIXTURES / "keys" / f"{name}.json").read_text())
     layout = about["release_file_layout"]
     return {w: {key: torch.full(shape, value) for key, shape in keys.items()} for w, keys in layout.items()}, about
+
+
+def build_empty(*overrides: object) -> nn.Module:
+    """The network of these settings with memory for its weights but nothing in them: for those that are loaded."""
+    cfg = get_cfg()
+    cfg.merge_from_list(list(overrides))
+    with torch.device("meta"):
+        model = build_model(cfg)
+    return model.to_empty(device="cpu")

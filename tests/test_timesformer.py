@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import check_golden, clips, golden_config, released_state, video_model
+from helpers import build_empty, check_golden, clips, golden_config, released_state, video_model
 
 from ats.checkpoint import load_weights
 from ats.config import get_cfg
@@ -143,7 +143,7 @@ def test_drop_path_drops_tubes_frames_and_clips(ats):
 def test_released_checkpoints(name, overrides):
     """Keys, wrapper, size and GFLOPs of the release."""
     state, about = released_state(name)
-    model = build("MODEL.NUM_CLASSES", 400, "ATS.ENABLE", True, *overrides)
+    model = build_empty("MODEL.NAME", "TimeSformer", "MODEL.NUM_CLASSES", 400, "ATS.ENABLE", True, *overrides)
     load_weights(model, state)
     assert all((value == 0.5).all() for value in model.state_dict().values())
     assert sum(p.numel() for p in model.parameters()) == about["num_parameters"]

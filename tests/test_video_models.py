@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import VIDEO_MODELS, KeepAll, clips, counted_multiply_adds, video_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ats.config import load_config
 from ats.errors import UserError
-from ats.flops import gflops
+from ats.flops import dense_gflops, gflops
+from ats.models import build_model
 
 # (network, do all frames keep the same patches?)
 MODES = [(kind, share) for kind in VIDEO_MODELS for share in (False, True) if not (kind == "joint" and share)]
@@ -184,3 +188,50 @@ def test_autocast_and_wrong_input(kind):
             assert model(x).isfinite().all()
     with pytest.raises(UserError, match=r"take clips \[B, 3, T, H, W\]"):
         model(x[:, :, 0])
+
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "Kinetics"
+GFLOPS_PER_VIEW = {"XViT_B16": 281.1, "TimeSformer_divST_8": 195.8, "TimeSformer_divST_16": 1702.7,
+                   "TimeSformer_divST_96": 2379.9}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted(CONFIGS.glob("*.yaml")) if p.stem.startswith(("XViT", "TimeSformer"))],
+    ids=lambda p: p.stem,
+)
+def test_every_config_builds_and_costs_what_is_published(path):
+    """Each config builds, its header names its own command, and its dense network has the published GFLOPs per view."""
+    cfg = load_config(path)
+    with torch.device("meta"):
+        model = build_model(cfg)
+    published = next(value for name, value in GFLOPS_PER_VIEW.items() if path.stem.startswith(name))
+    size = cfg.DATA.TEST_CROP_SIZE
+    assert dense_gflops(model, (1, 3, cfg.DATA.NUM_FRAMES, size, size)) == pytest.approx(published, abs=0.06)
+    assert path.stem.endswith("_ATS") == cfg.ATS.ENABLE
+    assert f"--cfg configs/Kinetics/{path.name}" in path.read_text()
+
+
+def test_keys_of_the_releases(tmp_path):
+    """The model part of X-ViT's and TimeSformer's own YAMLs means here what it means there."""
+    (tmp_path / "xvit.yaml").write_text("""
+TRAIN: {DATASET: kinetics, MIXUP_ALPHA: 0.4}
+DATA: {NUM_FRAMES: 16}
+XVIT: {BASE_MODEL: vit_base_patch16_224_in21k, CONSENSUS_TYPE: 'vit', USE_XVIT: True, SHIFT_DIV: 8, NUM_SEGMENTS: 8,
+       LOCATIONS_LIST: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], PRETRAIN: True,
+       BACKBONE: {DROP_PATH_RATE: 0.1, NORM_LAYER: LN}}
+TEMPORAL_HEAD: {HIDDEN_DIM: 768}
+MODEL: {NUM_CLASSES: 400, ARCH: xvit, MODEL_NAME: XVIT, LOSS_FUNC: smooth_cross_entropy, DROPOUT_RATE: 0.5}
+""")
+    cfg = load_config(tmp_path / "xvit.yaml")
+    assert (cfg.MODEL.NAME, cfg.VIT.DROP_PATH_RATE, cfg.MIXUP.LABEL_SMOOTH_VALUE) == ("XViT", 0.1, 0.3)
+    assert (cfg.MIXUP.ENABLE, cfg.MIXUP.ALPHA, cfg.MIXUP.CUTMIX_ALPHA) == (True, 0.4, 0.0)
+    (tmp_path / "timesformer.yaml").write_text("""
+TIMESFORMER: {ATTENTION_TYPE: 'joint_space_time', PRETRAINED_MODEL: a.pyth}
+MODEL: {MODEL_NAME: vit_base_patch16_224, NUM_CLASSES: 400, ARCH: vit, LOSS_FUNC: cross_entropy}
+""")
+    cfg = load_config(tmp_path / "timesformer.yaml")
+    assert (cfg.MODEL.NAME, cfg.TIMESFORMER.ATTENTION_TYPE) == ("TimeSformer", "joint_space_time")
+    assert (cfg.TRAIN.CHECKPOINT_FILE_PATH, cfg.MIXUP.LABEL_SMOOTH_VALUE) == ("a.pyth", 0.0)
+    with pytest.raises(UserError, match=r"XVIT\.BACKBONE\.NORM_LAYER GN: only LN"):
+        load_config(None, ["XVIT.BACKBONE.NORM_LAYER", "GN"])

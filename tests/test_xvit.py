@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import check_golden, clips, golden_config, released_state, video_model
+from helpers import build_empty, check_golden, clips, golden_config, released_state, video_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,8 +106,8 @@ def test_released_checkpoints(name, caplog):
     """Keys, wrapper, size and GFLOPs of the release; its classifier without use is named and left out."""
     state, about = released_state(name)
     caplog.set_level("INFO")
-    model = build(
-        "MODEL.NUM_CLASSES", state["model_state"]["new_fc.bias"].shape[0], "MODEL.DROPOUT_RATE", 0.5,
+    model = build_empty(
+        "MODEL.NAME", "XViT", "MODEL.NUM_CLASSES", len(state["model_state"]["new_fc.bias"]), "MODEL.DROPOUT_RATE", 0.5,
         "DATA.NUM_FRAMES", 16, "ATS.ENABLE", True,
     )  # fmt: skip
     load_weights(model, state)

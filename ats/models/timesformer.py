@@ -139,13 +139,13 @@ class TimeSformer(VisionTransformer):
                 f"TIMESFORMER.ATTENTION_TYPE {attention_type}: choose from {', '.join(ATTENTION_TYPES)}."
                 f"{suggest(attention_type, ATTENTION_TYPES)}"
             )
-        super().__init__(**settings)
         samplers = samplers or {}
         if attention_type == "joint_space_time" and any(sampler.share_frames for sampler in samplers.values()):
             raise UserError(
                 "ATS.SHARE_FRAMES True has no meaning with TIMESFORMER.ATTENTION_TYPE joint_space_time, which samples "
                 "from the whole clip at once; set it to False."
             )
+        super().__init__(**settings)
         self.attention_type = attention_type
         if attention_type != "space_only":
             self.time_embed = nn.Parameter(torch.zeros(1, temporal_embed_len, self.embed_dim))
