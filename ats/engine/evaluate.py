@@ -256,8 +256,8 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> str:
     return f"{name}: {size:.2f} M parameters, {cost:.4g} GFLOPs dense"
 
 
-def format_table(results: dict[str, Result]) -> str:
-    """An aligned table with one line per named result."""
+def format_table(results: dict[str, Result], *, style: str = "simple") -> str:
+    """An aligned table with one line per named result; `style` is one of tabulate's, e.g. "pipe" for markdown."""
     headers = ["model", "top-1 %", "top-5 %", "GFLOPs", "paper", "dense", "images/s", "tokens kept (block: mean)"]
     lines = []
     for name, r in results.items():
@@ -266,4 +266,6 @@ def format_table(results: dict[str, Result]) -> str:
         lines.append(
             [name, f"{r.top1:.2f}", f"{r.top5:.2f}", *(f"{c:.4g}" for c in cost), f"{r.images_per_second:.1f}", tokens]
         )
-    return tabulate(lines, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 6, "left"))
+    return tabulate(
+        lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=("left", *["right"] * 6, "left")
+    )
