@@ -185,6 +185,13 @@ def test_clips_of_another_length_and_size():
     torch.testing.assert_close(model(x), larger(x), rtol=0, atol=1e-10)
 
 
+def test_dropout_of_the_released_configs(caplog):
+    """The release's YAMLs set MODEL.DROPOUT_RATE, which its network does not read; here that is said."""
+    model = video_model("divided", "MODEL.DROPOUT_RATE", 0.5).train()
+    assert "MODEL.DROPOUT_RATE has no effect" in caplog.text
+    assert torch.equal(model(clips(1)), model(clips(1)))
+
+
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [

@@ -216,7 +216,8 @@ def test_keys_of_the_releases(tmp_path):
     """The model part of X-ViT's and TimeSformer's own YAMLs means here what it means there."""
     (tmp_path / "xvit.yaml").write_text("""
 TRAIN: {DATASET: kinetics, MIXUP_ALPHA: 0.4}
-DATA: {NUM_FRAMES: 16}
+DATA: {NUM_FRAMES: 16, AUTOAUGMENT: True, COLORAUGMENT: False, RANDAUGMENT: False, RANDOM_FLIP: True}
+SOLVER: {WARMUP_EPOCHS: 5.0}
 XVIT: {BASE_MODEL: vit_base_patch16_224_in21k, CONSENSUS_TYPE: 'vit', USE_XVIT: True, SHIFT_DIV: 8, NUM_SEGMENTS: 8,
        LOCATIONS_LIST: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], PRETRAIN: True,
        BACKBONE: {DROP_PATH_RATE: 0.1, NORM_LAYER: LN}}
@@ -226,12 +227,16 @@ MODEL: {NUM_CLASSES: 400, ARCH: xvit, MODEL_NAME: XVIT, LOSS_FUNC: smooth_cross_
     cfg = load_config(tmp_path / "xvit.yaml")
     assert (cfg.MODEL.NAME, cfg.VIT.DROP_PATH_RATE, cfg.MIXUP.LABEL_SMOOTH_VALUE) == ("XViT", 0.1, 0.3)
     assert (cfg.MIXUP.ENABLE, cfg.MIXUP.ALPHA, cfg.MIXUP.CUTMIX_ALPHA) == (True, 0.4, 0.0)
+    assert (cfg.AUG.AA_TYPE, cfg.AUG.RE_PROB, cfg.SOLVER.WARMUP_EPOCHS) == ("v0", 0.0, 5.0)
+    assert not cfg.SOLVER.COSINE_AFTER_WARMUP
     (tmp_path / "timesformer.yaml").write_text("""
+DATA: {NUM_FRAMES: 16, TRAIN_CROP_SIZE: 448, TEST_CROP_SIZE: 448, INPUT_CHANNEL_NUM: [3]}
 TIMESFORMER: {ATTENTION_TYPE: 'joint_space_time', PRETRAINED_MODEL: a.pyth}
-MODEL: {MODEL_NAME: vit_base_patch16_224, NUM_CLASSES: 400, ARCH: vit, LOSS_FUNC: cross_entropy}
+MODEL: {MODEL_NAME: vit_base_patch16_224, NUM_CLASSES: 400, ARCH: vit, LOSS_FUNC: cross_entropy, DROPOUT_RATE: 0.5}
 """)
     cfg = load_config(tmp_path / "timesformer.yaml")
     assert (cfg.MODEL.NAME, cfg.TIMESFORMER.ATTENTION_TYPE) == ("TimeSformer", "joint_space_time")
+    assert (cfg.VIT.IMG_SIZE, cfg.VIT.DROP_PATH_RATE, cfg.AUG.ENABLE) == (448, 0.1, False)
     assert (cfg.TRAIN.CHECKPOINT_FILE_PATH, cfg.MIXUP.LABEL_SMOOTH_VALUE) == ("a.pyth", 0.0)
     with pytest.raises(UserError, match=r"XVIT\.BACKBONE\.NORM_LAYER GN: only LN"):
         load_config(None, ["XVIT.BACKBONE.NORM_LAYER", "GN"])

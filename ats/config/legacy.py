@@ -43,6 +43,14 @@ def _loss(value: object) -> list[tuple[str, object]]:
     return [("MIXUP.LABEL_SMOOTH_VALUE", LOSSES[value])] if LOSSES[value] is not None else []
 
 
+def _auto_augment(value: object) -> list[tuple[str, object]]:
+    return [("AUG.ENABLE", True), ("AUG.AA_TYPE", "v0")] if value else []
+
+
+def _erasing(value: object) -> list[tuple[str, object]]:
+    return [("AUG.ENABLE", True), ("AUG.RE_PROB", value)] if value else []
+
+
 def _mixup(value: object) -> list[tuple[str, object]]:
     return [("MIXUP.ENABLE", True), ("MIXUP.ALPHA", value), ("MIXUP.CUTMIX_ALPHA", 0.0)] if value else []
 
@@ -63,6 +71,8 @@ LOSSES = {
 RENAMED: dict[str, Translation] = {
     "MODEL.LOSS_FUNC": _loss,
     "TRAIN.MIXUP_ALPHA": _mixup,
+    "DATA.AUTOAUGMENT": _auto_augment,
+    "DATA.RAND_CROP": _erasing,  # the probability of random erasing in X-ViT's release
     "VIT.ATS_BLOCKS": _ats_blocks,
     "VIT.NUM_TOKENS": _rename("ATS.NUM_TOKENS"),
     "VIT.NUM_CLASSES": _rename("MODEL.NUM_CLASSES"),
@@ -80,6 +90,9 @@ FIXED: dict[str, tuple[object, ...]] = {
     "VIT.HYBRID_BACKBONE": (None,),
     "VIT.NORM_LAYER": (None,),
     "XVIT.BACKBONE.NORM_LAYER": ("LN",),
+    "DATA.COLORAUGMENT": (False,),
+    "DATA.RANDAUGMENT": (False,),
+    "DATA.USE_XVIT_AGUMENTATION": (True,),
     "DATA.MULTI_LABEL": (False,),
     "DATA.REVERSE_INPUT_CHANNEL": (False,),
     "TEST.NUM_ENSEMBLE_VIEWS": (1, 10),  # of images there is one view; 10 is SlowFast's default
@@ -130,6 +143,35 @@ IGNORED: dict[str, str] = {
     "AVA.*": "AVA is not part of this project",
     "BENCHMARK.*": "benchmarks are tools/benchmark.py",
 }
+
+
+# What the releases' code does where their YAMLs say nothing, or whatever they say.
+_SLOWFAST_DEFAULTS = {
+    "SOLVER.WARMUP_EPOCHS": 0.0,
+    "SOLVER.COSINE_END_LR": 0.0,
+    "SOLVER.COSINE_AFTER_WARMUP": False,
+    "SOLVER.ZERO_WD_1D_PARAM": False,
+    "AUG.ENABLE": False,
+    "AUG.RE_PROB": 0.0,
+    "AUG.COLOR_JITTER": 0.0,
+}
+RELEASE_DEFAULTS: dict[str, dict[str, object]] = {
+    "XVIT": _SLOWFAST_DEFAULTS | {"MODEL.DROPOUT_RATE": 0.5, "XVIT.LOCATIONS_LIST": [9, 10, 11]},
+    "vit_base_patch16_224": _SLOWFAST_DEFAULTS | {"VIT.DROP_PATH_RATE": 0.1},
+}
+
+
+def implied(pairs: list[tuple[str, object]]) -> list[tuple[str, object]]:
+    """Settings that the YAML of a video release implies; they come before its own `pairs`, which may change them."""
+    given = dict(pairs)
+    name = given.get("MODEL.MODEL_NAME")
+    if name not in RELEASE_DEFAULTS:
+        return []
+    settings = dict(RELEASE_DEFAULTS[name])
+    if NETWORKS[name] == "TimeSformer" and "DATA.TRAIN_CROP_SIZE" in given:
+        settings["VIT.IMG_SIZE"] = given["DATA.TRAIN_CROP_SIZE"]  # its position embedding has the grid of the crop
+    logger.info("MODEL.MODEL_NAME %s implies %s", name, ", ".join(f"{key} {value}" for key, value in settings.items()))
+    return list(settings.items())
 
 
 def normalise(value: object) -> object:

@@ -276,8 +276,12 @@ def _tube_lengths(entry: KeptTokens, batch_size: int, num_frames: int, grid: int
 
 def timesformer_from_cfg(cfg: CfgNode) -> TimeSformer:
     """MODEL.NAME TimeSformer, described by the keys of VIT, TIMESFORMER and ATS."""
+    if cfg.MODEL.DROPOUT_RATE:
+        logger.warning(
+            "MODEL.DROPOUT_RATE has no effect: TimeSformer has no dropout before its head, as in the release."
+        )
     return TimeSformer(
-        **vit_settings_from_cfg(cfg),
+        **vit_settings_from_cfg(cfg) | {"head_drop_rate": 0.0},
         attention_type=cfg.TIMESFORMER.ATTENTION_TYPE,
         temporal_embed_len=cfg.TIMESFORMER.TEMPORAL_EMBED_LEN or cfg.DATA.NUM_FRAMES,
         samplers=samplers_from_cfg(cfg, depth=cfg.VIT.DEPTH, num_prefix_tokens=1),
