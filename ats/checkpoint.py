@@ -128,18 +128,18 @@ def strip_prefixes(state: dict[str, Tensor], expected: Iterable[str]) -> dict[st
 def _check(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) -> None:
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     misshapen = {
-        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        key: f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
         for key in expected.keys() & state.keys()
         if state[key].shape != expected[key].shape
     }
     if not (missing or unexpected or misshapen):
         return
     lines = [f"{name} does not belong to this model."]
-    for title, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
+    for title, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen.values())):
         if keys:
             lines.append(f"  {len(keys)} keys {title}: {_grouped(keys)}")
-    if not missing and not unexpected and all("head" in line for line in misshapen):
-        classes = state[next(key for key in state if "head" in key)].shape[0]
+    if not missing and not unexpected and all("head" in key or "new_fc" in key for key in misshapen):
+        classes = state[next(iter(misshapen))].shape[0]
         lines.append(
             f"  The file has {classes} classes: set MODEL.NUM_CLASSES {classes} or, to fine-tune, TRAIN.RESET_HEAD True"
         )

@@ -23,7 +23,7 @@ Degenerate scores never raise and never drop everything:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,25 @@ class Candidates:
     fills_slots: Tensor
 
 
+def share_scores(candidates: Candidates, group: int) -> Candidates:
+    """One set of candidates for each `group` of consecutive sequences (the frames of a clip) that hold the same tokens.
+
+    Each sequence's scores are normalised before they are averaged, so every frame has the same say.
+
+    Returns:
+        Candidates of S / group sequences.
+    """
+    scores = usable(candidates.scores, candidates.valid)
+    scores = (scores / scores.sum(dim=1, keepdim=True)).unflatten(0, (-1, group)).mean(dim=1)
+    return replace(
+        candidates,
+        scores=scores,
+        valid=candidates.valid[::group],
+        position=candidates.position[::group],
+        fills_slots=candidates.fills_slots[::group],
+    )
+
+
 # A sampler: (candidates, number of sample points, options of the block) -> [S, M] bool, True where kept.
 Sampler = Callable[[Candidates, int, "BlockSampler"], Tensor]
 SAMPLERS: dict[str, Sampler] = {}
@@ -176,6 +195,7 @@ class BlockSampler:
         num_tokens: K, prefix tokens counted: a number above 1, or a ratio up to 1 of the token slots.
         sampler: name in SAMPLERS. score: name in SCORES. rule: name in RULES.
         min_tokens: lower bound of K. seed: of the random sampler.
+        share_frames: the frames of a clip keep the same patches, chosen by their mean score.
     """
 
     block: int
@@ -185,6 +205,7 @@ class BlockSampler:
     rule: str = "official"
     min_tokens: int = 8
     seed: int = 0
+    share_frames: bool = False
 
     def budget(self, slots: int) -> int:
         """K of this block where the sequences have `slots` token slots; the next block has min(K, slots).
@@ -213,6 +234,7 @@ def plan_samplers(
     score: str = "cls_attention_value_norm",
     rule: str = "official",
     seed: int = 0,
+    share_frames: bool = False,
 ) -> dict[int, BlockSampler]:
     """A BlockSampler for each of the `blocks` of a network with `depth` blocks.
 
@@ -249,6 +271,13 @@ def plan_samplers(
                 f"ATS.NUM_TOKENS {k} (block {block}): give a ratio in (0, 1] or a whole number of tokens from 2."
             )
         samplers[block] = BlockSampler(
-            block=block, num_tokens=k, sampler=sampler, score=score, rule=rule, min_tokens=lowest, seed=seed
+            block=block,
+            num_tokens=k,
+            sampler=sampler,
+            score=score,
+            rule=rule,
+            min_tokens=lowest,
+            seed=seed,
+            share_frames=share_frames,
         )
     return samplers

@@ -91,6 +91,7 @@ class RaggedTokens:
         num_positions: length N of the original sequences.
         slots: token slots: N at first, min(K, slots) after an ATS block. A number of the configuration, not of the
             data.
+        group: how many consecutive sequences belong together: the frames of a clip; 1 for images.
     """
 
     x: Tensor
@@ -99,15 +100,16 @@ class RaggedTokens:
     num_prefix_tokens: int
     num_positions: int
     slots: int
+    group: int = 1
 
     @classmethod
-    def from_dense(cls, x: Tensor, num_prefix_tokens: int) -> RaggedTokens:
+    def from_dense(cls, x: Tensor, num_prefix_tokens: int, *, group: int = 1) -> RaggedTokens:
         """Dense sequences [S, N, C] as ragged ones; `x` is not copied."""
         num_sequences, length, _ = x.shape
         lengths = torch.full((num_sequences,), length, device=x.device)
         layout = Layout(lengths, total=num_sequences * length, longest=length)
         position = torch.arange(length, device=x.device).repeat(num_sequences)
-        return cls(x.flatten(0, 1), layout, position, num_prefix_tokens, length, length)
+        return cls(x.flatten(0, 1), layout, position, num_prefix_tokens, length, length, group)
 
     def with_x(self, x: Tensor) -> RaggedTokens:
         """The same tokens with other values [T, C']."""

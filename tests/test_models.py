@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import KeepAll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from ats.checkpoint import load_weights
 from ats.config import get_cfg, load_config
 from ats.errors import UserError
 from ats.models import VisionTransformer, build_model
-from ats.sampling import SAMPLERS, plan_samplers
+from ats.sampling import plan_samplers
 
 ROOT = Path(__file__).parents[1]
 KEYS = Path(__file__).parent / "fixtures" / "keys"
@@ -48,16 +49,6 @@ def small_vit(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.1)
     return model.to(dtype).eval()
-
-
-class KeepAll:
-    """A sampler that drops nothing, to compare the ragged path with the dense one."""
-
-    def __enter__(self):
-        SAMPLERS["keep_all"] = lambda candidates, num_points, options: candidates.valid
-
-    def __exit__(self, *_):
-        del SAMPLERS["keep_all"]
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])

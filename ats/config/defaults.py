@@ -58,6 +58,34 @@ KEYS: list[Key] = [
         0.0,
         "Stochastic depth of the last block, in training; rises linearly from 0 in the first.",
     ),
+    Key("XVIT.USE_XVIT", True, "Shift keys and values in time; False: a plain ViT on every frame."),
+    Key("XVIT.NUM_SEGMENTS", 8, "Frames of a segment: the shift does not look beyond it. Divides DATA.NUM_FRAMES."),
+    Key("XVIT.SHIFT_DIV", 8, "One part in so many of the channels comes from the next frame, one from the previous."),
+    Key(
+        "XVIT.LOCATIONS_LIST",
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14],
+        "Blocks whose keys and values are shifted; those the network does not have are ignored.",
+    ),
+    Key("XVIT.TEMPORAL_EMBED_LEN", 8, "Length of the temporal embedding; it repeats along longer clips."),
+    Key(
+        "XVIT.CONSENSUS_TYPE",
+        "vit",
+        "From frames to the clip: a transformer over their CLS tokens (TEMPORAL_HEAD), or the mean of their logits.",
+        choices=("vit", "avg"),
+    ),
+    Key("XVIT.BEFORE_SOFTMAX", True, "Of XVIT.CONSENSUS_TYPE avg: average logits; False: probabilities."),
+    Key("TEMPORAL_HEAD.NUM_ATTENTION_HEADS", 12, "Attention heads of the temporal head; divides VIT.EMBED_DIM."),
+    Key("TEMPORAL_HEAD.NUM_HIDDEN_LAYERS", 1, "Blocks of the temporal head."),
+    Key("TEMPORAL_HEAD.MLP_DIM", 768, "Hidden width of the temporal head's classifier."),
+    Key("TEMPORAL_HEAD.HIDDEN_DROPOUT_PROB", 0.0, "Dropout and stochastic depth of the temporal head, in training."),
+    Key("TEMPORAL_HEAD.ATTENTION_PROBS_DROPOUT_PROB", 0.0, "Dropout on the temporal head's attention, in training."),
+    Key(
+        "TIMESFORMER.ATTENTION_TYPE",
+        "divided_space_time",
+        "Attention in time and then in space, over the whole clip at once, or in space alone.",
+        choices=("divided_space_time", "joint_space_time", "space_only"),
+    ),
+    Key("TIMESFORMER.TEMPORAL_EMBED_LEN", 0, "Length of the time embedding; 0: DATA.NUM_FRAMES."),
     # ---- adaptive token sampling
     Key("ATS.ENABLE", False, "Sample tokens. False gives the dense network."),
     Key("ATS.BLOCKS", [3, 4, 5, 6, 7, 8, 9, 10, 11], "Blocks that sample, counted from 0."),
@@ -88,6 +116,12 @@ KEYS: list[Key] = [
     ),
     Key("ATS.MIN_TOKENS", 8, "Lower bound of K after rounding; never below the prefix tokens + 2."),
     Key("ATS.SEED", 0, "Seed of ATS.SAMPLER random."),
+    Key(
+        "ATS.SHARE_FRAMES",
+        False,
+        "Video: all frames of a segment (XViT) or clip (TimeSformer) keep the same patches, by their mean score; "
+        "False: every frame its own.",
+    ),
     # ---- training
     Key("TRAIN.ENABLE", False, "Train the network."),
     Key("TRAIN.DATASET", "imagenet", "Data set to train on; also the one validated on while training."),
@@ -132,6 +166,7 @@ KEYS: list[Key] = [
     Key("TEST.CHECKPOINT_FILE_PATH", "", "Weights to evaluate; empty after training: the ones just trained."),
     # ---- data
     Key("DATA.PATH_TO_DATA_DIR", "", "Folder of the data set: for ImageNet the one with train/ and val/."),
+    Key("DATA.NUM_FRAMES", 8, "Frames of a clip."),
     Key("DATA.MEAN", [0.485, 0.456, 0.406], "Mean of the R, G, B channels, subtracted."),
     Key("DATA.STD", [0.229, 0.224, 0.225], "Standard deviation of the R, G, B channels, divided by."),
     Key("DATA.TRAIN_CROP_SIZE", 224, "Side of the training crop in pixels."),

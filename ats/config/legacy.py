@@ -29,11 +29,57 @@ def _ats_blocks(value: object) -> list[tuple[str, object]]:
     return [("ATS.ENABLE", True), ("ATS.BLOCKS", value)]
 
 
+# Names of networks in older releases -> MODEL.NAME here; TimeSformer's release names it after its first weights.
+NETWORKS = {"XVIT": "XViT", "vit_base_patch16_224": "TimeSformer"}
+
+
+def _network(value: object) -> list[tuple[str, object]]:
+    return [("MODEL.NAME", NETWORKS.get(str(value), value))]
+
+
+def _loss(value: object) -> list[tuple[str, object]]:
+    if value not in LOSSES:
+        raise UserError(f"MODEL.LOSS_FUNC {value}: only {' or '.join(LOSSES)} is supported.")
+    return [("MIXUP.LABEL_SMOOTH_VALUE", LOSSES[value])] if LOSSES[value] is not None else []
+
+
+def _auto_augment(value: object) -> list[tuple[str, object]]:
+    return [("AUG.ENABLE", True), ("AUG.AA_TYPE", "v0")] if value else []
+
+
+def _erasing(value: object) -> list[tuple[str, object]]:
+    return [("AUG.ENABLE", True), ("AUG.RE_PROB", value)] if value else []
+
+
+def _mixup(value: object) -> list[tuple[str, object]]:
+    return [("MIXUP.ENABLE", True), ("MIXUP.ALPHA", value), ("MIXUP.CUTMIX_ALPHA", 0.0)] if value else []
+
+
+def _start_from(value: object) -> list[tuple[str, object]]:
+    return [("TRAIN.CHECKPOINT_FILE_PATH", value)] if value else []
+
+
+# Loss functions of older releases -> the label smoothing they imply; None: MIXUP.LABEL_SMOOTH_VALUE says it there too.
+LOSSES = {
+    "cross_entropy": 0.0,
+    "smooth_cross_entropy": 0.3,  # of X-ViT's release, which has no key for it
+    "soft_cross_entropy": None,
+    "label_smoothing_cross_entropy": None,
+    "soft_target_cross_entropy": None,
+}
+
 RENAMED: dict[str, Translation] = {
+    "MODEL.LOSS_FUNC": _loss,
+    "TRAIN.MIXUP_ALPHA": _mixup,
+    "DATA.AUTOAUGMENT": _auto_augment,
+    "DATA.RAND_CROP": _erasing,  # the probability of random erasing in X-ViT's release
     "VIT.ATS_BLOCKS": _ats_blocks,
     "VIT.NUM_TOKENS": _rename("ATS.NUM_TOKENS"),
     "VIT.NUM_CLASSES": _rename("MODEL.NUM_CLASSES"),
-    "MODEL.MODEL_NAME": _rename("MODEL.NAME"),
+    "MODEL.MODEL_NAME": _network,
+    "XVIT.BACKBONE.DROP_PATH_RATE": _rename("VIT.DROP_PATH_RATE"),
+    "XVIT.BACKBONE.DROP_ATTN_RATE": _rename("VIT.ATTN_DROP_RATE"),
+    "TIMESFORMER.PRETRAINED_MODEL": _start_from,
 }
 
 # Settings of the official code that only run with one value: that value is what this project does.
@@ -43,12 +89,10 @@ FIXED: dict[str, tuple[object, ...]] = {
     "VIT.REPRESENTATION_SIZE": (None,),
     "VIT.HYBRID_BACKBONE": (None,),
     "VIT.NORM_LAYER": (None,),
-    "MODEL.LOSS_FUNC": (
-        "cross_entropy",
-        "soft_cross_entropy",
-        "label_smoothing_cross_entropy",
-        "soft_target_cross_entropy",
-    ),
+    "XVIT.BACKBONE.NORM_LAYER": ("LN",),
+    "DATA.COLORAUGMENT": (False,),
+    "DATA.RANDAUGMENT": (False,),
+    "DATA.USE_XVIT_AGUMENTATION": (True,),
     "DATA.MULTI_LABEL": (False,),
     "DATA.REVERSE_INPUT_CHANNEL": (False,),
     "TEST.NUM_ENSEMBLE_VIEWS": (1, 10),  # of images there is one view; 10 is SlowFast's default
@@ -63,6 +107,10 @@ IGNORED: dict[str, str] = {
     "MODEL.DROPCONNECT_RATE": "stochastic depth is VIT.DROP_PATH_RATE",
     "MODEL.FC_INIT_STD": "the head is initialised as in timm",
     "MODEL.HEAD_ACT": "models return logits",
+    "XVIT.BASE_MODEL": "the backbone is described by the VIT keys (their defaults are ViT-B/16)",
+    "XVIT.PRETRAIN": "weights to start from are TRAIN.CHECKPOINT_FILE_PATH",
+    "TEMPORAL_HEAD.HIDDEN_DIM": "the temporal head is as wide as the backbone, VIT.EMBED_DIM",
+    "SLOWFAST.*": "all networks here have one pathway",
     "NUM_GPUS": "processes are started by torchrun --nproc_per_node=N",
     "NUM_SHARDS": "machines are given to torchrun --nnodes=N",
     "SHARD_ID": "machines are given to torchrun --node_rank=R",
@@ -73,7 +121,6 @@ IGNORED: dict[str, str] = {
     "TRAIN.CHECKPOINT_INFLATE": "weights are converted to the network's shapes as they are loaded",
     "TRAIN.CHECKPOINT_EPOCH_RESET": "TRAIN.CHECKPOINT_FILE_PATH loads weights only; resuming is TRAIN.AUTO_RESUME",
     "TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN": "the releases' key prefixes are recognised",
-    "TRAIN.MIXUP_ALPHA": "mixup is MIXUP.ALPHA",
     "TEST.SAVE_RESULTS_PATH": "results go to OUTPUT_DIR/result.json",
     "AUG.RE_SPLIT": "augmentation is not split",
     "SOLVER.DAMPENING": "timm's optimizers set it",
@@ -98,6 +145,35 @@ IGNORED: dict[str, str] = {
 }
 
 
+# What the releases' code does where their YAMLs say nothing, or whatever they say.
+_SLOWFAST_DEFAULTS = {
+    "SOLVER.WARMUP_EPOCHS": 0.0,
+    "SOLVER.COSINE_END_LR": 0.0,
+    "SOLVER.COSINE_AFTER_WARMUP": False,
+    "SOLVER.ZERO_WD_1D_PARAM": False,
+    "AUG.ENABLE": False,
+    "AUG.RE_PROB": 0.0,
+    "AUG.COLOR_JITTER": 0.0,
+}
+RELEASE_DEFAULTS: dict[str, dict[str, object]] = {
+    "XVIT": _SLOWFAST_DEFAULTS | {"MODEL.DROPOUT_RATE": 0.5, "XVIT.LOCATIONS_LIST": [9, 10, 11]},
+    "vit_base_patch16_224": _SLOWFAST_DEFAULTS | {"VIT.DROP_PATH_RATE": 0.1},
+}
+
+
+def implied(pairs: list[tuple[str, object]]) -> list[tuple[str, object]]:
+    """Settings that the YAML of a video release implies; they come before its own `pairs`, which may change them."""
+    given = dict(pairs)
+    name = given.get("MODEL.MODEL_NAME")
+    if name not in RELEASE_DEFAULTS:
+        return []
+    settings = dict(RELEASE_DEFAULTS[name])
+    if NETWORKS[name] == "TimeSformer" and "DATA.TRAIN_CROP_SIZE" in given:
+        settings["VIT.IMG_SIZE"] = given["DATA.TRAIN_CROP_SIZE"]  # its position embedding has the grid of the crop
+    logger.info("MODEL.MODEL_NAME %s implies %s", name, ", ".join(f"{key} {value}" for key, value in settings.items()))
+    return list(settings.items())
+
+
 def normalise(value: object) -> object:
     """The official YAMLs write None as the string "None"; YAML's own null arrives as None already."""
     return None if isinstance(value, str) and value.strip() == "None" else value
@@ -112,7 +188,8 @@ def translate(key: str, value: object) -> list[tuple[str, object]] | None:
     value = normalise(value)
     if key in RENAMED:
         pairs = RENAMED[key](value)
-        logger.info("%s -> %s", key, ", ".join(f"{new} {new_value}" for new, new_value in pairs))
+        if pairs:
+            logger.info("%s -> %s", key, ", ".join(f"{new} {new_value}" for new, new_value in pairs))
         return pairs
     if key in FIXED:
         if value not in FIXED[key]:

@@ -44,7 +44,8 @@ class CfgNode(FvcoreCfgNode):
         Raises:
             UserError: an unknown key (the nearest are named), or a value of the wrong type or outside the choices.
         """
-        for key, value in pairs:
+        pairs = list(pairs)
+        for key, value in [*legacy.implied(pairs), *pairs]:
             translated = [(key, value)] if key in KEY else legacy.translate(key, parse(value))
             if translated is None:
                 raise UserError(f"Unknown config key {key}.{suggest(key, KEY)} `--help` lists all keys.")

@@ -178,7 +178,8 @@ def build_state(cfg: CfgNode, device: torch.device) -> TrainState:
     seed_everything(cfg.RNG_SEED)
     model = build_model(cfg)
     if cfg.TRAIN.CHECKPOINT_FILE_PATH:
-        load_weights(model, cfg.TRAIN.CHECKPOINT_FILE_PATH, skip=("head",) if cfg.TRAIN.RESET_HEAD else ())
+        head_keys = getattr(model, "head_keys", ("head",))
+        load_weights(model, cfg.TRAIN.CHECKPOINT_FILE_PATH, skip=head_keys if cfg.TRAIN.RESET_HEAD else ())
     model.to(device)
     return TrainState(
         model=model,

@@ -13,12 +13,16 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ats.errors import UserError, suggest
+from ats.models.timesformer import TimeSformer, timesformer_from_cfg
 from ats.models.vit import VisionTransformer, vit_from_cfg
+from ats.models.xvit import XViT, xvit_from_cfg
 
-__all__ = ["MODELS", "VisionTransformer", "build_model"]
+__all__ = ["MODELS", "TimeSformer", "VisionTransformer", "XViT", "build_model"]
 
 MODELS: dict[str, Callable[[CfgNode], nn.Module]] = {
     "ViT": vit_from_cfg,
+    "XViT": xvit_from_cfg,
+    "TimeSformer": timesformer_from_cfg,
 }
 
 

@@ -23,7 +23,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from ats.attention import cls_attention, mean_attention, ragged_attention
-from ats.sampling import BlockSampler, Candidates, plan_samplers, significance_score
+from ats.sampling import BlockSampler, Candidates, plan_samplers, share_scores, significance_score
 from ats.tokens import KeptTokens, Layout, RaggedTokens
 
 
@@ -43,6 +43,12 @@ class ATSBlock(nn.Module):
 
     def forward(self, tokens: RaggedTokens) -> RaggedTokens:
         """Tokens in, the kept ones out, both after a full block."""
+        kept = self.attend(tokens)
+        x = kept.x
+        return kept.with_x(x + self.drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), kept.layout))
+
+    def attend(self, tokens: RaggedTokens) -> RaggedTokens:
+        """The first half of the block: score, sample, and the kept tokens' attention with its residual."""
         attn = self.attn
         x = self.norm1(tokens.x)
         k, v = self.project_kv(x, tokens)
@@ -62,9 +68,7 @@ class ATSBlock(nn.Module):
             dropout_p=attn.attn_drop.p if self.training else 0.0,
         )
         out = attn.proj_drop(attn.proj(out.flatten(1)))
-        x = kept.x + self.drop_path(self.drop_path1, self.ls1(out), kept.layout)
-        x = x + self.drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), kept.layout)
-        return kept.with_x(x)
+        return kept.with_x(kept.x + self.drop_path(self.drop_path1, self.ls1(out), kept.layout))
 
     def project_q(self, x: Tensor) -> Tensor:
         """Queries [T, H, D] of tokens [T, C], from the first third of the host's joint projection."""
@@ -110,7 +114,10 @@ class ATSBlock(nn.Module):
                 num_positions=tokens.num_positions,
                 fills_slots=layout.lengths == tokens.slots,
             )
+            group = tokens.group if sampler.share_frames else 1
+            candidates = share_scores(candidates, group) if group > 1 else candidates
             keep = sampler(candidates, slots=tokens.slots, num_prefix_tokens=num_prefix)
+            keep = keep.repeat_interleave(group, dim=0)
         return torch.cat([keep.new_ones(len(keep), num_prefix), keep], dim=1)
 
     @staticmethod
@@ -122,18 +129,21 @@ class ATSBlock(nn.Module):
         return x * scale[layout.sequence]
 
 
-def insert_ats(blocks: nn.ModuleList, samplers: dict[int, BlockSampler]) -> None:
-    """Replace, in place, the first block with a sampler and all blocks behind it by ATSBlocks; those before stay as
-    they are.
+def insert_ats(blocks: nn.ModuleList, samplers: dict[int, BlockSampler], block_type: type[ATSBlock] = ATSBlock) -> None:
+    """Replace, in place, the first block with a sampler and all blocks behind it by ATSBlocks of `block_type`; those
+    before stay as they are.
     """
     for index in range(min(samplers, default=len(blocks)), len(blocks)):
-        blocks[index] = ATSBlock(blocks[index], samplers.get(index))
+        blocks[index] = block_type(blocks[index], samplers.get(index))
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, *, num_prefix_tokens: int
+    blocks: Iterable[nn.Module], x: Tensor, *, num_prefix_tokens: int, group: int = 1
 ) -> tuple[RaggedTokens, list[KeptTokens]]:
     """Dense tokens [S, N, C] through ordinary blocks, then ATSBlocks.
+
+    Args:
+        group: see `RaggedTokens`.
 
     Returns:
         The tokens that are left, and the trace: one entry per block with a sampler, in order.
@@ -144,10 +154,10 @@ def run_blocks(
         if not isinstance(block, ATSBlock):
             x = block(x)
             continue
-        tokens = block(RaggedTokens.from_dense(x, num_prefix_tokens) if tokens is None else tokens)
+        tokens = block(RaggedTokens.from_dense(x, num_prefix_tokens, group=group) if tokens is None else tokens)
         if block.sampler is not None:
             trace.append(KeptTokens.of(tokens, index))
-    return RaggedTokens.from_dense(x, num_prefix_tokens) if tokens is None else tokens, trace
+    return RaggedTokens.from_dense(x, num_prefix_tokens, group=group) if tokens is None else tokens, trace
 
 
 def samplers_from_cfg(cfg: CfgNode, *, depth: int, num_prefix_tokens: int) -> dict[int, BlockSampler]:
@@ -164,4 +174,5 @@ def samplers_from_cfg(cfg: CfgNode, *, depth: int, num_prefix_tokens: int) -> di
         score=cfg.ATS.SCORE,
         rule=cfg.ATS.RULE,
         seed=cfg.ATS.SEED,
+        share_frames=cfg.ATS.SHARE_FRAMES,
     )

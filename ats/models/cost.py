@@ -14,12 +14,17 @@ from ats.models.ats_block import ATSBlock
 from ats.tokens import KeptTokens
 
 
-def block_multiply_adds(block: nn.Module, num_in: Tensor, num_out: Tensor, *, paper: bool) -> Tensor:
+def block_multiply_adds(
+    block: nn.Module, num_in: Tensor, num_out: Tensor, *, paper: bool, num_scored: Tensor | None = None
+) -> Tensor:
     """A ViT block that gets `num_in` [S] tokens and keeps `num_out` [S].
 
     As run, an ATS block projects and attends from kept queries alone, and pays for one more query (CLS) and its row of
     scores. In the paper's accounting, which is the official code's work, it projects all queries and computes the whole
     N x N matrix of logits; dropped rows are left out from A^s V on.
+
+    Args:
+        num_scored: [S] length of the row of scores, by default `num_in`; frames of a clip are padded to their longest.
     """
     dim = block.attn.qkv.in_features
     attn_dim = block.attn.proj.in_features
@@ -29,17 +34,31 @@ def block_multiply_adds(block: nn.Module, num_in: Tensor, num_out: Tensor, *, pa
     sampler = block.sampler if isinstance(block, ATSBlock) else None
     if sampler is None or paper:
         return 3 * n * dim * attn_dim + n * n * attn_dim + m * n * attn_dim + after
+    scored = n if num_scored is None else num_scored
     if sampler.score == "mean_attention":
-        scoring = n * dim * attn_dim + n * n * attn_dim
+        scoring = n * dim * attn_dim + scored * scored * attn_dim
     else:
-        scoring = dim * attn_dim + n * attn_dim
+        scoring = dim * attn_dim + scored * attn_dim
     return 2 * n * dim * attn_dim + scoring + m * dim * attn_dim + 2 * m * n * attn_dim + after
 
 
 def blocks_multiply_adds(
-    blocks: nn.ModuleList, trace: list[KeptTokens], num_tokens: int, num_sequences: int, *, paper: bool
+    blocks: nn.ModuleList,
+    trace: list[KeptTokens],
+    num_tokens: int,
+    num_sequences: int,
+    *,
+    paper: bool,
+    num_frames: int = 1,
 ) -> Tensor:
-    """All blocks of a ViT: `num_tokens` come in, `trace` says how many leave each ATS block. Returns [S]."""
+    """All blocks of a ViT: `num_tokens` come in, `trace` says how many leave each ATS block.
+
+    Args:
+        num_frames: consecutive sequences that make a sample.
+
+    Returns:
+        [S], per sequence.
+    """
     kept = {entry.block: entry.num_tokens.double() for entry in trace}
     n = torch.full(
         (num_sequences,), num_tokens, dtype=torch.float64, device=trace[0].num_tokens.device if trace else None
@@ -47,7 +66,8 @@ def blocks_multiply_adds(
     total = torch.zeros_like(n)
     for index, block in enumerate(blocks):
         m = kept.get(index, n)
-        total = total + block_multiply_adds(block, n, m, paper=paper)
+        longest = n.unflatten(0, (-1, num_frames)).amax(dim=1).repeat_interleave(num_frames)
+        total = total + block_multiply_adds(block, n, m, paper=paper, num_scored=longest)
         n = m
     return total
 

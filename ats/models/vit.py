@@ -39,8 +39,22 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def clip_to_frames(x: Tensor) -> Tensor:
+    """Clips [B, 3, T, H, W] as images [B*T, 3, H, W], the frames of a clip one after the other.
+
+    Raises:
+        UserError: x is something else.
+    """
+    if x.ndim != 5 or x.shape[1] != 3:
+        raise UserError(f"Video networks take clips [B, 3, T, H, W], not a tensor {tuple(x.shape)}.")
+    return x.transpose(1, 2).flatten(0, 1)
+
+
 class VisionTransformer(nn.Module):
     """ViT / DeiT.
+
+    Attributes:
+        head_keys: prefixes of the classifier's keys, which TRAIN.RESET_HEAD leaves fresh.
 
     Args:
         img_size: height and width the position embedding belongs to; other sizes resize it (bicubic) as they come.
@@ -48,6 +62,8 @@ class VisionTransformer(nn.Module):
         weight_init: "deit" or "big_vision", see `init_weights`.
         samplers: block -> what it keeps; empty for the dense network.
     """
+
+    head_keys: tuple[str, ...] = ("head",)
 
     def __init__(
         self,
@@ -153,11 +169,11 @@ class VisionTransformer(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position embedding [1, N, C] for a grid of patches, resized if it belongs to another."""
-        if grid == self.grid_size:
-            return self.pos_embed
-        return resample_abs_pos_embed(
-            self.pos_embed, list(grid), list(self.grid_size), num_prefix_tokens=self.num_prefix_tokens
-        )
+        return self.pos_embed if grid == self.grid_size else self.resize_positions(self.pos_embed, grid, self.grid_size)
+
+    def resize_positions(self, pos_embed: Tensor, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
+        """A position embedding [1, P + old grid, C] for another grid, as timm resizes it."""
+        return resample_abs_pos_embed(pos_embed, list(grid), list(old_grid), num_prefix_tokens=self.num_prefix_tokens)
 
     def classify(self, prefix: Tensor) -> Tensor:
         """Normalised prefix tokens [B, P, C] -> logits."""
@@ -176,9 +192,8 @@ class VisionTransformer(nn.Module):
             num_old = pos_embed.shape[1] - self.num_prefix_tokens
             if math.isqrt(max(num_old, 0)) ** 2 == num_old > 0 and pos_embed.shape[2] == self.embed_dim:
                 logger.info("Position embedding resized from %d patches to %s.", num_old, self.grid_size)
-                state["pos_embed"] = resample_abs_pos_embed(
-                    pos_embed, list(self.grid_size), num_prefix_tokens=self.num_prefix_tokens
-                )
+                side = math.isqrt(num_old)
+                state["pos_embed"] = self.resize_positions(pos_embed, self.grid_size, (side, side))
         return state
 
     def multiply_adds(self, trace: list[KeptTokens], input_shape: tuple[int, ...], *, paper: bool) -> Tensor:
@@ -192,27 +207,40 @@ class VisionTransformer(nn.Module):
         return total + conv_multiply_adds(self.patch_embed.proj, grid) + sum(map(linear_multiply_adds, heads))
 
 
-def vit_from_cfg(cfg: CfgNode) -> VisionTransformer:
-    """MODEL.NAME ViT, described by the keys of VIT and ATS."""
+def vit_settings_from_cfg(cfg: CfgNode) -> dict:
+    """What the VIT keys say of any network made of ViT's blocks, as arguments of `VisionTransformer`.
+
+    Raises:
+        UserError: keys that do not fit together.
+    """
+    if cfg.VIT.DISTILLED and cfg.MODEL.NAME != "ViT":
+        raise UserError(f"VIT.DISTILLED True: MODEL.NAME {cfg.MODEL.NAME} has no distillation token; set it to False.")
     img_size = tuple(cfg.VIT.IMG_SIZE) if isinstance(cfg.VIT.IMG_SIZE, list) else (cfg.VIT.IMG_SIZE, cfg.VIT.IMG_SIZE)
     if any(side % cfg.VIT.PATCH_SIZE for side in img_size):
         raise UserError(f"VIT.IMG_SIZE {cfg.VIT.IMG_SIZE} is not a multiple of VIT.PATCH_SIZE {cfg.VIT.PATCH_SIZE}.")
     if cfg.VIT.EMBED_DIM % cfg.VIT.NUM_HEADS:
         raise UserError(f"VIT.EMBED_DIM {cfg.VIT.EMBED_DIM} is not a multiple of VIT.NUM_HEADS {cfg.VIT.NUM_HEADS}.")
+    return {
+        "img_size": img_size,
+        "patch_size": cfg.VIT.PATCH_SIZE,
+        "num_classes": cfg.MODEL.NUM_CLASSES,
+        "embed_dim": cfg.VIT.EMBED_DIM,
+        "depth": cfg.VIT.DEPTH,
+        "num_heads": cfg.VIT.NUM_HEADS,
+        "mlp_ratio": cfg.VIT.MLP_RATIO,
+        "qkv_bias": cfg.VIT.QKV_BIAS,
+        "head_drop_rate": cfg.MODEL.DROPOUT_RATE,
+        "drop_rate": cfg.VIT.DROP_RATE,
+        "attn_drop_rate": cfg.VIT.ATTN_DROP_RATE,
+        "drop_path_rate": cfg.VIT.DROP_PATH_RATE,
+        "weight_init": cfg.VIT.WEIGHT_INIT,
+    }
+
+
+def vit_from_cfg(cfg: CfgNode) -> VisionTransformer:
+    """MODEL.NAME ViT, described by the keys of VIT and ATS."""
     return VisionTransformer(
-        img_size=img_size,
-        patch_size=cfg.VIT.PATCH_SIZE,
-        num_classes=cfg.MODEL.NUM_CLASSES,
-        embed_dim=cfg.VIT.EMBED_DIM,
-        depth=cfg.VIT.DEPTH,
-        num_heads=cfg.VIT.NUM_HEADS,
-        mlp_ratio=cfg.VIT.MLP_RATIO,
-        qkv_bias=cfg.VIT.QKV_BIAS,
+        **vit_settings_from_cfg(cfg),
         distilled=cfg.VIT.DISTILLED,
-        head_drop_rate=cfg.MODEL.DROPOUT_RATE,
-        drop_rate=cfg.VIT.DROP_RATE,
-        attn_drop_rate=cfg.VIT.ATTN_DROP_RATE,
-        drop_path_rate=cfg.VIT.DROP_PATH_RATE,
-        weight_init=cfg.VIT.WEIGHT_INIT,
         samplers=samplers_from_cfg(cfg, depth=cfg.VIT.DEPTH, num_prefix_tokens=2 if cfg.VIT.DISTILLED else 1),
     )

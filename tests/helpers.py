@@ -1,0 +1,127 @@
+"""Things that several test files use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ats.checkpoint import load_weights
+from ats.config import get_cfg
+from ats.models import build_model
+from ats.models.ats_block import ATSBlock
+from ats.sampling import SAMPLERS
+from ats.tokens import KeptTokens
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+class KeepAll:
+    """Within it there is a sampler "keep_all", which drops nothing, to compare the ragged path with the dense one.
+
+    Args:
+        model: network whose ATS blocks use it.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        for block in model.modules() if model is not None else ():
+            if isinstance(block, ATSBlock) and block.sampler is not None:
+                block.sampler = replace(block.sampler, sampler="keep_all")
+
+    def __enter__(self):
+        SAMPLERS["keep_all"] = lambda candidates, num_points, options: candidates.valid
+
+    def __exit__(self, *_):
+        del SAMPLERS["keep_all"]
+
+
+def counted_multiply_adds(model: nn.Module, x: torch.Tensor) -> tuple[float, list[KeptTokens]]:
+    """Multiply-adds by torch's counter. Unfused attention, because older counters miss the CPU's fused kernel."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _, trace = model.forward_tokens(x)
+    return counter.get_total_flops() / 2, trace
+
+
+# Networks for clips of 8 frames and 32 x 32 pixels, 64 patches a frame: every way of putting time into ViT's blocks.
+VIDEO_MODELS = {
+    "xvit": ["MODEL.NAME", "XViT", "XVIT.NUM_SEGMENTS", 4, "XVIT.TEMPORAL_EMBED_LEN", 4, "MODEL.DROPOUT_RATE", 0.5],
+    "divided": ["MODEL.NAME", "TimeSformer"],
+    "joint": ["MODEL.NAME", "TimeSformer", "TIMESFORMER.ATTENTION_TYPE", "joint_space_time"],
+    "space_only": ["MODEL.NAME", "TimeSformer", "TIMESFORMER.ATTENTION_TYPE", "space_only"],
+}
+
+
+def video_model(kind: str, *overrides: object, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A small network of VIDEO_MODELS with weights large enough for tokens to differ. Blocks 1 and 2 of 4 sample if
+    ATS.ENABLE.
+    """
+    cfg = get_cfg()
+    cfg.merge_from_list([
+        *VIDEO_MODELS[kind], "MODEL.NUM_CLASSES", 7, "DATA.NUM_FRAMES", 8, "VIT.IMG_SIZE", 32, "VIT.PATCH_SIZE", 4,
+        "VIT.EMBED_DIM", 32, "VIT.DEPTH", 4, "VIT.NUM_HEADS", 4, "VIT.MLP_RATIO", 2, "ATS.BLOCKS", [1, 2],
+        "TEMPORAL_HEAD.NUM_ATTENTION_HEADS", 2, "TEMPORAL_HEAD.MLP_DIM", 24, *overrides,
+    ])  # fmt: skip
+    model = build_model(cfg)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.1, generator=generator)
+        if parameter.ndim == 1 and name.endswith("weight"):  # of a norm
+            parameter.data += 1
+    return model.to(dtype).eval()
+
+
+def clips(num_clips: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Random clips [B, 3, 8, 32, 32]."""
+    return torch.randn(num_clips, 3, 8, 32, 32, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def check_golden(name: str, model: nn.Module, dtype: torch.dtype) -> None:
+    """`model` with the weights of fixtures/video/<name>.npz gives the reference implementation's logits and (float32)
+    its gradients of sum(logits * loss_w).
+    """
+    case = np.load(FIXTURES / "video" / f"{name}.npz")
+    prefix = "weight."
+    load_weights(model, {k.removeprefix(prefix): torch.from_numpy(case[k]) for k in case.files if k.startswith(prefix)})
+    model = model.to(dtype).eval()
+    x, loss_w = (torch.from_numpy(case[key]).to(dtype) for key in ("x", "loss_w"))
+    logits = model(x)
+    if dtype == torch.float64:
+        np.testing.assert_allclose(logits.detach(), case["logits_f64"], atol=1e-12, rtol=0)
+        return
+    np.testing.assert_allclose(logits.detach(), case["logits"], atol=1e-5, rtol=0)
+    (logits * loss_w).sum().backward()
+    parameters = dict(model.named_parameters())
+    golden = {key.removeprefix("grad."): case[key] for key in case.files if key.startswith("grad.")}
+    assert len(golden) >= 4
+    for key, want in golden.items():
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(parameters[key].grad / scale, want / scale, atol=1e-4, err_msg=key)
+
+
+def golden_config(name: str) -> dict:
+    """The settings a case of fixtures/video was made with, in the reference's terms."""
+    return json.loads(str(np.load(FIXTURES / "video" / f"{name}.npz")["case"]))["config"]
+
+
+def released_state(name: str, value: float = 0.5) -> tuple[dict, dict]:
+    """A released checkpoint's key names, shapes and wrapper from fixtures/keys, every weight `value`; and what else is
+    known of the release (`num_parameters`, `gmacs_per_view`, `input`).
+    """
+    about = json.loads((FIXTURES / "keys" / f"{name}.json").read_text())
+    layout = about["release_file_layout"]
+    return {w: {key: torch.full(shape, value) for key, shape in keys.items()} for w, keys in layout.items()}, about
+
+
+def build_empty(*overrides: object) -> nn.Module:
+    """The network of these settings with memory for its weights but nothing in them: for those that are loaded."""
+    cfg = get_cfg()
+    cfg.merge_from_list(list(overrides))
+    with torch.device("meta"):
+        model = build_model(cfg)
+    return model.to_empty(device="cpu")
