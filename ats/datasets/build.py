@@ -11,7 +11,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ats.datasets.imagenet import ImageNet, Sample
+from ats.datasets.base import Sample
+from ats.datasets.imagenet import ImageNet
 from ats.datasets.sampler import EvalSampler, TrainSampler
 from ats.datasets.transforms import Transform, eval_transform, train_transform
 from ats.errors import UserError, suggest
