@@ -5,8 +5,8 @@
         start = clip_start(video.num_frames, size, view=0, num_views=5)
         frames = video.read(frame_indices(start, size, num_frames=16, num_video_frames=video.num_frames))
 
-The first three functions are SlowFast's rule (`get_start_end_idx`, `temporal_sampling`). Frames are counted in the order
-they are shown, so that frame i is the i-th that decoding the whole file would give; `Video` knows their time stamps from
+The first three functions are SlowFast's rule (`get_start_end_idx`, `temporal_sampling`). Frames are counted in the
+order they are shown: frame i is the i-th that decoding the whole file would give. `Video` knows their time stamps from
 the file's packets, which costs no decoding, and starts at the last key frame before the clip.
 """
 
