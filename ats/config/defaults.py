@@ -220,7 +220,7 @@ KEYS: list[Key] = [
     Key(
         "DATA.TRAIN_JITTER_SCALES_RELATIVE",
         [],
-        "Range of the random crop's area over the image's; empty: [0.08, 1], but for clips see DATA.TRAIN_JITTER_SCALES.",
+        "Range of the random crop's area over the image's; empty: [0.08, 1]; for clips DATA.TRAIN_JITTER_SCALES.",
     ),
     Key("DATA.TRAIN_JITTER_ASPECT_RELATIVE", [0.75, 1.3333], "Range of the random crop's aspect ratio."),
     Key("DATA.RANDOM_FLIP", True, "Random horizontal flip in training."),

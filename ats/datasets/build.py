@@ -56,7 +56,7 @@ class Loader(DataLoader):
 
 
 def collate(samples: list[Sample] | UserError) -> Sample | UserError:
-    """Stack samples: x [B, 3, H, W] or [B, 3, T, H, W], label and index int64 [B], bad B strings; or pass a UserError on."""
+    """Stack samples: x [B, 3, (T,) H, W], label and index int64 [B], bad B strings; a UserError passes through."""
     return samples if isinstance(samples, UserError) else default_collate(samples)
 
 

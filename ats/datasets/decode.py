@@ -109,6 +109,20 @@ class Video:
             raise self._error(error) from error
         return np.stack([frames[i] for i in indices])
 
+    def frames(self) -> Iterator[tuple[av.VideoFrame, int]]:
+        """Every frame as FFmpeg has it, and the quarter turns to the left in which it is to be shown.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            for frame in self._frames_from_start():
+                if frame.is_corrupt:
+                    raise UserError("it is cut off or damaged")
+                yield frame, _quarter_turns(frame)
+        except (av.FFmpegError, UserError) as error:
+            raise self._error(error) from error
+
     def _open(self) -> None:
         if not os.path.isfile(self.path):
             raise UserError("there is no such file")
@@ -182,7 +196,7 @@ class Video:
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        turns = round(frame.rotation / 90) % 4
+        turns = _quarter_turns(frame)
         return np.rot90(rgb, turns) if turns else rgb
 
     def _error(self, error: Exception) -> UserError:
@@ -190,6 +204,10 @@ class Video:
         return UserError(
             f"Cannot read the video {self.path}: {reason}. Restore the file, or remove it from the data set."
         )
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    return round(frame.rotation / 90) % 4
 
 
 def _is_cut_off_matroska(path: str) -> bool:
