@@ -19,7 +19,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -151,18 +153,25 @@ def prepare_kinetics(
     todo = {name: stamp for name, stamp in todo.items() if not _is_done(known.get(name), stamp)}
     work = partial(prepare, videos=videos, output=output, short_side=short_side)
     num_workers = min(num_workers or os.cpu_count() or 1, len(todo) or 1)
-    bar = partial(tqdm, total=len(todo), desc="videos", unit="video", mininterval=0.5)
     try:
-        if num_workers == 1:
-            results = bar(map(work, todo))
-            known.update({name: [stamp, *result] for (name, stamp), result in zip(todo.items(), results, strict=True)})
-        else:
-            with ProcessPoolExecutor(num_workers) as pool:
-                for (name, stamp), result in bar(zip(todo.items(), pool.map(work, todo, chunksize=4), strict=True)):
-                    known[name] = [stamp, *result]
+        with tqdm(total=len(todo), desc="videos", unit="video", mininterval=0.5) as bar:
+            for name, result in zip(todo, _map(work, list(todo), num_workers=num_workers), strict=True):
+                known[name] = [todo[name], *result]
+                bar.update()
     finally:  # also when interrupted: what is done is not done again
         _write(output / KNOWN, json.dumps(known))
     return _write_lists(items, known, output=output, separator=separator)
+
+
+def _map(work: Callable[[str], tuple[str, str]], names: list[str], *, num_workers: int) -> Iterator[tuple[str, str]]:
+    if num_workers == 1:
+        yield from map(work, names)
+        return
+    with ProcessPoolExecutor(num_workers) as pool:
+        try:
+            yield from pool.map(work, names, chunksize=4)
+        except BrokenProcessPool as error:
+            raise UserError("A worker was killed, perhaps for lack of memory: try fewer --workers.") from error
 
 
 def _stamp(path: Path, short_side: int) -> list[int]:

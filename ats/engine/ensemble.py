@@ -63,7 +63,7 @@ class Ensemble:
         if self.method == "sum":
             self._scores.index_add_(0, video, scores)
         else:
-            self._scores.index_reduce_(0, video, scores, "amax")
+            self._scores.scatter_reduce_(0, video[:, None].expand_as(scores), scores, "amax")
 
     def skip(self, index: Tensor) -> None:
         """Leave the videos of these clips out; their other clips are expected all the same."""
