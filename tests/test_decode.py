@@ -203,6 +203,13 @@ def test_damage_in_the_middle(tmp_path):
         video.read([0, 3])
 
 
+def test_huge_frames_are_refused(tmp_path, monkeypatch):
+    path = encode(tmp_path / "clip.mp4", 3)
+    monkeypatch.setattr("ats.datasets.decode.MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(UserError, match="frames of 64 x 48 pixels are too large"):
+        Video(path)
+
+
 def test_files_that_are_no_videos(tmp_path):
     def reason(path: Path | str) -> str:
         with pytest.raises(UserError, match=f"Cannot read the video {path}: ") as caught:

@@ -18,6 +18,7 @@ from ats.datasets import Sample
 from ats.engine.ensemble import Ensemble, build_ensemble
 from ats.engine.evaluate import evaluate, evaluate_weights
 from ats.engine.optim import lr_at, lr_schedule
+from ats.engine.train import train
 from ats.errors import UserError
 
 FOLDER = Path(__file__).parent / "fixtures" / "video_data_path"
@@ -151,6 +152,18 @@ def test_result_file_of_videos(config, tmp_path, capsys):
     table = capsys.readouterr().out
     assert "2 x 6" in table
     assert "clips/s" in table
+
+
+def test_training_on_clips(config, tmp_path):
+    """The training loop takes clips as it takes images, mixup included."""
+    for split in ("train", "val"):
+        (tmp_path / "data" / f"{split}.csv").write_text((tmp_path / "data" / "test.csv").read_text())
+    settings = ["TRAIN.DATASET", "kinetics", "TRAIN.BATCH_SIZE", "4", "SOLVER.MAX_EPOCH", "2", "MIXUP.ENABLE", "True"]
+    settings += ["DATA.TRAIN_CROP_SIZE", "16", "DATA.TRAIN_JITTER_SCALES", "[16, 20]", "AUG.RE_PROB", "0"]
+    train(config("TRAIN.ENABLE", "True", *settings))
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in log] == ["train", "val"] * 2
+    assert log[-1]["top1"] == 100.0
 
 
 def test_bad_video_in_testing(config, tmp_path):

@@ -25,6 +25,8 @@ from av.video.reformatter import VideoReformatter
 
 from ats.errors import UserError
 
+MAX_PIXELS = 8192 * 8192  # of a frame; more is a mistake, or made to exhaust the memory
+
 
 def clip_size(fps: float, *, num_frames: int, sampling_rate: int, target_fps: float = 30) -> float:
     """Length of a clip in frames of a video of `fps`: that of `num_frames` every `sampling_rate`-th at `target_fps`."""
@@ -132,6 +134,9 @@ class Video:
         if not streams:  # or the cover picture of a sound file alone
             raise UserError("it has no video stream")
         self._stream = streams[0]
+        width, height = self._stream.codec_context.width, self._stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            raise UserError(f"its frames of {width} x {height} pixels are too large")
         self._stream.codec_context.thread_count = 1  # clips are read in parallel by the workers
 
     def _scan(self) -> None:

@@ -107,6 +107,17 @@ class Ensemble:
         hit1, hit5, _ = hits(self.scores()[~self.skipped], self.labels[~self.skipped])
         return 100 * hit1.double().mean().item(), 100 * hit5.double().mean().item()
 
+    def summary(self, gflops: dict[str, float]) -> dict[str, object]:
+        """Counts (videos and clips without the skipped), and GFLOPs of a video over its views, from those per view."""
+        num_videos = int((~self.skipped).sum())
+        return {
+            "num_videos": num_videos,
+            "num_clips": num_videos * self.num_views,
+            "num_views": self.num_views,
+            "num_skipped_videos": int(self.skipped.sum()),
+            "gflops_per_video": {name: self.num_views * gflops[name] for name in ("mean", "paper_mean", "dense")},
+        }
+
 
 def build_ensemble(cfg: CfgNode, dataset: object) -> Ensemble | None:
     """The ensemble for a test set of clips; None for images, which have one view.

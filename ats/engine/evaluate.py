@@ -69,10 +69,8 @@ class Result:
     images_per_second: rate of the forward passes alone, the first batch (warm-up) left out where there are others;
         `wall_seconds` is the whole evaluation with reading the data.
     num_nonfinite: samples whose logits were not finite; they count as wrong.
-    video: of videos in several views. Then samples are clips, `top1` and `top5` are of the videos, and this has
-        `num_videos`, `num_clips`, `num_views` (per video), `num_skipped_videos`, `clip_top1`, `clip_top5`, and the
-        GFLOPs of a video over all its views (`gflops` is per view): `gflops_per_video` with `mean`, `paper_mean`,
-        `dense`.
+    video: of videos in several views; then samples are clips, `gflops` is per view, `top1` and `top5` are of the
+        videos, and this has `clip_top1`, `clip_top5` and `Ensemble.summary`.
     """
 
     top1: float
@@ -143,15 +141,7 @@ class _Tally:
 def _of_videos(clips: Result, ensemble: Ensemble) -> Result:
     """The result of the clips as that of their videos."""
     top1, top5 = ensemble.accuracy()
-    video = {
-        "num_videos": int((~ensemble.skipped).sum()),
-        "num_clips": clips.num_samples,
-        "num_views": ensemble.num_views,
-        "num_skipped_videos": int(ensemble.skipped.sum()),
-        "clip_top1": clips.top1,
-        "clip_top5": clips.top5,
-        "gflops_per_video": {name: ensemble.num_views * clips.gflops[name] for name in ("mean", "paper_mean", "dense")},
-    }
+    video = ensemble.summary(clips.gflops) | {"clip_top1": clips.top1, "clip_top5": clips.top5}
     return replace(clips, top1=top1, top5=top5, video=video)
 
 
