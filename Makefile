@@ -13,8 +13,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	@$(BIN)/python tools/demo.py
 
+# One thread per test process: two processes that share two cores lose more to each other's threads than they gain.
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
@@ -24,14 +25,16 @@ format: $(INSTALLED)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-$(INSTALLED): requirements.txt setup.py
+$(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; say which with: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "Installing into $(VENV), once (about 2 minutes, 6 GB with PyPI's CUDA build of torch) ..."
+	@echo "Installing into $(VENV), once: about 2 minutes and 6 GB (PyPI's torch comes with CUDA)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --progress-bar on -r requirements.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . || true
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar off \
+		-r requirements.txt | sed -u -n 's/^ *\(Collecting [^ ]*\).*/  \1/p; s/^\(Installing\) collected.*/  \1 .../p'
 	@touch $@
 
 clean:
 	rm -rf $(VENV) data output build dist *.egg-info
+
+SHELL := /bin/bash

@@ -1,3 +1,19 @@
-"""Adaptive Token Sampling (Fayyaz et al., ECCV 2022) for vision transformers."""
+"""Adaptive Token Sampling (Fayyaz et al., ECCV 2022) for vision transformers.
+
+    ats.patch(timm_model, blocks=range(3, 12), num_tokens=197)      # see ats/plugin.py
+
+Importing `ats` imports nothing heavy; what is named here is loaded when it is first used.
+"""
+
+from importlib import import_module
 
 __version__ = "0.1.0"
+
+_PUBLIC = {"patch": "ats.plugin", "UserError": "ats.errors"}
+__all__ = ["UserError", "__version__", "patch"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'ats' has no attribute {name!r}")

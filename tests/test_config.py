@@ -64,7 +64,7 @@ def test_values_take_the_type_of_their_key(key, text, value):
         (["TRAIN.ENABLE", "maybe"], "TRAIN.ENABLE must be bool"),
         (["ATS.BLOCKS", "[a]"], "ATS.BLOCKS must be list"),
         (["SOLVER.BASE_LR", None], "SOLVER.BASE_LR must be float"),
-        (["ATS.SAMPLER", "top_k"], "choose from inverse_transform, topk, random. Did you mean topk?"),
+        (["ATS.RULE", "offical"], "choose from official, paper. Did you mean official?"),
         (["VIT.DEPTH"], "'VIT.DEPTH' has no value"),
         (["VIT", 3], "Unknown config key VIT."),
     ],

@@ -43,6 +43,7 @@ from ats.errors import UserError
 
 VERSION = 1  # of the pictures: raise it when they change, so that old folders are made anew
 VAL_FRACTION = 0.2
+NUM_CELLS = 8  # of the grid digits are placed on, per side: a patch of configs/Digits each
 MAX_DISTRACTORS = 12  # asked for; a crowded canvas gets those that fit
 NUM_ATTEMPTS = 12  # to place one of them
 NUM_FRAGMENTS = 4096  # drawn once per split and used again: drawing them is what costs time
@@ -184,11 +185,11 @@ def make_canvas(
 
     strokes = draw_strokes(
         digits.images[index],
-        scale=rng.uniform(2.6, 3.2) * size / 60,  # everything scales with the canvas
-        angle=rng.uniform(-12, 12),
-        shear=rng.uniform(-0.12, 0.12),
+        scale=rng.uniform(2.7, 3.1) * size / 60,  # everything scales with the canvas
+        angle=rng.uniform(-8, 8),
+        shear=rng.uniform(-0.08, 0.08),
     )
-    boxes = [box_at(strokes, *rng.random(2))]
+    boxes = [snap(box_at(strokes, *rng.random(2)), size=size)]
     place(strokes, boxes[0], rng.uniform(0.75, 1.0))
 
     gap = round(size / 30)
@@ -208,6 +209,21 @@ def make_canvas(
                 break
     pixels = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
     return Image.fromarray(pixels), len(boxes) - 1, boxes[0]
+
+
+def snap(box: Box, *, size: int) -> Box:
+    """The box moved so that its centre lies on an 8 x 8 grid of the canvas, and inside the canvas.
+
+    A vision transformer has no translation invariance: learning every offset of a digit to its patches takes more
+    training than a demo can afford. Placement is free in steps of a patch; size, slant and angle vary freely.
+    """
+    cell = size / NUM_CELLS
+
+    def nearest(low: int, length: int) -> int:
+        centre = round((low + length / 2) / cell) * cell
+        return int(min(max(centre - length / 2, 0), size - length))
+
+    return box._replace(top=nearest(box.top, box.height), left=nearest(box.left, box.width))
 
 
 def _write_digit(

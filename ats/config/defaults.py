@@ -71,8 +71,7 @@ KEYS: list[Key] = [
     Key(
         "ATS.SAMPLER",
         "inverse_transform",
-        "How kept tokens are chosen: inverse transform sampling (the paper), the K highest scores, or K at random.",
-        choices=("inverse_transform", "topk", "random"),
+        "How kept tokens are chosen: inverse_transform (the paper), topk (highest scores), random, or one of yours.",
     ),
     Key(
         "ATS.SCORE",

@@ -8,6 +8,7 @@ The label of a class is the rank of its folder's name, as in torchvision's Image
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Literal
 
@@ -19,6 +20,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from ats.datasets.base import FileDataset
 from ats.datasets.transforms import Transform
 from ats.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 2 * 89_478_485  # where Pillow refuses by default; checked here too because programs switch that off
 
@@ -130,8 +133,11 @@ def _scan(folder: str) -> tuple[list[str], list[tuple[str, int]]]:
         raise UserError(f"The class folders in {folder} hold no images ({', '.join(IMG_EXTENSIONS)}). {expected}")
     if empty:
         names = ", ".join(classes[label] for label in empty[:5]) + (", ..." if len(empty) > 5 else "")
-        raise UserError(
-            f"{len(empty)} of the {len(classes)} class folders in {folder} hold no image "
-            f"({', '.join(IMG_EXTENSIONS)}): {names}. Fill or remove them."
+        logger.warning(
+            "%d of the %d class folders in %s hold no image: %s. Their labels keep their places.",
+            len(empty),
+            len(classes),
+            folder,
+            names,
         )
     return classes, files

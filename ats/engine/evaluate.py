@@ -286,8 +286,11 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> str:
     return f"{name}: {size:.2f} M parameters, {cost:.4g} GFLOPs dense"
 
 
-def format_table(results: dict[str, Result]) -> str:
-    """An aligned table with one line per named result; GFLOPs of videos are per view x views."""
+def format_table(results: dict[str, Result], *, style: str = "simple") -> str:
+    """An aligned table with one line per named result, GFLOPs of videos per view x views.
+
+    `style` is one of tabulate's, e.g. "pipe" for markdown.
+    """
     is_video = any(r.video for r in results.values())
     speed = "clips/s" if is_video else "images/s"
     headers = ["model", "top-1 %", "top-5 %", "GFLOPs", "paper", "dense", speed, "tokens kept (block: mean)"]
@@ -297,4 +300,6 @@ def format_table(results: dict[str, Result]) -> str:
         views = f" x {r.video['num_views']}" if r.video else ""
         cost = [f"{r.gflops[kind]:.4g}{views}" for kind in ("mean", "paper_mean", "dense")]
         lines.append([name, f"{r.top1:.2f}", f"{r.top5:.2f}", *cost, f"{r.images_per_second:.1f}", tokens])
-    return tabulate(lines, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 6, "left"))
+    return tabulate(
+        lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=("left", *["right"] * 6, "left")
+    )

@@ -1,0 +1,75 @@
+"""Pictures of what a network keeps: each image beside its tokens after every ATS block, dropped patches faded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ats.tokens import KeptTokens
+
+FADED = 0.15  # how much of a dropped patch stays visible on white
+
+
+def kept_patches_image(image: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The image with every patch that is not kept faded.
+
+    Args:
+        image: [3, H, W] in 0..1.
+        patches: indices of the kept patches, row major over `grid` (rows, columns).
+
+    Returns:
+        [3, H, W].
+    """
+    keep = torch.zeros(grid[0] * grid[1])
+    keep[patches.cpu()] = 1
+    height, width = image.shape[1] // grid[0], image.shape[2] // grid[1]
+    keep = keep.reshape(grid).repeat_interleave(height, 0).repeat_interleave(width, 1)
+    visible = FADED + (1 - FADED) * keep
+    return image[:, : keep.shape[0], : keep.shape[1]] * visible + (1 - visible)
+
+
+def draw_kept_tokens(
+    path: str | Path,
+    images: Tensor,
+    trace: Sequence[KeptTokens],
+    grid: tuple[int, int],
+    *,
+    captions: Sequence[str] = (),
+) -> Path:
+    """Write a picture: a row per image; the input, then what each ATS block kept, with the count.
+
+    Args:
+        path: of the PNG.
+        images: [B, 3, H, W] in 0..1.
+        trace: second result of `model.forward_tokens` for these images.
+        grid: rows and columns of patches.
+        captions: one text per image.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    num_rows, num_columns = len(images), len(trace) + 1
+    figure, axes = plt.subplots(
+        num_rows, num_columns, figsize=(1.1 * num_columns, 1.25 * num_rows), squeeze=False, layout="constrained"
+    )
+    for row, image in enumerate(images):
+        pictures = [image] + [kept_patches_image(image, entry.patches[row], grid) for entry in trace]
+        counts = [captions[row] if captions else ""] + [f"{len(entry.patches[row])}" for entry in trace]
+        for axis, picture, count in zip(axes[row], pictures, counts, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.set_xlabel(count, fontsize=8, labelpad=2)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+    for axis, title in zip(axes[0], ["image", *(f"block {entry.block}" for entry in trace)], strict=True):
+        axis.set_title(title, fontsize=8)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
