@@ -21,6 +21,7 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",
         "timm>=1.0.20",
+        "av>=18",
         "fvcore>=0.1.5.post20221221",
         "simplejson",
         "tabulate",

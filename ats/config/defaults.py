@@ -143,7 +143,14 @@ KEYS: list[Key] = [
     Key("EMA.DECAY", 0.9999, "Decay of the average, per optimizer step."),
     Key("SOLVER.OPTIMIZING_METHOD", "adamw", "Optimizer, by timm's names."),
     Key("SOLVER.BASE_LR", 1e-3, "Peak learning rate, for the whole TRAIN.BATCH_SIZE."),
-    Key("SOLVER.LR_POLICY", "cosine", "Learning rate after the warm-up.", choices=("cosine", "constant")),
+    Key(
+        "SOLVER.LR_POLICY",
+        "cosine",
+        "Learning rate after the warm-up.",
+        choices=("cosine", "constant", "steps_with_relative_lrs"),
+    ),
+    Key("SOLVER.STEPS", [], "Epochs from which the SOLVER.LRS hold, with SOLVER.LR_POLICY steps_with_relative_lrs."),
+    Key("SOLVER.LRS", [], "Learning rates over SOLVER.BASE_LR, one for each of SOLVER.STEPS."),
     Key("SOLVER.COSINE_END_LR", 1e-5, "Learning rate at the end of the cosine."),
     Key(
         "SOLVER.COSINE_AFTER_WARMUP",
@@ -163,12 +170,73 @@ KEYS: list[Key] = [
     Key("TEST.ENABLE", True, "Evaluate (after training, if TRAIN.ENABLE) and write OUTPUT_DIR/result.json."),
     Key("TEST.DATASET", "imagenet", "Data set to evaluate on."),
     Key("TEST.BATCH_SIZE", 64, "Samples per batch; the results do not depend on it."),
+    Key("TEST.NUM_ENSEMBLE_VIEWS", 10, "Clips per video in testing; of images there is one view."),
+    Key("TEST.NUM_SPATIAL_CROPS", 3, "Crops of every test clip: 1 (centre) or 3 along the long side.", choices=(1, 3)),
+    Key(
+        "TEST.ENSEMBLE_OF",
+        "logits",
+        "Scores that DATA.ENSEMBLE_METHOD puts together: logits (XViT, TimeSformer) or their softmax (MViT).",
+        choices=("logits", "softmax"),
+    ),
+    Key(
+        "TEST.ON_BAD_VIDEO",
+        "raise",
+        "A video that cannot be read in testing: stop, or leave it out and count it in result.json.",
+        choices=("raise", "skip"),
+    ),
     Key("TEST.CHECKPOINT_FILE_PATH", "", "Weights to evaluate; empty after training: the ones just trained."),
     # ---- data
-    Key("DATA.PATH_TO_DATA_DIR", "", "Folder of the data set: for ImageNet the one with train/ and val/."),
+    Key(
+        "DATA.PATH_TO_DATA_DIR",
+        "",
+        "Folder of the data set: for ImageNet with train/ and val/, for Kinetics with train.csv, val.csv and test.csv.",
+    ),
+    Key("DATA.PATH_PREFIX", "", "Folder that the paths in the csv files begin from; empty: that of the csv files."),
+    Key(
+        "DATA.ALLOW_PATHS_OUTSIDE_PREFIX",
+        False,
+        "Accept paths in a csv file that lead out of DATA.PATH_PREFIX (absolute, or with ..).",
+    ),
+    Key("DATA.PATH_LABEL_SEPARATOR", " ", "What stands between path and label in the csv files."),
+    Key(
+        "DATA.MEAN",
+        [],
+        "Mean of the R, G, B channels, subtracted; empty: ImageNet's [0.485, 0.456, 0.406], for clips 0.45 each.",
+    ),
+    Key(
+        "DATA.STD",
+        [],
+        "Standard deviation of the channels; empty: ImageNet's [0.229, 0.224, 0.225], for clips 0.225 each.",
+    ),
     Key("DATA.NUM_FRAMES", 8, "Frames of a clip."),
-    Key("DATA.MEAN", [0.485, 0.456, 0.406], "Mean of the R, G, B channels, subtracted."),
-    Key("DATA.STD", [0.229, 0.224, 0.225], "Standard deviation of the R, G, B channels, divided by."),
+    Key("DATA.SAMPLING_RATE", 8, "Frames from one frame of a clip to the next, at DATA.TARGET_FPS."),
+    Key(
+        "DATA.TARGET_FPS", 30.0, "Frame rate in which DATA.SAMPLING_RATE counts; videos of another rate are converted."
+    ),
+    Key("DATA.TRAIN_JITTER_FPS", 0.0, "Training adds a random number up to this to DATA.TARGET_FPS."),
+    Key(
+        "DATA.USE_OFFSET_SAMPLING",
+        False,
+        "Test clips reach from the first to the last frame (MViT); False: the last one ends before the video does.",
+    ),
+    Key(
+        "DATA.TRAIN_JITTER_SCALES",
+        [256, 320],
+        "Clips: range of the short side in pixels before a random training crop; the first is that of tests with one "
+        "spatial crop.",
+    ),
+    Key(
+        "DATA.TRAIN_MULTI_SCALE_CROP",
+        [],
+        "Clips: sides of the training crop over the frame's short side, in place of the other crops; XViT: "
+        "[1, 0.875, 0.75, 0.66].",
+    ),
+    Key(
+        "DATA.ENSEMBLE_METHOD",
+        "sum",
+        "How the scores of a video's clips become one: sum or largest, class by class.",
+        choices=("sum", "max"),
+    ),
     Key("DATA.TRAIN_CROP_SIZE", 224, "Side of the training crop in pixels."),
     Key("DATA.TEST_CROP_SIZE", 224, "Side of the evaluation crop in pixels."),
     Key(
@@ -182,7 +250,11 @@ KEYS: list[Key] = [
         "Interpolation of the evaluation resize.",
         choices=("bicubic", "bilinear", "nearest"),
     ),
-    Key("DATA.TRAIN_JITTER_SCALES_RELATIVE", [0.08, 1.0], "Range of the random crop's area over the image's."),
+    Key(
+        "DATA.TRAIN_JITTER_SCALES_RELATIVE",
+        [],
+        "Range of the random crop's area over the image's; empty: [0.08, 1]; for clips DATA.TRAIN_JITTER_SCALES.",
+    ),
     Key("DATA.TRAIN_JITTER_ASPECT_RELATIVE", [0.75, 1.3333], "Range of the random crop's aspect ratio."),
     Key("DATA.RANDOM_FLIP", True, "Random horizontal flip in training."),
     Key(
@@ -194,7 +266,7 @@ KEYS: list[Key] = [
     Key("DATA_LOADER.PIN_MEMORY", True, "Pinned memory for transfers to a GPU."),
     Key("AUG.ENABLE", True, "RandAugment, colour jitter and random erasing in training, on top of crop and flip."),
     Key("AUG.NUM_SAMPLE", 1, "Repeated augmentation: draws per image and epoch; the epoch keeps its length (DeiT: 3)."),
-    Key("AUG.COLOR_JITTER", 0.4, "Strength of the colour jitter; used when AUG.AA_TYPE is empty."),
+    Key("AUG.COLOR_JITTER", 0.4, "Strength of the colour jitter of images; used when AUG.AA_TYPE is empty."),
     Key("AUG.AA_TYPE", "rand-m9-mstd0.5-inc1", "AutoAugment policy by timm's names; empty: none."),
     Key(
         "AUG.INTERPOLATION", "bicubic", "Interpolation of the training crop.", choices=("bicubic", "bilinear", "random")

@@ -95,8 +95,6 @@ FIXED: dict[str, tuple[object, ...]] = {
     "DATA.USE_XVIT_AGUMENTATION": (True,),
     "DATA.MULTI_LABEL": (False,),
     "DATA.REVERSE_INPUT_CHANNEL": (False,),
-    "TEST.NUM_ENSEMBLE_VIEWS": (1, 10),  # of images there is one view; 10 is SlowFast's default
-    "TEST.NUM_SPATIAL_CROPS": (1, 3),
 }
 
 # Keys (or patterns) without meaning here -> the reason, printed in a warning.
@@ -126,17 +124,16 @@ IGNORED: dict[str, str] = {
     "SOLVER.DAMPENING": "timm's optimizers set it",
     "SOLVER.NESTEROV": "SOLVER.OPTIMIZING_METHOD sgd is SGD with Nesterov momentum, momentum is SGD without",
     "SOLVER.GAMMA": "SOLVER.LR_POLICY has no exponential decay",
-    "SOLVER.STEP_SIZE": "SOLVER.LR_POLICY has no step policy",
-    "SOLVER.STEPS": "SOLVER.LR_POLICY has no step policy",
-    "SOLVER.LRS": "SOLVER.LR_POLICY has no step policy",
+    "SOLVER.STEP_SIZE": "steps are SOLVER.STEPS",
     "SOLVER.WARMUP_FACTOR": "the warm-up starts from SOLVER.WARMUP_START_LR",
     "SOLVER.BASE_LR_SCALE_NUM_SHARDS": "SOLVER.BASE_LR is the rate of the whole batch",
     "SOLVER.CLIP_GRADIENT": "clipping is SOLVER.CLIP_GRAD_L2NORM",
-    "DATA.INPUT_CHANNEL_NUM": "images have three channels",
+    "DATA.INPUT_CHANNEL_NUM": "images and clips have three channels",
     "DATA.TRAIN_PCA_*": "PCA jitter is not part of any of the recipes",
     "DATA.PATH_TO_PRELOAD_IMDB": "the data folder is scanned",
     "DATA.TRAIN_JITTER_MOTION_SHIFT": "not part of any of the recipes",
     "DATA.INV_UNIFORM_SAMPLE": "not part of any of the recipes",
+    "DATA.DECODING_BACKEND": "videos are decoded by PyAV",
     "DATA_LOADER.ENABLE_MULTI_THREAD_DECODE": "decoding is parallel over workers",
     "BN.*": "these networks have no batch norm",
     "DETECTION.*": "detection is not part of this project",
@@ -156,7 +153,13 @@ _SLOWFAST_DEFAULTS = {
     "AUG.COLOR_JITTER": 0.0,
 }
 RELEASE_DEFAULTS: dict[str, dict[str, object]] = {
-    "XVIT": _SLOWFAST_DEFAULTS | {"MODEL.DROPOUT_RATE": 0.5, "XVIT.LOCATIONS_LIST": [9, 10, 11]},
+    "XVIT": _SLOWFAST_DEFAULTS
+    | {
+        "MODEL.DROPOUT_RATE": 0.5,
+        "XVIT.LOCATIONS_LIST": [9, 10, 11],
+        "DATA.TRAIN_MULTI_SCALE_CROP": [1, 0.875, 0.75, 0.66],
+        "DATA.PATH_LABEL_SEPARATOR": ",",
+    },
     "vit_base_patch16_224": _SLOWFAST_DEFAULTS | {"VIT.DROP_PATH_RATE": 0.1},
 }
 

@@ -9,11 +9,17 @@ from typing import Literal
 
 import torch
 from fvcore.common.config import CfgNode
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ats.datasets.imagenet import ImageNet, Sample
+from ats.datasets.base import Sample
+from ats.datasets.imagenet import ImageNet
+from ats.datasets.kinetics import ClipSampling, Kinetics
 from ats.datasets.sampler import EvalSampler, TrainSampler
 from ats.datasets.transforms import Transform, eval_transform, train_transform
+from ats.datasets.video_transforms import MEAN as CLIP_MEAN
+from ats.datasets.video_transforms import STD as CLIP_STD
+from ats.datasets.video_transforms import ClipTransform, eval_clip_transform, train_clip_transform
 from ats.errors import UserError, suggest
 
 logger = logging.getLogger(__name__)
@@ -50,7 +56,7 @@ class Loader(DataLoader):
 
 
 def collate(samples: list[Sample] | UserError) -> Sample | UserError:
-    """Stack samples: x [B, 3, H, W], label and index int64 [B], bad B strings; a UserError passes through."""
+    """Stack samples: x [B, 3, (T,) H, W], label and index int64 [B], bad B strings; a UserError passes through."""
     return samples if isinstance(samples, UserError) else default_collate(samples)
 
 
@@ -62,8 +68,8 @@ def build_transform(cfg: CfgNode, split: Split) -> Transform:
             data.TEST_CROP_SIZE,
             crop_ratio=data.TEST_CROP_RATIO,
             interpolation=data.TEST_INTERPOLATION,
-            mean=data.MEAN,
-            std=data.STD,
+            mean=data.MEAN or IMAGENET_DEFAULT_MEAN,
+            std=data.STD or IMAGENET_DEFAULT_STD,
         )
     augment = {}
     if aug.ENABLE:
@@ -80,8 +86,8 @@ def build_transform(cfg: CfgNode, split: Split) -> Transform:
         ratio=data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3),
         flip=data.RANDOM_FLIP,
         interpolation=aug.INTERPOLATION,
-        mean=data.MEAN,
-        std=data.STD,
+        mean=data.MEAN or IMAGENET_DEFAULT_MEAN,
+        std=data.STD or IMAGENET_DEFAULT_STD,
         **augment,
     )
 
@@ -109,6 +115,71 @@ def build_imagenet(cfg: CfgNode, split: Split) -> ImageNet:
     return dataset
 
 
+def build_clip_transforms(cfg: CfgNode, split: Split) -> list[ClipTransform]:
+    """The clip transforms of a split; for "test" one per spatial crop."""
+    data, aug = cfg.DATA, cfg.AUG
+    normalise = {"mean": data.MEAN or CLIP_MEAN, "std": data.STD or CLIP_STD}
+    if split != "train":
+        has_crops = split == "test" and cfg.TEST.NUM_SPATIAL_CROPS > 1
+        short_side = data.TEST_CROP_SIZE if has_crops else data.TRAIN_JITTER_SCALES[0]
+        return [
+            eval_clip_transform(data.TEST_CROP_SIZE, short_side=short_side, crop=crop, **normalise)
+            for crop in (range(cfg.TEST.NUM_SPATIAL_CROPS) if has_crops else [1])
+        ]
+    augment = {}
+    if aug.ENABLE:
+        augment = {
+            "auto_augment": aug.AA_TYPE,
+            "interpolation": aug.INTERPOLATION,
+            "erase_prob": aug.RE_PROB,
+            "erase_mode": aug.RE_MODE,
+            "erase_count": aug.RE_COUNT,
+        }
+    transform = train_clip_transform(
+        data.TRAIN_CROP_SIZE,
+        jitter_scales=data.TRAIN_JITTER_SCALES,
+        scale=data.TRAIN_JITTER_SCALES_RELATIVE,
+        ratio=data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3),
+        multi_scales=data.TRAIN_MULTI_SCALE_CROP,
+        flip=data.RANDOM_FLIP,
+        **normalise,
+        **augment,
+    )
+    return [transform]
+
+
+@register_dataset("kinetics")
+def build_kinetics(cfg: CfgNode, split: Split) -> Kinetics:
+    """Clips listed in DATA.PATH_TO_DATA_DIR/{train,val,test}.csv. Bad files are replaced in training only.
+
+    Raises:
+        UserError: the csv file is missing or wrong, or settings do not fit together.
+    """
+    data = cfg.DATA
+    if not data.PATH_TO_DATA_DIR:
+        raise UserError("DATA.PATH_TO_DATA_DIR is not set: type DATA.PATH_TO_DATA_DIR FOLDER, the one with test.csv.")
+    on_bad = {"train": "replace", "val": "raise", "test": cfg.TEST.ON_BAD_VIDEO}
+    return Kinetics(
+        os.path.join(os.path.expanduser(data.PATH_TO_DATA_DIR), f"{split}.csv"),
+        split=split,
+        sampling=ClipSampling(
+            num_frames=data.NUM_FRAMES,
+            sampling_rate=data.SAMPLING_RATE,
+            target_fps=data.TARGET_FPS,
+            fps_jitter=data.TRAIN_JITTER_FPS,
+            use_offset_sampling=data.USE_OFFSET_SAMPLING,
+        ),
+        transforms=build_clip_transforms(cfg, split),
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        separator=data.PATH_LABEL_SEPARATOR.replace("\\t", "\t"),
+        path_prefix=data.PATH_PREFIX,
+        allow_outside=data.ALLOW_PATHS_OUTSIDE_PREFIX,
+        num_views=cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1,
+        on_bad=on_bad[split],
+        seed=cfg.RNG_SEED,
+    )
+
+
 def build_dataset(cfg: CfgNode, split: Split) -> Dataset:
     """The data set of a split: TRAIN.DATASET for "train" and "val", TEST.DATASET for "test".
 
@@ -122,6 +193,13 @@ def build_dataset(cfg: CfgNode, split: Split) -> Dataset:
     if name.lower() not in DATASETS:
         raise UserError(f"{key} {name!r} is not known.{suggest(name, DATASETS)} Choose one of: {', '.join(DATASETS)}.")
     return DATASETS[name.lower()](cfg, split)
+
+
+def input_shape(cfg: CfgNode) -> tuple[int, ...]:
+    """Shape of one test sample of the data set: (3, H, W), of clips (3, T, H, W)."""
+    name = cfg.TRAIN.DATASET if cfg.TRAIN.ENABLE else cfg.TEST.DATASET
+    num_frames = (cfg.DATA.NUM_FRAMES,) if name.lower() == "kinetics" else ()
+    return (3, *num_frames, cfg.DATA.TEST_CROP_SIZE, cfg.DATA.TEST_CROP_SIZE)
 
 
 def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int = 1) -> Loader:

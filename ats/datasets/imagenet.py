@@ -10,47 +10,30 @@ from __future__ import annotations
 
 import logging
 import os
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from ats.datasets.sampler import Draw
+from ats.datasets.base import FileDataset
 from ats.datasets.transforms import Transform
 from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 2 * 89_478_485  # where Pillow refuses by default; checked here too because programs switch that off
-MAX_REPLACEMENTS = 16  # unreadable files in a row before giving up
 
 
-class Sample(NamedTuple):
-    """One image, or after collation a batch of them."""
-
-    x: Tensor  # [3, H, W]
-    label: int
-    index: int  # of the image in x: after a replacement that of the replacing one
-    bad: str  # path of the file that was asked for and could not be read, or ""
-
-
-class ImageNet(Dataset[Sample]):
+class ImageNet(FileDataset):
     """The images of one split.
 
     Args:
         root: folder with `train/` and `val/`.
         split: "train" or "val".
         transform: from an RGB PIL image to a tensor.
-        on_bad: what happens at a file that cannot be read: "raise" a UserError, or "replace" it by another sample, the
-            same one in every run, and report its path in `Sample.bad`.
-        seed: chooses the replacements.
+        on_bad, seed: see `FileDataset`.
 
     Raises:
         UserError: the folder is missing or empty, or a class has no image.
@@ -70,12 +53,9 @@ class ImageNet(Dataset[Sample]):
     ):
         if split not in ("train", "val"):
             raise ValueError(f'split must be "train" or "val"; got {split!r}.')
-        if on_bad not in ("raise", "replace"):
-            raise ValueError(f'on_bad must be "raise" or "replace"; got {on_bad!r}.')
+        super().__init__(on_bad=on_bad, seed=seed)
         self.folder = os.path.join(os.path.expanduser(root), split)
         self.transform = transform
-        self.on_bad = on_bad
-        self.seed = seed
         self.classes, files = _scan(self.folder)
         # Arrays, not lists: a worker that reads a Python list touches the reference count of each entry, so that in
         # the end every worker holds its own copy of the 1.3 million paths.
@@ -89,41 +69,17 @@ class ImageNet(Dataset[Sample]):
         """Path of the file of sample `index`."""
         return os.path.join(self.folder, os.fsdecode(self.files[index]))
 
-    def __getitem__(self, key: int | Draw) -> Sample:
-        """Read and transform a sample.
+    def label(self, index: int) -> int:
+        """Class of image `index`."""
+        return int(self.labels[index])
 
-        Args:
-            key: an index, for which random transforms draw from the global generators as they are; or a `Draw`, for
-                which they are seeded by `key.seed` and afterwards put back as they were.
+    def load(self, index: int) -> Tensor:
+        """Decode and transform image `index`.
 
         Raises:
-            UserError: the file cannot be read, and `on_bad` is "raise"; or too many files in a row cannot be read.
+            UserError: the file cannot be read.
         """
-        if not isinstance(key, Draw):
-            return self._read(int(key))
-        with seeded(key.seed):
-            return self._read(key.index)
-
-    def __getitems__(self, keys: Sequence[int | Draw]) -> list[Sample] | UserError:
-        """A batch for a DataLoader. A UserError is returned, not raised: see `ats.datasets.build.Loader`."""
-        try:
-            return [self[key] for key in keys]
-        except UserError as error:
-            return error
-
-    def _read(self, index: int) -> Sample:
-        bad = ""
-        for attempt in range(MAX_REPLACEMENTS):
-            try:
-                image = read_image(self.path(index))
-            except UserError:
-                if self.on_bad == "raise":
-                    raise
-                bad = bad or self.path(index)
-                index = int(np.random.default_rng([self.seed, index, attempt]).integers(len(self)))
-            else:
-                return Sample(self.transform(image), int(self.labels[index]), index, bad)
-        raise UserError(f"{bad} cannot be read, and nor can the {MAX_REPLACEMENTS - 1} files tried in its place.")
+        return self.transform(read_image(self.path(index)))
 
 
 def read_image(path: str) -> Image.Image:
@@ -143,21 +99,6 @@ def read_image(path: str) -> Image.Image:
         raise UserError(
             f"Cannot read the image {path}: {_reason(error, path)}. Restore the file, or remove it from the data set."
         ) from error
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed `random`, `numpy` and `torch` (CPU) for the block, then put their states back."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - timm draws from the global generator
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would disturb the GPU's generators
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
 
 
 def _reason(error: Exception, path: str) -> str:

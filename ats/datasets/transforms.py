@@ -7,6 +7,7 @@ draws come from the global generators of `random`, `numpy` and `torch`; the data
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from unittest.mock import patch
 
 from PIL import Image
@@ -80,7 +81,7 @@ def train_transform(
             raise UserError(f"DATA.{key} must be a range [low, high] with 0 < low <= high; got [{low}, {high}].")
     _check_interpolation(interpolation, ("bicubic", "bilinear", "random"), key="AUG.INTERPOLATION")
     try:
-        with patch.dict(timm_ops, {name: _posterize for name in timm_ops if name.startswith("Posterize")}):
+        with mended_posterize():
             return create_transform(
                 crop_size,
                 is_training=True,
@@ -101,6 +102,11 @@ def train_transform(
             f"timm cannot make the augmentation AUG.AA_TYPE {auto_augment!r} with AUG.RE_MODE {erase_mode!r}: "
             f"{type(error).__name__} {error}. DeiT uses AUG.AA_TYPE rand-m9-mstd0.5-inc1 and AUG.RE_MODE pixel."
         ) from error
+
+
+def mended_posterize() -> AbstractContextManager:
+    """Policies that timm builds inside this context use `_posterize`."""
+    return patch.dict(timm_ops, {name: _posterize for name in timm_ops if name.startswith("Posterize")})
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: object) -> Image.Image:

@@ -16,7 +16,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import simplejson
@@ -31,9 +31,11 @@ import ats
 from ats.checkpoint import load_weights
 from ats.config import CfgNode
 from ats.config.schema import flatten
-from ats.datasets import build_loader
+from ats.datasets import build_loader, input_shape
 from ats.engine.device import autocast, device_name, select_device
+from ats.engine.ensemble import Ensemble, build_ensemble
 from ats.engine.logging import log_plan, open_output_dir
+from ats.engine.meters import hits
 from ats.errors import UserError
 from ats.flops import Gflops, dense_gflops, gflops
 from ats.models import build_model
@@ -47,6 +49,7 @@ MACHINE_KEYS = {
     "LOG_PERIOD",
     "TENSORBOARD.ENABLE",
     "DATA.PATH_TO_DATA_DIR",
+    "DATA.PATH_PREFIX",
     "DATA_LOADER.NUM_WORKERS",
     "DATA_LOADER.PIN_MEMORY",
     "TRAIN.AUTO_RESUME",
@@ -66,6 +69,8 @@ class Result:
     images_per_second: rate of the forward passes alone, the first batch (warm-up) left out where there are others;
         `wall_seconds` is the whole evaluation with reading the data.
     num_nonfinite: samples whose logits were not finite; they count as wrong.
+    video: of videos in several views; then samples are clips, `gflops` is per view, `top1` and `top5` are of the
+        videos, and this has `clip_top1`, `clip_top5` and `Ensemble.summary`.
     """
 
     top1: float
@@ -78,6 +83,7 @@ class Result:
     wall_seconds: float
     params_m: float
     device: str
+    video: dict[str, object] | None = None
 
 
 @dataclass
@@ -94,10 +100,8 @@ class _Tally:
 
     def add(self, logits: Tensor, label: Tensor, index: Tensor, trace: list, cost: Gflops, seconds: float) -> None:
         """Add one batch: logits [B, C], label and index [B]."""
-        finite = logits.isfinite().all(dim=1)
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = (top == label.to(top.device)[:, None]) & finite[:, None]
-        columns = [index, hits[:, 0], hits.any(dim=1), ~finite, cost.as_run, cost.paper]
+        hit1, hit5, finite = hits(logits, label)
+        columns = [index, hit1, hit5, ~finite, cost.as_run, cost.paper]
         self.rows.append(torch.stack([column.to("cpu", torch.float64) for column in columns], dim=1))
         for entry in trace:
             self.tokens[entry.block][0] += int(entry.num_tokens.sum())
@@ -105,17 +109,21 @@ class _Tally:
         self.dense = cost.dense
         self.timing.append((len(index), seconds))
 
-    def result(self, *, wall_seconds: float, params_m: float, device: str) -> Result:
-        """The averages over all samples."""
+    def result(self, *, ensemble: Ensemble | None, wall_seconds: float, params_m: float, device: str) -> Result:
+        """The averages over all samples, clips of skipped videos left out."""
         rows = torch.cat(self.rows)
         rows = rows[rows[:, 0].argsort()]
+        if ensemble is not None:
+            rows = rows[~ensemble.skipped[rows[:, 0].long() // ensemble.num_views]]
+            if not len(rows):
+                raise UserError("There is nothing to evaluate: no video can be read.")
         _, hit1, hit5, nonfinite, as_run, paper = rows.T
         quantiles = torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0], dtype=torch.float64)
         low, p5, p50, p95, high = torch.quantile(as_run, quantiles).tolist()
         spread = {"mean": as_run.mean().item(), "std": as_run.std(correction=0).item()}
         spread |= {"min": low, "p5": p5, "p50": p50, "p95": p95, "max": high}
         timed = self.timing[1:] or self.timing
-        return Result(
+        result = Result(
             top1=100 * hit1.mean().item(),
             top5=100 * hit5.mean().item(),
             num_samples=len(rows),
@@ -127,6 +135,14 @@ class _Tally:
             params_m=params_m,
             device=device,
         )
+        return result if ensemble is None else _of_videos(result, ensemble)
+
+
+def _of_videos(clips: Result, ensemble: Ensemble) -> Result:
+    """The result of the clips as that of their videos."""
+    top1, top5 = ensemble.accuracy()
+    video = ensemble.summary(clips.gflops) | {"clip_top1": clips.top1, "clip_top5": clips.top5}
+    return replace(clips, top1=top1, top5=top5, video=video)
 
 
 @torch.inference_mode()
@@ -135,13 +151,15 @@ def evaluate(
     loader: Iterable,
     *,
     device: torch.device,
+    ensemble: Ensemble | None = None,
     amp_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Result:
     """Run `model` (on `device`) once over every sample of `loader`, in eval mode; the mode it was in is restored.
 
     Args:
-        loader: batches with `x`, `label` and `index` (`ats.datasets.Sample`).
+        loader: batches of `ats.datasets.Sample`.
+        ensemble: a new one, for videos in several views; clips marked `bad` are left out with their videos.
         amp_dtype: autocast to this type.
         progress: show a bar if the console is a terminal.
 
@@ -153,6 +171,10 @@ def evaluate(
     tally = _Tally()
     start = time.perf_counter()
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True):
+        if ensemble is not None and any(batch.bad):
+            batch = ensemble.leave_out_bad(batch)
+            if not len(batch.x):
+                continue
         x = batch.x.to(device, non_blocking=True)
         _synchronize(device)
         forward_start = time.perf_counter()
@@ -161,11 +183,18 @@ def evaluate(
         _synchronize(device)
         seconds = time.perf_counter() - forward_start
         tally.add(logits, batch.label, batch.index, trace, gflops(model, trace, x.shape), seconds)
+        if ensemble is not None:
+            ensemble.add(logits, batch.label, batch.index)
     model.train(was_training)
     if not tally.rows:
         raise UserError("There is nothing to evaluate: the data set is empty.")
     params_m = sum(p.numel() for p in model.parameters()) / 1e6
-    result = tally.result(wall_seconds=time.perf_counter() - start, params_m=params_m, device=device_name(device))
+    wall_seconds = time.perf_counter() - start
+    result = tally.result(ensemble=ensemble, wall_seconds=wall_seconds, params_m=params_m, device=device_name(device))
+    if result.video and result.video["num_skipped_videos"]:
+        logger.warning(
+            "%d of %d videos cannot be read and are left out.", result.video["num_skipped_videos"], ensemble.num_videos
+        )
     if result.num_nonfinite:
         logger.warning(
             "%d of %d samples have NaN or infinite logits; counted as wrong.", result.num_nonfinite, result.num_samples
@@ -206,7 +235,7 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
             "output": str(output_dir.resolve()),
         }
     )
-    result = evaluate(model.to(device), loader, device=device)
+    result = evaluate(model.to(device), loader, device=device, ensemble=build_ensemble(cfg, loader.dataset))
     write_result(cfg, result, output_dir / "result.json")
     table = format_table({model_name(cfg): result})
     logger.debug("Result:\n%s", table)  # for log.txt; the console gets it on stdout
@@ -218,6 +247,7 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
 def write_result(cfg: CfgNode, result: Result, path: Path) -> None:
     """Write result.json, atomically: the fields of `Result`, versions with the device, the config's hash."""
     contents = asdict(result)
+    contents |= contents.pop("video") or {}
     contents["versions"] = versions() | {"device": contents.pop("device")}
     contents["config_sha256"] = config_sha256(cfg)
     temporary = path.with_suffix(".tmp")
@@ -252,20 +282,24 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> str:
     """Name, sampling blocks, size and dense cost of a model, for the head of the log."""
     name = model_name(cfg) + (f" in blocks {', '.join(map(str, cfg.ATS.BLOCKS))}" if cfg.ATS.ENABLE else "")
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    cost = dense_gflops(model, (1, 3, cfg.DATA.TEST_CROP_SIZE, cfg.DATA.TEST_CROP_SIZE))
+    cost = dense_gflops(model, (1, *input_shape(cfg)))
     return f"{name}: {size:.2f} M parameters, {cost:.4g} GFLOPs dense"
 
 
 def format_table(results: dict[str, Result], *, style: str = "simple") -> str:
-    """An aligned table with one line per named result; `style` is one of tabulate's, e.g. "pipe" for markdown."""
-    headers = ["model", "top-1 %", "top-5 %", "GFLOPs", "paper", "dense", "images/s", "tokens kept (block: mean)"]
+    """An aligned table with one line per named result, GFLOPs of videos per view x views.
+
+    `style` is one of tabulate's, e.g. "pipe" for markdown.
+    """
+    is_video = any(r.video for r in results.values())
+    speed = "clips/s" if is_video else "images/s"
+    headers = ["model", "top-1 %", "top-5 %", "GFLOPs", "paper", "dense", speed, "tokens kept (block: mean)"]
     lines = []
     for name, r in results.items():
         tokens = ", ".join(f"{block}: {mean:.1f}" for block, mean in r.tokens_per_block.items()) or "all"
-        cost = [r.gflops["mean"], r.gflops["paper_mean"], r.gflops["dense"]]
-        lines.append(
-            [name, f"{r.top1:.2f}", f"{r.top5:.2f}", *(f"{c:.4g}" for c in cost), f"{r.images_per_second:.1f}", tokens]
-        )
+        views = f" x {r.video['num_views']}" if r.video else ""
+        cost = [f"{r.gflops[kind]:.4g}{views}" for kind in ("mean", "paper_mean", "dense")]
+        lines.append([name, f"{r.top1:.2f}", f"{r.top5:.2f}", *cost, f"{r.images_per_second:.1f}", tokens])
     return tabulate(
         lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=("left", *["right"] * 6, "left")
     )

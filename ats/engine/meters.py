@@ -1,4 +1,4 @@
-"""Small counters of the training loop: averages since the last line of the log, time to go, unreadable files."""
+"""Small counters: right answers, averages since the last line of the log, time to go, unreadable files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
 
+from torch import Tensor
+
 from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def hits(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows of logits [B, classes] are right at 1, right at 5, and finite; what is not finite is not right."""
+    finite = logits.isfinite().all(dim=1)
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    right = (top == label.to(top.device)[:, None]) & finite[:, None]
+    return right[:, 0], right.any(dim=1), finite
 
 
 class Window:

@@ -6,7 +6,8 @@ The learning rate is a pure function of the training progress, as in SlowFast: n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -62,28 +63,45 @@ def lr_at(
     warmup_start_lr: float = 0.0,
     policy: str = "cosine",
     cosine_after_warmup: bool = True,
+    steps: Sequence[float] = (),
+    relative_lrs: Sequence[float] = (),
 ) -> float:
     """Learning rate after `progress` epochs (a fraction counts the steps of the running epoch).
 
     `policy` "constant" stays at `base_lr`; "cosine" falls from `base_lr` to `end_lr` at `num_epochs`, starting after
-    the warm-up, or, without `cosine_after_warmup`, at epoch 0. The warm-up is a line from `warmup_start_lr` to the
-    policy's value at `warmup_epochs`.
+    the warm-up, or, without `cosine_after_warmup`, at epoch 0; "steps_with_relative_lrs" is `base_lr` times the entry
+    of `relative_lrs` that belongs to the last of `steps` (ascending epochs, the first 0) reached. The warm-up is a line
+    from `warmup_start_lr` to the policy's value at `warmup_epochs`.
     """
+    start = warmup_epochs * cosine_after_warmup
+
+    def policy_lr(progress: float) -> float:
+        if policy == "steps_with_relative_lrs":
+            return base_lr * relative_lrs[bisect_right(steps, progress) - 1]
+        if policy == "constant" or progress <= start:
+            return base_lr
+        share = min((progress - start) / (num_epochs - start), 1.0) if num_epochs > start else 1.0
+        return end_lr + (base_lr - end_lr) * 0.5 * (1.0 + math.cos(math.pi * share))
+
     if progress < warmup_epochs:
-        peak = _policy_lr(warmup_epochs, base_lr, num_epochs, end_lr, warmup_epochs * cosine_after_warmup, policy)
-        return warmup_start_lr + (peak - warmup_start_lr) * progress / warmup_epochs
-    return _policy_lr(progress, base_lr, num_epochs, end_lr, warmup_epochs * cosine_after_warmup, policy)
-
-
-def _policy_lr(progress: float, base_lr: float, num_epochs: float, end_lr: float, start: float, policy: str) -> float:
-    if policy == "constant" or progress <= start:
-        return base_lr
-    share = min((progress - start) / (num_epochs - start), 1.0) if num_epochs > start else 1.0
-    return end_lr + (base_lr - end_lr) * 0.5 * (1.0 + math.cos(math.pi * share))
+        return warmup_start_lr + (policy_lr(warmup_epochs) - warmup_start_lr) * progress / warmup_epochs
+    return policy_lr(progress)
 
 
 def lr_schedule(cfg: CfgNode) -> Callable[[float], float]:
-    """`lr_at` with the settings of `SOLVER.*`: progress in epochs -> learning rate."""
+    """`lr_at` with the settings of `SOLVER.*`: progress in epochs -> learning rate.
+
+    Raises:
+        UserError: SOLVER.STEPS and SOLVER.LRS do not fit together.
+    """
+    steps, relative_lrs = cfg.SOLVER.STEPS, cfg.SOLVER.LRS
+    if cfg.SOLVER.LR_POLICY == "steps_with_relative_lrs" and (
+        not steps or steps[0] != 0 or steps != sorted(set(steps)) or len(steps) != len(relative_lrs)
+    ):
+        raise UserError(
+            "SOLVER.LR_POLICY steps_with_relative_lrs needs SOLVER.STEPS, ascending epochs from 0 on, and as many "
+            f"SOLVER.LRS, such as [0, 11, 14] and [1, 0.1, 0.01]; got {steps} and {relative_lrs}."
+        )
     return partial(
         lr_at,
         base_lr=cfg.SOLVER.BASE_LR,
@@ -93,6 +111,8 @@ def lr_schedule(cfg: CfgNode) -> Callable[[float], float]:
         warmup_start_lr=cfg.SOLVER.WARMUP_START_LR,
         policy=cfg.SOLVER.LR_POLICY,
         cosine_after_warmup=cfg.SOLVER.COSINE_AFTER_WARMUP,
+        steps=steps,
+        relative_lrs=relative_lrs,
     )
 
 

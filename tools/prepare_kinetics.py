@@ -1,0 +1,253 @@
+"""Write the csv files that the Kinetics loader reads, from videos in a folder per split and class.
+
+    python tools/prepare_kinetics.py --videos data/k400
+    python tools/prepare_kinetics.py --videos raw/k400 --output data/k400 --short-side 256
+
+    <videos>/train/<class>/*.mp4      a class is a folder; the labels follow the sorted names
+    <videos>/val/<class>/*.mp4
+    <videos>/test/<class>/*.mp4       if there is none, test.csv lists the videos of val, as Kinetics is tested
+
+Every file is opened, and its first, middle and last frame are decoded; a file that fails is left out and listed with
+the reason in <output>/bad_files.txt. With --short-side larger videos are encoded again (h264, without sound) at that
+size, which makes loading several times as fast. Both are done in parallel, and not again for files of an earlier run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
+
+from ats.datasets.decode import Video
+from ats.errors import UserError
+
+SPLITS = ("train", "val", "test")
+EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
+GOP_SIZE = 48  # frames from one key frame to the next: seeking decodes half of them on average
+KNOWN = "checked.json"
+
+
+class Item(NamedTuple):
+    """A video: its path below the folder of videos, split and label."""
+
+    name: str
+    split: str
+    label: int
+
+
+def find_videos(videos: Path) -> list[Item]:
+    """All videos, sorted by split and name.
+
+    Raises:
+        UserError: there are none, or a split has a class that train/ has not.
+    """
+    splits = [split for split in SPLITS if (videos / split).is_dir()]
+    classes = {split: sorted(entry.name for entry in os.scandir(videos / split) if entry.is_dir()) for split in splits}
+    if not any(classes.values()):
+        raise UserError(
+            f"{videos} has no train/<class>, val/<class> or test/<class>: name the right folder by --videos."
+        )
+    names = classes[splits[0]]
+    items = []
+    for split in splits:
+        if unknown := sorted(set(classes[split]) - set(names)):
+            raise UserError(f"{videos / split} has classes that {splits[0]}/ has not: {', '.join(unknown[:5])}.")
+        for label, name in enumerate(names):
+            files = sorted((videos / split / name).glob("*"))
+            items += [
+                Item(str(path.relative_to(videos)), split, label) for path in files if path.suffix.lower() in EXTENSIONS
+            ]
+    if not items:
+        raise UserError(f"The class folders in {videos} hold no videos ({', '.join(EXTENSIONS)}).")
+    return items
+
+
+def prepare(name: str, *, videos: Path, output: Path, short_side: int) -> tuple[str, str]:
+    """Check a video, and make it smaller if `short_side` is not 0.
+
+    Returns:
+        Path of the video to be listed, and "" or the reason why it is bad.
+    """
+    path = videos / name
+    try:
+        with Video(path) as video:
+            first = video.read([0, video.num_frames // 2, video.num_frames - 1])[0]
+            if not short_side:
+                return str(path), ""
+            target = output / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial_path = target.with_name(f".{target.stem}.partial")
+            if min(first.shape[:2]) <= short_side:
+                shutil.copyfile(path, partial_path)
+            else:
+                target = target.with_suffix(".mp4")
+                shrink(video, partial_path, short_side=short_side)
+        os.replace(partial_path, target)
+        return str(target), ""
+    except (UserError, av.FFmpegError) as error:
+        return str(path), " ".join(str(error).split())
+
+
+def shrink(video: Video, target: Path, *, short_side: int) -> None:
+    """Encode a video again as h264 in mp4, its short side `short_side` pixels, turned upright, with its time stamps."""
+    with av.open(str(target), "w", format="mp4") as container:
+        stream = None
+        for frame, turns in video.frames():
+            if turns:
+                turned = av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+                )
+                turned.pts, turned.time_base = frame.pts, frame.time_base
+                frame = turned
+            scale = short_side / min(frame.width, frame.height)
+            width, height = (2 * round(side * scale / 2) for side in (frame.width, frame.height))
+            if stream is None:
+                stream = container.add_stream("libx264", rate=round(video.fps) or 1, options={"crf": "20"})
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                stream.codec_context.time_base, stream.codec_context.gop_size = frame.time_base, GOP_SIZE
+                stream.codec_context.thread_count = 1  # videos are encoded in parallel
+            container.mux(stream.encode(frame.reformat(stream.width, stream.height, "yuv420p")))
+        container.mux(stream.encode(None))
+
+
+def prepare_kinetics(
+    videos: str | Path,
+    output: str | Path | None = None,
+    *,
+    short_side: int = 0,
+    separator: str = " ",
+    num_workers: int | None = None,
+) -> dict[str, int]:
+    """Check (and make smaller) all videos and write the csv files to `output`, by default `videos`.
+
+    Returns:
+        Number of videos listed by split, and of "bad" ones.
+
+    Raises:
+        UserError: nothing to prepare, or the folders do not fit together.
+    """
+    videos = Path(videos).expanduser()
+    output = videos if output is None else Path(output).expanduser()
+    if short_side and output.resolve() == videos.resolve():
+        raise UserError("--short-side writes new videos: type --output FOLDER, another one than --videos.")
+    if short_side < 0 or short_side % 2:
+        raise UserError(f"--short-side {short_side} must be an even number of pixels.")
+    items = find_videos(videos)
+    output.mkdir(parents=True, exist_ok=True)
+    known = _read_known(output / KNOWN)
+    todo = {item.name: _stamp(videos / item.name, short_side) for item in items}
+    todo = {name: stamp for name, stamp in todo.items() if not _is_done(known.get(name), stamp)}
+    work = partial(prepare, videos=videos, output=output, short_side=short_side)
+    num_workers = min(num_workers or os.cpu_count() or 1, len(todo) or 1)
+    try:
+        with tqdm(total=len(todo), desc="videos", unit="video", mininterval=0.5) as bar:
+            for name, result in zip(todo, _map(work, list(todo), num_workers=num_workers), strict=True):
+                known[name] = [todo[name], *result]
+                bar.update()
+    finally:  # also when interrupted: what is done is not done again
+        _write(output / KNOWN, json.dumps(known))
+    return _write_lists(items, known, output=output, separator=separator)
+
+
+def _map(work: Callable[[str], tuple[str, str]], names: list[str], *, num_workers: int) -> Iterator[tuple[str, str]]:
+    if num_workers == 1:
+        yield from map(work, names)
+        return
+    with ProcessPoolExecutor(num_workers) as pool:
+        try:
+            yield from pool.map(work, names, chunksize=4)
+        except BrokenProcessPool as error:
+            raise UserError("A worker was killed, perhaps for lack of memory: try fewer --workers.") from error
+
+
+def _stamp(path: Path, short_side: int) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, short_side]
+
+
+def _is_done(entry: list | None, stamp: list[int]) -> bool:
+    return entry is not None and entry[0] == stamp and not entry[2] and os.path.isfile(entry[1])
+
+
+def _read_known(path: Path) -> dict[str, list]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_lists(items: list[Item], known: dict[str, list], *, output: Path, separator: str) -> dict[str, int]:
+    lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+    bad = []
+    for item in items:
+        _, path, reason = known[item.name]
+        if reason:
+            bad.append(f"{path}\t{reason}")
+        else:
+            lines[item.split].append(f"{os.path.relpath(path, output)}{separator}{item.label}")
+    if not any(lines.values()):
+        raise UserError(f"None of the {len(bad)} videos can be read; the first: {bad[0]}")
+    if not any(item.split == "test" for item in items):
+        lines["test"] = lines["val"]
+    for split, content in lines.items():
+        if content:
+            _write(output / f"{split}.csv", "\n".join(content) + "\n")
+    _write(output / "bad_files.txt", "".join(f"{line}\n" for line in bad))
+    return {split: len(content) for split, content in lines.items()} | {"bad": len(bad)}
+
+
+def _write(path: Path, text: str) -> None:
+    partial_path = path.with_name(f".{path.name}.partial")
+    partial_path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    os.replace(partial_path, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", required=True, metavar="DIR", help="folder with train/<class>/, val/<class>/")
+    parser.add_argument("--output", metavar="DIR", help="where the csv files go (default: where the videos are)")
+    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS", help="encode larger videos at this size")
+    parser.add_argument("--separator", default=" ", help='between path and label: " " (default) or ","')
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        counts = prepare_kinetics(
+            args.videos,
+            args.output,
+            short_side=args.short_side,
+            separator=args.separator,
+            num_workers=args.workers,
+        )
+    except (UserError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    output = args.output or args.videos
+    for split in SPLITS:
+        if counts[split]:
+            print(f"{output}/{split}.csv: {counts[split]} videos")
+    if counts["bad"]:
+        print(f"{output}/bad_files.txt: {counts['bad']} files cannot be read and are left out")
+    print(f"train or test with: DATA.PATH_TO_DATA_DIR {output} DATA.PATH_LABEL_SEPARATOR '{args.separator}'")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
