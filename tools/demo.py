@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from make_digits import make_digits  # noqa: E402 - beside this file
+
 from ats.config import CfgNode, load_config  # noqa: E402
 from ats.errors import UserError  # noqa: E402
 
@@ -70,7 +72,6 @@ def run(*, data: Path, output: Path) -> None:
     from ats.engine.device import select_device
     from ats.engine.evaluate import evaluate, format_table
     from ats.models import build_model
-    from tools.make_digits import make_digits
 
     made = make_digits(data)
     print(f"Digits data set: {data}{'' if made else ' (already there)'}", file=sys.stderr)
