@@ -13,12 +13,14 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ats.errors import UserError, suggest
+from ats.models.mvit import MViT, mvit_from_cfg
 from ats.models.vit import VisionTransformer, vit_from_cfg
 
-__all__ = ["MODELS", "VisionTransformer", "build_model"]
+__all__ = ["MODELS", "MViT", "VisionTransformer", "build_model"]
 
 MODELS: dict[str, Callable[[CfgNode], nn.Module]] = {
     "ViT": vit_from_cfg,
+    "MViT": mvit_from_cfg,
 }
 
 
