@@ -70,7 +70,9 @@ KEYS: list[Key] = [
     Key("MVIT.DIM_MUL", [], "Width: [[block, factor], ...], relative to the block before."),
     Key("MVIT.HEAD_MUL", [], "Heads: [[block, factor], ...], relative to the block before."),
     Key(
-        "MVIT.DIM_MUL_IN_ATT", False, "v2: the width grows in the block's attention; v1: in the MLP of the block before."
+        "MVIT.DIM_MUL_IN_ATT",
+        False,
+        "v2: the width grows in the block's attention; v1: in the MLP of the block before.",
     ),
     Key(
         "MVIT.MODE",

@@ -51,7 +51,6 @@ FIXED: dict[str, tuple[object, ...]] = {
     "MVIT.REL_POS_ZERO_INIT": (False,),
     "MVIT.USE_FIXED_SINCOS_POS": (False,),
     "MVIT.REV.ENABLE": (False,),
-    "MODEL.ACT_CHECKPOINT": (False,),
     "MODEL.LOSS_FUNC": (
         "cross_entropy",
         "soft_cross_entropy",
@@ -64,11 +63,15 @@ FIXED: dict[str, tuple[object, ...]] = {
     "TEST.NUM_SPATIAL_CROPS": (1, 3),
 }
 
+# Keys that a published YAML holds twice with two values, as (key, first, last); the last one is meant, as YAML has it.
+REPEATED: dict[tuple[object, ...], str] = {("DEPTH", 16, 24): "SlowFast, configs/Kinetics/MVIT_B_32x3_CONV.yaml"}
+
 # Keys (or patterns) without meaning here -> the reason, printed in a warning.
 IGNORED: dict[str, str] = {
     "VIT.DROP_TOKENS": "tokens are always dropped, with the numbers of DROP_TOKENS False, which do not depend on the batch",
     "MODEL.ARCH": "MODEL.NAME says which network is built",
     "MODEL.SINGLE_PATHWAY_ARCH": "all networks here have one pathway",
+    "MODEL.ACT_CHECKPOINT": "activations are always kept; it saves memory and changes no number",
     "MODEL.DROPCONNECT_RATE": "stochastic depth is VIT.DROP_PATH_RATE",
     "MODEL.FC_INIT_STD": "the head is initialised as in timm",
     "MODEL.HEAD_ACT": "models return logits",

@@ -1,7 +1,7 @@
 """MViT v1 and v2 (multiscale vision transformers) for video and images, with adaptive token sampling.
 
-Names, shapes and numbers are SlowFast's (`slowfast/models/video_model_builder.py`, MViT); logits are what its head gives
-before the softmax of evaluation. The dense blocks are in `mvit_block.py`; from the first sampling block on
+Names, shapes and numbers are SlowFast's (`slowfast/models/video_model_builder.py`, MViT); logits are what its head
+gives before the softmax of evaluation. The dense blocks are in `mvit_block.py`; from the first sampling block on
 `mvit_ats.py` takes over, where it is described what is scored, sampled and kept.
 
 Trace: `patches` of block i are indices in the grid of that block's queries, which is the grid of its output (t h w
@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -240,9 +239,8 @@ def plan_blocks(
     Raises:
         UserError: entries that do not fit the depth, the widths or the grid.
     """
-    if pool_kv_stride_adaptive is not None:
-        if pool_kv_stride:
-            raise UserError("MVIT.POOL_KV_STRIDE and MVIT.POOL_KV_STRIDE_ADAPTIVE exclude each other: set one to None.")
+    if pool_kv_stride_adaptive is not None and pool_kv_stride:
+        raise UserError("MVIT.POOL_KV_STRIDE and MVIT.POOL_KV_STRIDE_ADAPTIVE exclude each other: set one to None.")
     widths, heads = _per_block("DIM_MUL", dim_mul, depth), _per_block("HEAD_MUL", head_mul, depth)
     strides_q = _per_block("POOL_Q_STRIDE", pool_q_stride, depth, length=3)
     strides_kv = _per_block("POOL_KV_STRIDE", pool_kv_stride, depth, length=3)

@@ -1,8 +1,8 @@
 """Adaptive token sampling in a block of MViT: pooled cells are scored and sampled, the tokens they stand for are kept.
 
-CLS attends to pooled keys, each a cell of a coarser grid than the tokens' (in blocks 4 to 13 of MViT-B a cell stands for
-2 x 2 tokens). So the cells are what a score exists for, and what is sampled: a dropped cell takes all its tokens with
-it. `ATS.NUM_TOKENS` counts cells (and CLS) here. Everything else works on what is left:
+CLS attends to pooled keys, each a cell of a coarser grid than the tokens' (in blocks 4 to 13 of MViT-B a cell stands
+for 2 x 2 tokens). So the cells are what a score exists for, and what is sampled: a dropped cell takes all its tokens
+with it. `ATS.NUM_TOKENS` counts cells (and CLS) here. Everything else works on what is left:
 
 * tokens are packed; norms, projections and the MLP see kept tokens only;
 * a pooling needs the grid: q, k and v are put on a canvas of the whole grid, 0 where a token was dropped (-inf for max
@@ -64,7 +64,9 @@ class MultiScaleATSBlock(nn.Module):
     def projects_all_queries(self) -> bool:
         """Queries are needed of every token that comes in: to pool them, to add positions, or to score with them."""
         attn, sampler = self.attn, self.sampler
-        return attn.pool_q is not None or attn.has_rel_pos or (sampler is not None and sampler.score == "mean_attention")
+        return (
+            attn.pool_q is not None or attn.has_rel_pos or (sampler is not None and sampler.score == "mean_attention")
+        )
 
     def forward(self, tokens: RaggedTokens, grid: Grid) -> tuple[RaggedTokens, Grid]:
         """Tokens on `grid` in; those of the output's grid that are kept out, after a full block."""
