@@ -54,6 +54,7 @@ NETS = {
     "v1 default kernels": V1 | {"MVIT.POOL_KVQ_KERNEL": None},
     "v1 max": V1 | {"MVIT.MODE": "max"},
     "v1 avg": V1 | {"MVIT.MODE": "avg"},
+    "v1 residual pooling": V1 | {"MVIT.RESIDUAL_POOLING": True},
     "v1 image": V1 | IMAGE | {"MVIT.SEP_POS_EMBED": False},
     "v2": V2,
     "v2 mean pooling": V2 | {"MVIT.USE_MEAN_POOLING": True},

@@ -85,14 +85,14 @@ class MultiScaleATSBlock(nn.Module):
 
         kept, index = queries, None
         if self.sampler is not None:
-            cls_q = None
+            scoring_q = matched_q
             if self.sampler.score != "mean_attention":
                 first = queries.layout.offsets[:-1].long()
-                cls_q = self.project_q(x[first]) if q is None else q[first]
-            mask, slots = self.sample(queries, keys, cls_q, matched_q, k, matched_k, v, query_grid, key_grid)
+                scoring_q = self.project_q(x[first]) if q is None else matched_q[first]
+            mask, slots = self.sample(queries, keys, scoring_q, matched_k, v, query_grid, key_grid)
             kept, index = queries.keep(queries.layout.pad(mask), slots=slots)
         if q is None:
-            matched_q = self.project_q(x if index is None else x[index])
+            q = matched_q = self.project_q(x if index is None else x[index])
         elif index is not None:
             q, matched_q = q[index], matched_q[index]
 
@@ -168,10 +168,8 @@ class MultiScaleATSBlock(nn.Module):
         self,
         queries: RaggedTokens,
         keys: RaggedTokens,
-        cls_q: Tensor | None,
-        matched_q: Tensor | None,
+        q: Tensor,
         k: Tensor,
-        matched_k: Tensor,
         v: Tensor,
         query_grid: Grid,
         key_grid: Grid,
@@ -179,20 +177,20 @@ class MultiScaleATSBlock(nn.Module):
         """Score and sample the cells.
 
         Args:
-            cls_q: [S, H, D] queries of CLS; None for the score mean_attention, which takes `matched_q`.
-            matched_q, matched_k: with relative positions. CLS has none, so its row of the attention needs `k` alone.
+            q: with relative positions, of CLS [S, H, D]; of all queries [T_q, H, D] for the score mean_attention.
+            k: with relative positions. v: the cells' values.
 
         Returns:
             A mask [T_q] of the queries to keep, and the token slots afterwards.
         """
-        sampler, layout, num_prefix = self.sampler, keys.layout, keys.num_prefix_tokens
+        sampler, layout, num_prefix, scale = self.sampler, keys.layout, keys.num_prefix_tokens, self.attn.scale
         dtype = torch.promote_types(k.dtype, torch.float32)
         with torch.autocast(k.device.type, enabled=False):  # which cell wins must not hang on half precision
-            if cls_q is None:
-                q, k = matched_q.to(dtype), matched_k.to(dtype)
-                attention = mean_attention(q, k, layout=layout, queries=queries.layout, scale=self.attn.scale)
+            q, k = q.to(dtype), k.to(dtype)
+            if sampler.score == "mean_attention":
+                attention = mean_attention(q, k, layout=layout, queries=queries.layout, scale=scale)
             else:
-                attention = cls_attention(cls_q.to(dtype), k.to(dtype), keys=layout, scale=self.attn.scale)
+                attention = cls_attention(q, k, keys=layout, scale=scale)
             value_norm = None
             if sampler.score == "cls_attention_value_norm":
                 value_norm = layout.pad(torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype))[:, num_prefix:]

@@ -90,7 +90,7 @@ def block_multiply_adds(block: nn.Module, counts: Counts, grid: Grid, num_prefix
         num_projected = n if block.projects_all_queries else m + (sampler is not None)
         cost = cost + num_projected * spec.dim_in * dim + m * keys * (width + dim)
         if sampler is not None:
-            cost = cost + (queries * keys * width if sampler.score == "mean_attention" else keys * dim)
+            cost = cost + keys * width * (queries if sampler.score == "mean_attention" else 1)
 
     cost = cost + m * dim * dim + m * dim * block.mlp.fc1.out_features + m * block.mlp.fc1.out_features * spec.dim_out
     if block.proj is not None:
