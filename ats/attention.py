@@ -108,24 +108,28 @@ def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float) -> Tensor
     return _softmax(logits, keys)
 
 
-def mean_attention(q: Tensor, k: Tensor, *, layout: Layout, scale: float, chunk: int = 256) -> Tensor:
+def mean_attention(
+    q: Tensor, k: Tensor, *, layout: Layout, scale: float, queries: Layout | None = None, chunk: int = 256
+) -> Tensor:
     """Attention each token receives, averaged over the tokens that attend; for networks without CLS.
 
     Rows are computed `chunk` at a time, so memory stays linear in the number of tokens.
 
     Args:
         q, k: [T, H, D].
+        layout: where the sequences lie in k, and in q unless `queries` says otherwise.
 
     Returns:
         [S, H, M] float32 or better.
     """
-    q, k = layout.pad(q * scale), layout.pad(k)
+    queries = layout if queries is None else queries
+    q, k = queries.pad(q * scale), layout.pad(k)
     received = 0
-    for start in range(0, layout.longest, chunk):
+    for start in range(0, queries.longest, chunk):
         rows = torch.einsum("sqhd,smhd->shqm", q[:, start : start + chunk], k)
-        attention = _softmax(rows, layout) * layout.mask[:, None, start : start + chunk, None]
+        attention = _softmax(rows, layout) * queries.mask[:, None, start : start + chunk, None]
         received = received + attention.sum(dim=2)
-    return received / layout.lengths[:, None, None]
+    return received / queries.lengths[:, None, None]
 
 
 def _softmax(logits: Tensor, keys: Layout) -> Tensor:

@@ -6,13 +6,17 @@ and of SlowFast load as they are (`legacy.py`). `describe()` is the text behind 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import yaml
 
+from ats.config import legacy
 from ats.config.defaults import KEYS
 from ats.config.schema import CfgNode, default_cfg, flatten
 from ats.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CfgNode", "describe", "get_cfg", "load_config", "load_yaml"]
 
@@ -85,11 +89,15 @@ def _merge(into: dict, other: dict) -> dict:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice and reads 1e-3 as a number (YAML 1.1 wants 1.0e-3)."""
+    """Safe YAML that refuses a key written twice with two values (but for those of a published file)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key} stands twice", node.start_mark)
+        values: dict[object, list[object]] = {}
+        for key, value in node.value:
+            values.setdefault(self.construct_object(key, deep=True), []).append(self.construct_object(value, deep=True))
+        for key, repeated in values.items():
+            if len(repeated) > 1:
+                if any(value != repeated[0] for value in repeated) and (key, *repeated) not in legacy.REPEATED:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key} stands twice", node.start_mark)
+                logger.warning("%s: key %s stands twice, the last one counts: %s.", self.name, key, repeated[-1])
         return super().construct_mapping(node, deep)

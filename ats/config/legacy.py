@@ -93,15 +93,27 @@ FIXED: dict[str, tuple[object, ...]] = {
     "DATA.COLORAUGMENT": (False,),
     "DATA.RANDAUGMENT": (False,),
     "DATA.USE_XVIT_AGUMENTATION": (True,),
+    "MVIT.NORM": ("layernorm",),
+    "MVIT.NORM_STEM": (False,),
+    "MVIT.POOL_FIRST": (False,),
+    "MVIT.SEPARATE_QKV": (False,),
+    "MVIT.LAYER_SCALE_INIT_VALUE": (0.0,),
+    "MVIT.REL_POS_ZERO_INIT": (False,),
+    "MVIT.USE_FIXED_SINCOS_POS": (False,),
+    "MVIT.REV.ENABLE": (False,),
     "DATA.MULTI_LABEL": (False,),
     "DATA.REVERSE_INPUT_CHANNEL": (False,),
 }
+
+# Keys that a published YAML holds twice with two values, as (key, first, last); the last one is meant, as YAML has it.
+REPEATED: dict[tuple[object, ...], str] = {("DEPTH", 16, 24): "SlowFast, configs/Kinetics/MVIT_B_32x3_CONV.yaml"}
 
 # Keys (or patterns) without meaning here -> the reason, printed in a warning.
 IGNORED: dict[str, str] = {
     "VIT.DROP_TOKENS": "tokens are always dropped, with the batch-independent numbers of DROP_TOKENS False",
     "MODEL.ARCH": "MODEL.NAME says which network is built",
     "MODEL.SINGLE_PATHWAY_ARCH": "all networks here have one pathway",
+    "MODEL.ACT_CHECKPOINT": "activations are always kept; it saves memory and changes no number",
     "MODEL.DROPCONNECT_RATE": "stochastic depth is VIT.DROP_PATH_RATE",
     "MODEL.FC_INIT_STD": "the head is initialised as in timm",
     "MODEL.HEAD_ACT": "models return logits",

@@ -1,0 +1,280 @@
+"""Adaptive token sampling in a block of MViT: pooled cells are scored and sampled, the tokens they stand for are kept.
+
+CLS attends to pooled keys, each a cell of a coarser grid than the tokens' (in blocks 4 to 13 of MViT-B a cell stands
+for 2 x 2 tokens). So the cells are what a score exists for, and what is sampled: a dropped cell takes all its tokens
+with it. `ATS.NUM_TOKENS` counts cells (and CLS) here. Everything else works on what is left:
+
+* tokens are packed; norms, projections and the MLP see kept tokens only;
+* a pooling needs the grid: q, k and v are put on a canvas of the whole grid, 0 where a token was dropped (-inf for max
+  pooling), pooled, and taken back from where there is something. That is memory traffic and the depthwise convolution;
+* a cell of a coarser grid is there if one of the tokens it stands for is: token p belongs to cell p // stride. Cells
+  that are not there are no keys, no queries and no tokens; a cell that is there only in part (at the border of the kept
+  region) is pooled from what is left of it and zeros;
+* relative positions are those of the kept queries and keys, wherever they lie in memory.
+
+What happens at a change of stage (block 14 of MViT-B, stride 2), with tokens dropped before it: the queries of the 14 x
+14 grid are projected for the kept tokens, pooled on the canvas, and one query remains for each of the 7 x 7 cells that
+holds at least one kept token; keys and values are pooled with stride 1 and remain where a token was kept; the residual
+goes through its max pooling on a canvas filled with -inf. From then on the 7 x 7 cells are the tokens. Where cells were
+sampled on the 7 x 7 grid, as in blocks 4 to 13 of the video networks, each of them is whole or gone, so the change of
+stage meets no partial cells.
+
+With every cell kept the block is the dense one, to round-off.
+
+Shapes: as in `mvit_block.py` and `ats/tokens.py`; T_q, T_k packed queries and keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ats.attention import cls_attention, mean_attention, ragged_attention
+from ats.models.ats_block import ATSBlock
+from ats.models.mvit_block import ONE, Grid, MultiScaleBlock, pool_grid
+from ats.sampling import BlockSampler, Candidates, significance_score
+from ats.tokens import Layout, RaggedTokens
+
+
+class MultiScaleATSBlock(nn.Module):
+    """A MultiScaleBlock on ragged tokens; with a `sampler` it keeps some of them, without it all.
+
+    It has no parameters of its own and registers the host's children under the host's names, so state dicts do not
+    change.
+
+    Args:
+        host: the block whose children are used. It must not be used otherwise afterwards.
+        sampler: what to keep; None for an ordinary block behind one that samples.
+    """
+
+    def __init__(self, host: MultiScaleBlock, sampler: BlockSampler | None) -> None:
+        super().__init__()
+        for name, child in host.named_children():
+            self.add_module(name, child)
+        self.proj, self.pool_skip = host.proj, host.pool_skip
+        self.spec, self.sampler = host.spec, sampler
+
+    widens_in_attention = MultiScaleBlock.widens_in_attention
+    feed_forward = MultiScaleBlock.feed_forward
+
+    @property
+    def projects_all_queries(self) -> bool:
+        """Queries are needed of every token that comes in: to pool them, to add positions, or to score with them."""
+        attn, sampler = self.attn, self.sampler
+        return (
+            attn.pool_q is not None or attn.has_rel_pos or (sampler is not None and sampler.score == "mean_attention")
+        )
+
+    def forward(self, tokens: RaggedTokens, grid: Grid) -> tuple[RaggedTokens, Grid]:
+        """Tokens on `grid` in; those of the output's grid that are kept out, after a full block."""
+        attn, spec = self.attn, self.spec
+        query_grid, key_grid = spec.query_grid(grid), spec.key_grid(grid)
+        queries = coarsen(tokens, grid, query_grid, ONE if spec.pool_q is None else spec.pool_q.stride)
+        keys = coarsen(tokens, grid, key_grid, ONE if spec.pool_kv is None else spec.pool_kv.stride)
+        x = self.norm1(tokens.x)
+        q, k, v = self.project(x, with_queries=self.projects_all_queries)
+        k, v = self.pooled("k", k, tokens, keys, grid), self.pooled("v", v, tokens, keys, grid)
+        matched_q, matched_k = q, k
+        if q is not None:
+            matched_q = q = self.pooled("q", q, tokens, queries, grid)
+            if attn.has_rel_pos:
+                matched_q, matched_k = self.with_positions(q, k, queries, keys, query_grid, key_grid)
+
+        kept, index = queries, None
+        if self.sampler is not None:
+            scoring_q = matched_q
+            if self.sampler.score != "mean_attention":
+                first = queries.layout.offsets[:-1].long()
+                scoring_q = self.project_q(x[first]) if q is None else matched_q[first]
+            mask, slots = self.sample(queries, keys, scoring_q, matched_k, v, query_grid, key_grid)
+            kept, index = queries.keep(queries.layout.pad(mask), slots=slots)
+        if q is None:
+            q = matched_q = self.project_q(x if index is None else x[index])
+        elif index is not None:
+            q, matched_q = q[index], matched_q[index]
+
+        out = attend(matched_q, matched_k, v, queries=kept.layout, keys=keys.layout, scale=attn.scale)
+        if attn.residual_pooling:
+            out = out + q * (kept.position >= kept.num_prefix_tokens)[:, None, None]
+        out = attn.proj_drop(attn.proj(out.flatten(1)))
+        skip = self.skip(tokens, x, queries, index, grid)
+        x = skip + ATSBlock.drop_path(self.drop_path, out, kept.layout)
+        x = self.feed_forward(x, lambda y: ATSBlock.drop_path(self.drop_path, y, kept.layout))
+        return kept.with_x(x), query_grid
+
+    def project(self, x: Tensor, *, with_queries: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Queries (if wanted), keys and values [T, H, D] of tokens [T, C]."""
+        if with_queries:
+            return self.attn.qkv(x).unflatten(-1, (3, self.attn.num_heads, -1)).unbind(1)
+        k, v = self.project_part(x, 1, 3).unflatten(-1, (2, self.attn.num_heads, -1)).unbind(1)
+        return None, k, v
+
+    def project_q(self, x: Tensor) -> Tensor:
+        """Queries [T, H, D] of tokens [T, C], where queries are not pooled."""
+        return self.project_part(x, 0, 1).unflatten(-1, (self.attn.num_heads, -1))
+
+    def project_part(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Some of the three parts (queries, keys, values) of the joint projection."""
+        qkv, rows = self.attn.qkv, slice(start * self.spec.dim_attn, stop * self.spec.dim_attn)
+        return F.linear(x, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+
+    def pooled(self, name: str, x: Tensor, tokens: RaggedTokens, cells: RaggedTokens, grid: Grid) -> Tensor:
+        """q, k or v [T, H, D] of the tokens -> those of the pooled cells, normalised [T', H, D]."""
+        pool, norm = getattr(self.attn, f"pool_{name}"), getattr(self.attn, f"norm_{name}")
+        if pool is not None:
+            x = pool_ragged(pool, x, tokens, cells, grid)
+        return x if norm is None else norm(x)
+
+    def with_positions(
+        self, q: Tensor, k: Tensor, queries: RaggedTokens, keys: RaggedTokens, query_grid: Grid, key_grid: Grid
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys widened so that their product is q . k + the relative positions' term / scale.
+
+        The term is a sum over axes of (q . R)[coordinate of the key]: the query carries q . R for every coordinate, the
+        key a 1 at its own. So the term needs no matrix of its own and any attention kernel will do. CLS carries zeros.
+        The width is filled up to a multiple of 8, as fused kernels like it.
+        """
+        num_prefix, scale = queries.num_prefix_tokens, self.attn.scale
+        canvas = to_canvas(queries, q)[:, num_prefix:]
+        by_axis, coordinates = [], []
+        terms = self.attn.relative_positions(canvas, query_grid, key_grid)
+        for axis, (term, size) in enumerate(zip(terms, key_grid, strict=True)):
+            if term is not None:
+                by_axis.append(term.flatten(1, 3) / scale)
+                coordinates.append(F.one_hot(coordinate(key_grid, axis, q.device), size))
+        fill = -sum(term.shape[-1] for term in by_axis) % 8
+        query_part = F.pad(torch.cat(by_axis, dim=-1), (0, fill, 0, 0, num_prefix, 0))
+        key_part = F.pad(torch.cat(coordinates, dim=-1), (0, fill, num_prefix, 0)).to(k.dtype)
+        key_part = key_part[keys.position][:, None].expand(-1, k.shape[1], -1)
+        return torch.cat([q, queries.from_grid(query_part)], dim=-1), torch.cat([k, key_part], dim=-1)
+
+    def skip(self, tokens: RaggedTokens, x: Tensor, queries: RaggedTokens, index: Tensor | None, grid: Grid) -> Tensor:
+        """The residual path of the kept tokens [T', dim_attn]; `x` are the normalised tokens."""
+        skip = x if self.widens_in_attention else tokens.x
+        if self.pool_skip is None and index is not None:
+            skip = skip[index]
+        if self.widens_in_attention:
+            skip = self.proj(skip)
+        if self.pool_skip is None:
+            return skip
+        skip = pool_ragged(self.pool_skip, skip[:, None], tokens, queries, grid).squeeze(1)
+        return skip if index is None else skip[index]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        queries: RaggedTokens,
+        keys: RaggedTokens,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_grid: Grid,
+        key_grid: Grid,
+    ) -> tuple[Tensor, int]:
+        """Score and sample the cells.
+
+        Args:
+            q: with relative positions, of CLS [S, H, D]; of all queries [T_q, H, D] for the score mean_attention.
+            k: with relative positions. v: the cells' values.
+
+        Returns:
+            A mask [T_q] of the queries to keep, and the token slots afterwards.
+        """
+        sampler, layout, num_prefix, scale = self.sampler, keys.layout, keys.num_prefix_tokens, self.attn.scale
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        with torch.autocast(k.device.type, enabled=False):  # which cell wins must not hang on half precision
+            q, k = q.to(dtype), k.to(dtype)
+            if sampler.score == "mean_attention":
+                attention = mean_attention(q, k, layout=layout, queries=queries.layout, scale=scale)
+            else:
+                attention = cls_attention(q, k, keys=layout, scale=scale)
+            value_norm = None
+            if sampler.score == "cls_attention_value_norm":
+                value_norm = layout.pad(torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype))[:, num_prefix:]
+            candidates = Candidates(
+                scores=significance_score(attention[:, :, num_prefix:], value_norm),
+                valid=layout.mask[:, num_prefix:],
+                position=layout.pad(keys.position)[:, num_prefix:],
+                num_positions=keys.num_positions,
+                fills_slots=layout.lengths == keys.slots,
+            )
+            keep = sampler(candidates, slots=keys.slots, num_prefix_tokens=num_prefix)
+        keep = layout.unpad(torch.cat([keep.new_ones(len(keep), num_prefix), keep], dim=1))
+        cells = to_canvas(keys, keep)[:, num_prefix:].unflatten(1, key_grid)
+        for axis, (num_q, num_k) in enumerate(zip(query_grid, key_grid, strict=True)):
+            cells = cells.repeat_interleave(num_q // num_k, dim=axis + 1)
+        mask = torch.cat([cells.new_ones(len(cells), num_prefix), cells.flatten(1)], dim=1)
+        slots = min(sampler.budget(keys.slots), keys.slots)
+        return queries.from_grid(mask), rescale(slots, keys.num_positions, queries.num_positions, num_prefix)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, queries: Layout, keys: Layout, scale: float) -> Tensor:
+    """`ragged_attention` for values narrower than queries and keys [T_q, H, D]; GPU kernels want one width."""
+    if not q.is_cuda or q.shape[-1] == v.shape[-1]:
+        return ragged_attention(q, k, v, queries=queries, keys=keys, scale=scale)
+    wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    return ragged_attention(q, k, wide, queries=queries, keys=keys, scale=scale)[..., : v.shape[-1]]
+
+
+def pool_ragged(pool: nn.Module, x: Tensor, tokens: RaggedTokens, cells: RaggedTokens, grid: Grid) -> Tensor:
+    """Pool x [T, H, D] of `tokens` on a canvas of the whole `grid`; returns the values [T', H, D] of `cells`."""
+    is_max = isinstance(pool, nn.MaxPool3d)
+    canvas = to_canvas(tokens, x, -torch.inf if is_max else 0)
+    out = cells.from_grid(pool_grid(pool, canvas, grid, tokens.num_prefix_tokens))
+    # With a stride above the kernel's reach a cell may be there by a token that the kernel does not see.
+    return out.masked_fill(out == -torch.inf, 0) if is_max else out
+
+
+def to_canvas(tokens: RaggedTokens, x: Tensor, value: float = 0) -> Tensor:
+    """[T, ...] -> [S, N, ...] with every token at its position and `value` where it was dropped. A view if none was."""
+    num_sequences = len(tokens.layout.lengths)
+    if tokens.layout.total == num_sequences * tokens.num_positions:
+        return x.unflatten(0, (num_sequences, -1))
+    canvas = x.new_full((num_sequences * tokens.num_positions, *x.shape[1:]), value)
+    return canvas.index_copy(0, tokens.grid_index(), x).unflatten(0, (num_sequences, -1))
+
+
+def coarsen(tokens: RaggedTokens, grid: Grid, coarse: Grid, stride: Grid) -> RaggedTokens:
+    """The cells of the `coarse` grid that stand for at least one of the tokens on `grid`.
+
+    Returns:
+        Layout, positions and slots of the cells. Their x is the tokens' own where the grids are the same, else only
+        a placeholder.
+    """
+    if stride == ONE:
+        return tokens
+    num_prefix = tokens.num_prefix_tokens
+    there = torch.ones_like(tokens.position, dtype=torch.bool)
+    mask = present_cells(to_canvas(tokens, there)[:, num_prefix:].unflatten(1, grid), stride).flatten(1)
+    mask = F.pad(mask, (num_prefix, 0), value=True)
+    position = mask.nonzero()[:, 1]
+    return replace(
+        tokens,
+        x=position,
+        layout=Layout.from_lengths(mask.sum(dim=1)),
+        position=position,
+        num_positions=mask.shape[1],
+        slots=rescale(tokens.slots, tokens.num_positions, mask.shape[1], num_prefix),
+    )
+
+
+def present_cells(mask: Tensor, stride: Grid) -> Tensor:
+    """[S, T, H, W] bool, True where a token is -> the same of a grid coarser by `stride`, sizes rounded up."""
+    if stride == ONE:
+        return mask
+    return F.max_pool3d(mask[:, None].float(), stride, stride, ceil_mode=True)[:, 0] > 0
+
+
+def rescale(slots: int, num_positions: int, new_num_positions: int, num_prefix: int) -> int:
+    """Token slots on a grid as slots on another, in proportion, rounded up: a number of the configuration alone."""
+    slots, old, new = slots - num_prefix, num_positions - num_prefix, new_num_positions - num_prefix
+    return num_prefix - (-slots * new // old)
+
+
+def coordinate(grid: Grid, axis: int, device: torch.device) -> Tensor:
+    """[T * H * W] int64, the coordinate along `axis` of every position of the grid."""
+    index = torch.arange(grid[axis], device=device)
+    return index.reshape([-1 if i == axis else 1 for i in range(3)]).expand(grid).flatten()

@@ -1,0 +1,273 @@
+"""The block of MViT v1 and v2 on dense tokens: attention whose queries, keys and values are pooled on the token grid.
+
+Names, shapes and numbers are SlowFast's (`slowfast/models/attention.py`), so its checkpoints load as they are. Fan et
+al., "Multiscale Vision Transformers", ICCV 2021 (v1); Li et al., "MViTv2", CVPR 2022 (v2).
+
+Shapes: B clips or images, N = P + grid tokens, P prefix tokens (1 with CLS, else 0), a grid (T, H, W) in (t h w) order,
+    N_q and N_k tokens after the pooling of queries and of keys, H heads of width D, A = H * D.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+Grid = tuple[int, int, int]
+ONE: Grid = (1, 1, 1)
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A pooling on the grid, padded by kernel // 2."""
+
+    kernel: Grid
+    stride: Grid
+
+    def grid(self, grid: Grid) -> Grid:
+        """The grid that comes out."""
+        return tuple((n + 2 * (k // 2) - k) // s + 1 for n, k, s in zip(grid, self.kernel, self.stride, strict=True))
+
+    @property
+    def is_identity(self) -> bool:
+        return self.kernel == ONE and self.stride == ONE
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block of the network.
+
+    Attributes:
+        dim_in, dim_attn, dim_out: widths that come in, of the attention and that go out. v1 changes the width in the
+            MLP (dim_attn == dim_in), v2 in the attention (dim_attn == dim_out).
+        num_heads: heads of width dim_attn / num_heads.
+        pool_q, pool_kv: the poolings; None where there is none (and no norm either).
+        skip: max pooling of the residual path; None where the queries keep the grid.
+        grid: the grid the position tables are made for, tracked by floor division as in SlowFast.
+    """
+
+    dim_in: int
+    dim_attn: int
+    dim_out: int
+    num_heads: int
+    pool_q: PoolSpec | None
+    pool_kv: PoolSpec | None
+    skip: PoolSpec | None
+    grid: Grid
+
+    def query_grid(self, grid: Grid) -> Grid:
+        """The grid of the queries, which is that of the block's output, for an input `grid`."""
+        return grid if self.pool_q is None else self.pool_q.grid(grid)
+
+    def key_grid(self, grid: Grid) -> Grid:
+        """The grid of keys and values: the cells that ATS scores."""
+        return grid if self.pool_kv is None else self.pool_kv.grid(grid)
+
+
+class MultiScaleAttention(nn.Module):
+    """Attention from pooled queries to pooled keys and values.
+
+    Args:
+        mode: "conv" pools with a depthwise convolution shared by the heads and a LayerNorm over their width; "max" and
+            "avg" have no weights and no norm.
+        rel_pos_spatial, rel_pos_temporal, residual_pooling: v2's decomposed relative positions, and the pooled query
+            added to the output (patches only).
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        *,
+        mode: str = "conv",
+        qkv_bias: bool = True,
+        rel_pos_spatial: bool = False,
+        rel_pos_temporal: bool = False,
+        residual_pooling: bool = False,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.spec, self.num_heads = spec, spec.num_heads
+        self.head_dim = spec.dim_attn // spec.num_heads
+        self.scale = self.head_dim**-0.5
+        self.residual_pooling = residual_pooling
+        self.qkv = nn.Linear(spec.dim_in, 3 * spec.dim_attn, bias=qkv_bias)
+        self.proj = nn.Linear(spec.dim_attn, spec.dim_attn)
+        self.proj_drop = nn.Dropout(drop_rate)
+        for name, pool in (("q", spec.pool_q), ("k", spec.pool_kv), ("v", spec.pool_kv)):
+            setattr(self, f"pool_{name}", None if pool is None else self.make_pool(pool, mode))
+            has_norm = pool is not None and mode == "conv"
+            setattr(self, f"norm_{name}", nn.LayerNorm(self.head_dim, eps=NORM_EPS) if has_norm else None)
+        strides = [ONE if pool is None else pool.stride for pool in (spec.pool_q, spec.pool_kv)]
+        _, height, width = (max(n // stride[axis] for stride in strides) for axis, n in enumerate(spec.grid))
+        sizes = (spec.grid[0] * rel_pos_temporal, height * rel_pos_spatial, width * rel_pos_spatial)
+        for name, size in zip("thw", sizes, strict=True):
+            table = nn.Parameter(torch.zeros(2 * size - 1, self.head_dim)) if size else None
+            self.register_parameter(f"rel_pos_{name}", table)
+
+    def make_pool(self, pool: PoolSpec, mode: str) -> nn.Module:
+        padding = tuple(k // 2 for k in pool.kernel)
+        if mode == "conv":
+            dim = self.head_dim
+            return nn.Conv3d(dim, dim, pool.kernel, stride=pool.stride, padding=padding, groups=dim, bias=False)
+        layer = nn.MaxPool3d if mode == "max" else nn.AvgPool3d
+        return layer(pool.kernel, stride=pool.stride, padding=padding)
+
+    @property
+    def has_rel_pos(self) -> bool:
+        return self.rel_pos_h is not None or self.rel_pos_t is not None
+
+    def forward(self, x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
+        """Normalised tokens [B, N, C] on `grid` -> [B, N_q, A]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k, v = (self.pool(name, t, grid, num_prefix_tokens) for name, t in (("q", q), ("k", k), ("v", v)))
+        bias = None
+        if self.has_rel_pos:
+            query_grid, key_grid = self.spec.query_grid(grid), self.spec.key_grid(grid)
+            bias = self.position_bias(q[:, num_prefix_tokens:], query_grid, key_grid, num_prefix_tokens)
+        q_, k_, v_ = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=bias, scale=self.scale).transpose(1, 2)
+        if self.residual_pooling:
+            out = out + F.pad(q[:, num_prefix_tokens:], (0, 0, 0, 0, num_prefix_tokens, 0))
+        return self.proj_drop(self.proj(out.flatten(2)))
+
+    def pool(self, name: str, x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
+        """Queries, keys or values (`name` q, k, v) [B, N, H, D] on `grid`, pooled and normalised; CLS is not pooled."""
+        pool, norm = getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")
+        if pool is not None:
+            x = pool_grid(pool, x, grid, num_prefix_tokens)
+        return x if norm is None else norm(x)
+
+    def relative_positions(self, q: Tensor, query_grid: Grid, key_grid: Grid) -> list[Tensor | None]:
+        """q . R for each axis (t, h, w): [B, T_q, H_q, W_q, H, keys along the axis]; None for an axis without a table.
+
+        Args:
+            q: [B, grid of the queries, H, D], pooled and normalised but not scaled; without CLS.
+        """
+        q = q.unflatten(1, query_grid)
+        terms = []
+        equations = ("bthwnd,tkd->bthwnk", "bthwnd,hkd->bthwnk", "bthwnd,wkd->bthwnk")
+        tables = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
+        for equation, table, num_q, num_k in zip(equations, tables, query_grid, key_grid, strict=True):
+            if table is None:
+                terms.append(None)
+            else:
+                terms.append(torch.einsum(equation, q, relative_table(table, num_q, num_k).to(q.dtype)))
+        return terms
+
+    def position_bias(self, q: Tensor, query_grid: Grid, key_grid: Grid, num_prefix_tokens: int) -> Tensor:
+        """The terms of all axes added up, [B, H, N_q, N_k], 0 in the row and the column of CLS."""
+        t, h, w = self.relative_positions(q, query_grid, key_grid)
+        terms = []
+        if h is not None:
+            terms.append((h[..., :, None] + w[..., None, :])[..., None, :, :])
+        if t is not None:
+            terms.append(t[..., :, None, None])
+        bias = (sum(terms) + q.new_zeros(key_grid)).flatten(-3).flatten(1, 3).transpose(1, 2)
+        return F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0))
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, dim_in: int, hidden: int, dim_out: int, *, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim_in, hidden)
+        self.fc2 = nn.Linear(hidden, dim_out)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C']."""
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class MultiScaleBlock(nn.Module):
+    """Pre-norm block with pooled attention.
+
+    Where the width changes, `proj` carries the residual: in v1 that of the MLP, in v2 that of the attention, in both
+    of the normalised input, not of the input itself.
+
+    Args:
+        attention: options of MultiScaleAttention.
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        **attention: object,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm1 = nn.LayerNorm(spec.dim_in, eps=NORM_EPS)
+        self.attn = MultiScaleAttention(spec, drop_rate=drop_rate, **attention)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(spec.dim_attn, eps=NORM_EPS)
+        self.mlp = MLP(spec.dim_attn, int(spec.dim_attn * mlp_ratio), spec.dim_out, drop_rate=drop_rate)
+        self.proj = nn.Linear(spec.dim_in, spec.dim_out) if spec.dim_in != spec.dim_out else None
+        self.pool_skip = None
+        if spec.skip is not None:
+            padding = tuple(k // 2 for k in spec.skip.kernel)
+            self.pool_skip = nn.MaxPool3d(spec.skip.kernel, spec.skip.stride, padding)
+
+    @property
+    def widens_in_attention(self) -> bool:
+        """`proj` carries the residual of the attention (v2), not of the MLP (v1)."""
+        return self.proj is not None and self.spec.dim_attn == self.spec.dim_out
+
+    def forward(self, x: Tensor, grid: Grid, num_prefix_tokens: int) -> tuple[Tensor, Grid]:
+        """[B, N, dim_in] on `grid` -> [B, N_q, dim_out] and its grid."""
+        normed = self.norm1(x)
+        skip = self.proj(normed) if self.widens_in_attention else x
+        if self.pool_skip is not None:
+            skip = pool_grid(self.pool_skip, skip[:, :, None], grid, num_prefix_tokens).squeeze(2)
+        x = skip + self.drop_path(self.attn(normed, grid, num_prefix_tokens))
+        return self.feed_forward(x, self.drop_path), self.spec.query_grid(grid)
+
+    def feed_forward(self, x: Tensor, drop_path: nn.Module) -> Tensor:
+        """The second half of the block, pointwise: [..., dim_attn] -> [..., dim_out]."""
+        normed = self.norm2(x)
+        if self.proj is not None and not self.widens_in_attention:
+            x = self.proj(normed)
+        return x + drop_path(self.mlp(normed))
+
+
+def pool_grid(pool: nn.Module, x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
+    """Pool the patches of x [B, N, H, D] on their grid, the same way in every head; prefix tokens pass."""
+    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
+    num_heads = x.shape[2]
+    volume = patches.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, grid)  # [B * H, D, T, H, W]
+    pooled = pool(volume).flatten(2).unflatten(0, (-1, num_heads)).permute(0, 3, 1, 2)
+    return torch.cat([prefix, pooled], dim=1)
+
+
+def relative_table(table: Tensor, num_q: int, num_k: int) -> Tensor:
+    """The rows of a table of distances [L, D] for every query and key along an axis: [num_q, num_k, D].
+
+    Distances are in units of the finer of the two grids, cut to whole numbers towards zero; a table of another length
+    is interpolated to 2 * max(num_q, num_k) - 1 (SlowFast `attention.py`, get_rel_pos).
+    """
+    table = resize_table(table, 2 * max(num_q, num_k) - 1)
+    step_q, step_k = max(num_k / num_q, 1.0), max(num_q / num_k, 1.0)
+    i = torch.arange(num_q, device=table.device)[:, None] * step_q
+    j = torch.arange(num_k, device=table.device)[None, :] * step_k
+    return table[(i - j + (num_k - 1) * step_k).long()]
+
+
+def resize_table(table: Tensor, length: int) -> Tensor:
+    """A table of distances [L, D] interpolated linearly to `length` rows."""
+    if len(table) == length:
+        return table
+    return F.interpolate(table.T[None], size=length, mode="linear")[0].T
+
+
+def divide(grid: Grid, stride: Grid) -> Grid:
+    """Grid over stride, rounded up."""
+    return tuple(math.ceil(n / s) for n, s in zip(grid, stride, strict=True))
