@@ -27,23 +27,28 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """One line of the table: what it is called, its weights in configs/Digits/weights, and its K (None: dense)."""
+    """One line of the table: what it is called, its weights in configs/Digits/weights, where ATS begins (None: dense)."""
 
     name: str
     weights: str
-    num_tokens: int | None
+    first_block: int | None
 
 
 ROWS = [
     Row("dense", "deit_dense", None),
-    Row("ATS untouched, K=65", "deit_dense", 65),
+    Row("ATS untouched, blocks 6-11", "deit_dense", 6),
+    Row("ATS untouched, blocks 5-11", "deit_dense", 5),
+    Row("ATS untouched, blocks 3-11", "deit_dense", 3),
+    Row("ATS fine-tuned, blocks 6-11", "deit_ats", 6),
+    Row("ATS fine-tuned, blocks 5-11", "deit_ats", 5),
+    Row("ATS fine-tuned, blocks 3-11", "deit_ats", 3),
 ]
 
 
 def row_config(row: Row, *, data: Path, output: Path) -> CfgNode:
     """The configuration of a row."""
-    name = "DeiT" if row.num_tokens is None else "DeiT_ATS"
-    overrides = [] if row.num_tokens is None else ["ATS.NUM_TOKENS", row.num_tokens]
+    name = "DeiT" if row.first_block is None else "DeiT_ATS"
+    overrides = [] if row.first_block is None else ["ATS.BLOCKS", list(range(row.first_block, 12))]
     weights = ROOT / "configs" / "Digits" / "weights" / f"{row.weights}.safetensors"
     overrides += ["TEST.CHECKPOINT_FILE_PATH", str(weights), "DATA.PATH_TO_DATA_DIR", str(data)]
     return load_config(ROOT / "configs" / "Digits" / f"{name}.yaml", [*overrides, "OUTPUT_DIR", str(output)])
