@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """One line of the table: what it is called, its weights in configs/Digits/weights, where ATS begins (None: dense)."""
+    """A line of the table: its name, its weights in configs/Digits/weights, where ATS begins (None: dense)."""
 
     name: str
     weights: str
