@@ -28,7 +28,7 @@ format: $(INSTALLED)
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; say which with: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "Installing into $(VENV), once: about 2 minutes and 6 GB (PyPI's torch comes with CUDA)"
+	@echo "Installing into $(VENV), once: 2 to 3 minutes and 6 GB (PyPI's torch comes with CUDA)"
 	@$(PYTHON) -m venv $(VENV)
 	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar off \
 		-r requirements.txt | sed -u -n 's/^ *\(Collecting [^ ]*\).*/  \1/p; s/^\(Installing\) collected.*/  \1 .../p'
