@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
+import demo
 import pytest
+from make_digits import make_digits
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import demo  # noqa: E402
-from make_digits import make_digits  # noqa: E402
 
 
 @pytest.fixture(scope="module")

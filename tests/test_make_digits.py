@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import make_digits as tool
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,16 +18,12 @@ TOOL = Path(__file__).parent.parent / "tools" / "make_digits.py"
 SMALL = {"seed": 3, "train_per_digit": 1, "val_per_digit": 1, "size": 40}
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("make_digits", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_digits"] = module  # worker processes look the functions up by this name
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
-tool.NUM_FRAGMENTS = 200  # drawing 4096 of them is most of the time that a small data set takes
+@pytest.fixture(scope="module", autouse=True)
+def _few_fragments():
+    """Drawing 4096 fragments is most of the time that a small data set takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool, "NUM_FRAGMENTS", 200)
+        yield
 
 
 @pytest.fixture(scope="module")

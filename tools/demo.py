@@ -116,7 +116,11 @@ def draw_examples(cfg: CfgNode, model: nn.Module, path: Path, *, num_images: int
         chosen = by_cost[torch.linspace(0, len(by_cost) - 1, num_images).round().long()]
         logits, trace = model.forward_tokens(x[chosen])
     mean, std = (torch.tensor(values)[:, None, None] for values in (cfg.DATA.MEAN, cfg.DATA.STD))
-    captions = [f"read as {label}" for label in logits.argmax(1).tolist()]
+    labels = [samples[i].label for i in chosen.tolist()]
+    captions = [
+        f"read as {guess}" + ("" if guess == label else f", is {label}")
+        for guess, label in zip(logits.argmax(1).tolist(), labels, strict=True)
+    ]
     return draw_kept_tokens(path, x[chosen] * std + mean, trace, model.grid_size, captions=captions)
 
 
