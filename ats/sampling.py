@@ -1,17 +1,16 @@
-"""Adaptive Token Sampling (Fayyaz et al., ECCV 2022, section 3) on one page, as pure functions of one block's numbers.
+"""Adaptive Token Sampling (Fayyaz et al., ECCV 2022) on one page, as pure functions of one block's numbers.
 
-    s_j = sum_h A_h[cls, j] * ||v_j||                   significance score, eq. 3     `significance_score`
-    c_i = sum_{j <= i} s_j / sum_j s_j                  its CDF, eq. 4-5              `inverse_transform`
-    kept = { argmin_i |c_i - y_k| : k = 1..K }          inverse transform, eq. 6-7    `nearest_to_points`
+    s_j = sum_h A_h[cls, j] * ||v_j||                   significance score   `significance_score`
+    c_i = sum_{j <= i} s_j / sum_j s_j                  its CDF              `inverse_transform`
+    kept = { argmin_i |c_i - y_k| : k = 1..K }          inverse transform    `nearest_to_points`
 
 A token picked by several sample points y_k is kept once, so the number of kept tokens K' <= K follows the image. The
-kept tokens then query all tokens of the block's input (A^s V, eq. 8): that is `ats_block.py`. Everything here looks at
+kept tokens then query all tokens of the block's input (A^s V): that is `ats_block.py`. Everything here looks at
 one sequence at a time, never at the rest of the batch.
 
 Shapes: S sequences, H heads, M longest number of candidate tokens, T tokens of all sequences together. A candidate is a
-    token that
-may be dropped, i.e. not a prefix token (CLS, distillation). `scores [S, M]` are padded at the end; `valid [S, M]` marks
-candidates.
+token that may be dropped, i.e. not a prefix token (CLS, distillation). `scores [S, M]` are padded at the end;
+`valid [S, M]` marks candidates.
 
 Degenerate scores never raise and never drop everything:
 * a NaN or infinite score, or all scores zero: nothing tells the tokens apart, all count the same (so K of them are
@@ -35,7 +34,7 @@ SCORES = ("cls_attention_value_norm", "cls_attention", "mean_attention")
 
 
 def significance_score(attention: Tensor, value_norm: Tensor | None) -> Tensor:
-    """Equation 3 without its normalisation, which cancels in the CDF.
+    """The scores without their normalisation, which cancels in the CDF.
 
     Args:
         attention: [S, H, M] attention of CLS (or of all tokens on average) to each candidate.

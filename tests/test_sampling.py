@@ -25,7 +25,7 @@ def candidates(rows: list[list[float]], *, fills_slots: bool = True, pad: int = 
 
 
 def by_definition(scores: list[float], num_points: int, *, fills_slots: bool, rule: str) -> set[int]:
-    """Section 3 of the paper / the official code in plain numpy, one sample point at a time."""
+    """The paper's text or the official code in plain numpy, one sample point at a time."""
     s = np.asarray(scores, dtype=np.float64)
     s = s / s.sum()
     if rule == "paper":

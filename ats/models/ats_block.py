@@ -97,27 +97,10 @@ class ATSBlock(nn.Module):
             q = self.project_q(x)
         else:
             q = self.project_q(x.index_select(0, layout.offsets[:-1]))
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):  # which token wins must not hang on half precision
-            q, k = q.to(dtype), k.to(dtype)
-            if sampler.score == "mean_attention":
-                attention = mean_attention(q, k, layout=layout, scale=self.attn.scale)
-            else:
-                attention = cls_attention(q, k, keys=layout, scale=self.attn.scale)
-            value_norm = None
-            if sampler.score == "cls_attention_value_norm":
-                value_norm = layout.pad(torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype))[:, num_prefix:]
-            candidates = Candidates(
-                scores=significance_score(attention[:, :, num_prefix:], value_norm),
-                valid=layout.mask[:, num_prefix:],
-                position=layout.pad(tokens.position)[:, num_prefix:],
-                num_positions=tokens.num_positions,
-                fills_slots=layout.lengths == tokens.slots,
-            )
-            group = tokens.group if sampler.share_frames else 1
-            candidates = share_scores(candidates, group) if group > 1 else candidates
-            keep = sampler(candidates, slots=tokens.slots, num_prefix_tokens=num_prefix)
-            keep = keep.repeat_interleave(group, dim=0)
+        candidates = score_candidates(sampler.score, tokens, q, k, v, scale=self.attn.scale)
+        group = tokens.group if sampler.share_frames else 1
+        candidates = share_scores(candidates, group) if group > 1 else candidates
+        keep = sampler(candidates, slots=tokens.slots, num_prefix_tokens=num_prefix).repeat_interleave(group, dim=0)
         return torch.cat([keep.new_ones(len(keep), num_prefix), keep], dim=1)
 
     @staticmethod
@@ -127,6 +110,45 @@ class ATSBlock(nn.Module):
             return x
         scale = host(x.new_ones(len(layout.lengths), 1))
         return x * scale[layout.sequence]
+
+
+def score_candidates(
+    score: str,
+    keys: RaggedTokens,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    queries: Layout | None = None,
+) -> Candidates:
+    """The tokens behind the keys as candidates, with their scores in float32 or better, also under autocast.
+
+    Args:
+        score: name in `sampling.SCORES`.
+        keys: the tokens that are scored; their values are not looked at.
+        q: of CLS [S, H, D]; of all queries [T_q, H, D] for the score mean_attention.
+        k, v: [T, H, D].
+        queries: layout of q for mean_attention, by default that of the keys.
+    """
+    layout, num_prefix = keys.layout, keys.num_prefix_tokens
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    with torch.autocast(k.device.type, enabled=False):  # which token wins must not hang on half precision
+        q, k = q.to(dtype), k.to(dtype)
+        if score == "mean_attention":
+            attention = mean_attention(q, k, layout=layout, queries=queries, scale=scale)
+        else:
+            attention = cls_attention(q, k, keys=layout, scale=scale)
+        value_norm = None
+        if score == "cls_attention_value_norm":
+            value_norm = layout.pad(torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype))[:, num_prefix:]
+        return Candidates(
+            scores=significance_score(attention[:, :, num_prefix:], value_norm),
+            valid=layout.mask[:, num_prefix:],
+            position=layout.pad(keys.position)[:, num_prefix:],
+            num_positions=keys.num_positions,
+            fills_slots=layout.lengths == keys.slots,
+        )
 
 
 def insert_ats(blocks: nn.ModuleList, samplers: dict[int, BlockSampler], block_type: type[ATSBlock] = ATSBlock) -> None:

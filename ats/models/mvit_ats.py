@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats.attention import cls_attention, mean_attention, ragged_attention
-from ats.models.ats_block import ATSBlock
+from ats.attention import ragged_attention
+from ats.models.ats_block import ATSBlock, score_candidates
 from ats.models.mvit_block import ONE, Grid, MultiScaleBlock, pool_grid
-from ats.sampling import BlockSampler, Candidates, significance_score
+from ats.sampling import BlockSampler
 from ats.tokens import Layout, RaggedTokens
 
 
@@ -183,25 +183,9 @@ class MultiScaleATSBlock(nn.Module):
         Returns:
             A mask [T_q] of the queries to keep, and the token slots afterwards.
         """
-        sampler, layout, num_prefix, scale = self.sampler, keys.layout, keys.num_prefix_tokens, self.attn.scale
-        dtype = torch.promote_types(k.dtype, torch.float32)
-        with torch.autocast(k.device.type, enabled=False):  # which cell wins must not hang on half precision
-            q, k = q.to(dtype), k.to(dtype)
-            if sampler.score == "mean_attention":
-                attention = mean_attention(q, k, layout=layout, queries=queries.layout, scale=scale)
-            else:
-                attention = cls_attention(q, k, keys=layout, scale=scale)
-            value_norm = None
-            if sampler.score == "cls_attention_value_norm":
-                value_norm = layout.pad(torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype))[:, num_prefix:]
-            candidates = Candidates(
-                scores=significance_score(attention[:, :, num_prefix:], value_norm),
-                valid=layout.mask[:, num_prefix:],
-                position=layout.pad(keys.position)[:, num_prefix:],
-                num_positions=keys.num_positions,
-                fills_slots=layout.lengths == keys.slots,
-            )
-            keep = sampler(candidates, slots=keys.slots, num_prefix_tokens=num_prefix)
+        sampler, layout, num_prefix = self.sampler, keys.layout, keys.num_prefix_tokens
+        candidates = score_candidates(sampler.score, keys, q, k, v, scale=self.attn.scale, queries=queries.layout)
+        keep = sampler(candidates, slots=keys.slots, num_prefix_tokens=num_prefix)
         keep = layout.unpad(torch.cat([keep.new_ones(len(keep), num_prefix), keep], dim=1))
         cells = to_canvas(keys, keep)[:, num_prefix:].unflatten(1, key_grid)
         for axis, (num_q, num_k) in enumerate(zip(query_grid, key_grid, strict=True)):
