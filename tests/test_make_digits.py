@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,17 @@ def test_no_leak_through_distractors(few_digits, tmp_path, monkeypatch):
     assert sums[0][1] != sums[1][1]  # val: the test would notice
 
 
+def test_variation_does_what_its_name_says():
+    """Stretch makes a digit taller and narrower, a lower threshold makes it bolder, by about as much as they say."""
+    glyph = tool.split_digits(seed=0)["train"].images[0]
+    plain = tool.draw_strokes(glyph, scale=3, angle=0)
+    tall = tool.draw_strokes(glyph, scale=3, angle=0, stretch=0.2)
+    bold = tool.draw_strokes(glyph, scale=3, angle=0, threshold=0.2)
+    assert tall.shape[0] / plain.shape[0] == pytest.approx(math.exp(0.1), rel=0.08)
+    assert plain.shape[1] / tall.shape[1] == pytest.approx(math.exp(0.1), rel=0.08)
+    assert bold.sum() > 1.1 * plain.sum()
+
+
 def test_digit_is_never_covered():
     """No distractor comes nearer than two pixels to the box of the digit: around it there is background only."""
     train = tool.split_digits(seed=0)["train"]
@@ -97,7 +109,9 @@ def test_digit_is_never_covered():
 
         def boxes(fragments, index=index):
             rng = np.random.default_rng(index)
-            image, num_distractors, box = tool.make_canvas(rng, train, index, fragments=fragments, size=60)
+            image, num_distractors, box = tool.make_canvas(
+                rng, train, index, fragments=fragments, variation=tool.VARIATION["val"], size=60
+            )
             top, left = max(box.top - 2, 0), max(box.left - 2, 0)
             pixels = np.asarray(image)[top : box.top + box.height + 2, left : box.left + box.width + 2]
             return pixels, num_distractors
@@ -117,8 +131,12 @@ def test_same_files_whatever_the_number_of_processes(digits_dir, tmp_path):
         assert f"{tool.checksum(digits_dir / split)}  {split}" in sums
     train = tool.split_digits(seed=0)["train"]
     fragments = tool.cut_fragments(train, seed=[0], num_fragments=20, cell=1)
-    images = [tool.make_canvas(np.random.default_rng(s), train, 0, fragments=fragments, size=60)[0] for s in (1, 1, 2)]
-    assert images[0] == images[1] != images[2]
+
+    def draw(seed):
+        rng, variation = np.random.default_rng(seed), tool.VARIATION["train"]
+        return tool.make_canvas(rng, train, 0, fragments=fragments, variation=variation, size=60)[0]
+
+    assert draw(1) == draw(1) != draw(2)
 
 
 def test_more_copies_keep_the_first_ones(few_digits, tmp_path):

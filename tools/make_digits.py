@@ -7,7 +7,8 @@ for training, 20 % for validation. Each one is enlarged, turned a little and pla
 among fragments (about half a digit each) of other digits of the *same split*: whatever is seen in validation,
 distractors included, was never seen in training. The number of fragments differs from canvas to canvas, hence so does
 the number of tokens an image needs. No fragment enters the box of the digit, and each is smaller than a digit: the
-label is unambiguous.
+label is unambiguous. Training canvases slant, stretch and thicken the digit more than validation canvases do: that is
+augmentation, and unlike crops it never cuts a digit off.
 
     <output>/train/<class>/<digit>_<copy>.png     <digit> is the index in sklearn.datasets.load_digits()
     <output>/val/<class>/<digit>_<copy>.png
@@ -41,10 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from ats.errors import UserError
 
-VERSION = 1  # of the pictures: raise it when they change, so that old folders are made anew
+VERSION = 2  # of the pictures: raise it when they change, so that old folders are made anew
 VAL_FRACTION = 0.2
 NUM_CELLS = 8  # of the grid digits are placed on, per side: a patch of configs/Digits each
-MAX_DISTRACTORS = 12  # asked for; a crowded canvas gets those that fit
+MAX_DISTRACTORS = 10  # asked for; a crowded canvas gets those that fit
 NUM_ATTEMPTS = 12  # to place one of them
 NUM_FRAGMENTS = 4096  # drawn once per split and used again: drawing them is what costs time
 MIN_SIZE = 32
@@ -56,6 +57,21 @@ class Digits(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+
+
+class Variation(NamedTuple):
+    """How much a digit differs from canvas to canvas: each is the half-width of a uniform distribution."""
+
+    angle: float  # degrees
+    shear: float  # horizontal, in pixels per pixel
+    stretch: float  # of height over width, as a logarithm
+    weight: float  # of the strokes: of the darkness that counts as ink
+
+
+VARIATION = {
+    "train": Variation(angle=16.0, shear=0.25, stretch=0.22, weight=0.09),
+    "val": Variation(angle=8.0, shear=0.08, stretch=0.0, weight=0.0),
+}
 
 
 class Box(NamedTuple):
@@ -100,27 +116,37 @@ def split_digits(*, seed: int) -> dict[str, Digits]:
     }
 
 
-def draw_strokes(glyph: np.ndarray, *, scale: float, angle: float, shear: float = 0.0) -> np.ndarray:
+def draw_strokes(
+    glyph: np.ndarray,
+    *,
+    scale: float,
+    angle: float,
+    shear: float = 0.0,
+    stretch: float = 0.0,
+    threshold: float = 0.3,
+) -> np.ndarray:
     """Enlarge and turn a small glyph and crop it to its ink.
 
     Args:
         glyph: [h, w] in 0..1.
         scale: pixels per glyph cell. angle: degrees. shear: horizontal, in pixels per pixel.
+        stretch: logarithm of height over width. threshold: the darkness at which ink begins: lower is bolder.
 
     Returns:
         Opacity [H, W] in 0..1 whose first and last rows and columns have ink; [0, 0] if the glyph is blank.
     """
     padded = np.zeros((glyph.shape[0] + 4, glyph.shape[1] + 4), np.float32)  # bicubic needs a blank surround
     padded[2:-2, 2:-2] = glyph
-    out_size = math.ceil(math.hypot(*padded.shape) * scale)
+    out_size = math.ceil(math.hypot(*padded.shape) * scale * math.exp(abs(stretch) / 2))
     cos, sin = math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
-    a, b, d, e = cos, sin + shear * cos, -sin, cos - shear * sin  # output pixel -> glyph cell
+    wide, tall = math.exp(stretch / 2), math.exp(-stretch / 2)
+    a, b, d, e = cos * wide, (sin + shear * cos) * wide, -sin * tall, (cos - shear * sin) * tall  # pixel -> glyph cell
     c = padded.shape[1] / 2 - (a + b) * out_size / 2
     f = padded.shape[0] / 2 - (d + e) * out_size / 2
     image = Image.fromarray(padded).transform(
         (out_size, out_size), Image.Transform.AFFINE, (a, b, c, d, e, f), resample=Image.Resampling.BICUBIC
     )
-    ink = np.clip((np.asarray(image) - 0.3) / 0.45, 0, 1)  # enlarging blurs: make the strokes crisp again
+    ink = np.clip((np.asarray(image) - threshold) / 0.45, 0, 1)  # enlarging blurs: make the strokes crisp again
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     if not len(rows):
         return np.zeros((0, 0), np.float32)
@@ -147,7 +173,7 @@ def cut_fragments(digits: Digits, *, seed: list[int], num_fragments: int, cell: 
     while len(fragments) < num_fragments:
         source, piece = int(rng.integers(len(digits.ids))), pieces[rng.integers(len(pieces))]
         strokes = draw_strokes(
-            digits.images[source][piece], scale=rng.uniform(2.0, 2.7) * cell, angle=rng.uniform(0, 360)
+            digits.images[source][piece], scale=rng.uniform(1.8, 2.4) * cell, angle=rng.uniform(0, 360)
         )
         if min(strokes.shape) >= 4 * cell:  # a corner may be nearly blank
             fragments.append(Fragment(strokes, source))
@@ -165,7 +191,13 @@ def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def make_canvas(
-    rng: np.random.Generator, digits: Digits, index: int, *, fragments: list[Fragment], size: int
+    rng: np.random.Generator,
+    digits: Digits,
+    index: int,
+    *,
+    fragments: list[Fragment],
+    variation: Variation,
+    size: int,
 ) -> tuple[Image.Image, int, Box]:
     """Place digit `index` of `digits` on a canvas among fragments of the others.
 
@@ -185,9 +217,11 @@ def make_canvas(
 
     strokes = draw_strokes(
         digits.images[index],
-        scale=rng.uniform(2.7, 3.1) * size / 60,  # everything scales with the canvas
-        angle=rng.uniform(-8, 8),
-        shear=rng.uniform(-0.08, 0.08),
+        scale=rng.uniform(2.7, 3.2) * size / 60,  # everything scales with the canvas
+        angle=rng.uniform(-1, 1) * variation.angle,
+        shear=rng.uniform(-1, 1) * variation.shear,
+        stretch=rng.uniform(-1, 1) * variation.stretch,
+        threshold=0.3 + rng.uniform(-1, 1) * variation.weight,
     )
     boxes = [snap(box_at(strokes, *rng.random(2)), size=size)]
     place(strokes, boxes[0], rng.uniform(0.75, 1.0))
@@ -227,14 +261,22 @@ def snap(box: Box, *, size: int) -> Box:
 
 
 def _write_digit(
-    index: int, *, digits: Digits, fragments: list[Fragment], folder: Path, per_digit: int, size: int, seed: list[int]
+    index: int,
+    *,
+    digits: Digits,
+    fragments: list[Fragment],
+    variation: Variation,
+    folder: Path,
+    per_digit: int,
+    size: int,
+    seed: list[int],
 ) -> list[tuple[str, int]]:
     """Write all canvases of one digit; returns (name relative to `folder`, number of distractors) of each."""
     digit_id, label = int(digits.ids[index]), int(digits.labels[index])
     written = []
     for copy in range(per_digit):
         rng = np.random.default_rng([*seed, digit_id + 1, copy])  # 0 is the fragments' stream
-        image, num_distractors, _ = make_canvas(rng, digits, index, fragments=fragments, size=size)
+        image, num_distractors, _ = make_canvas(rng, digits, index, fragments=fragments, variation=variation, size=size)
         name = f"{label}/{digit_id:04d}_{copy:02d}.png"
         png = io.BytesIO()
         image.save(png, format="png", compress_level=1)
@@ -251,7 +293,14 @@ def _write_split(
         (folder / str(label)).mkdir(parents=True)
     fragments = cut_fragments(digits, seed=[*seed, 0], num_fragments=NUM_FRAGMENTS, cell=size / 60)
     write = partial(
-        _write_digit, digits=digits, fragments=fragments, folder=folder, per_digit=per_digit, size=size, seed=seed
+        _write_digit,
+        digits=digits,
+        fragments=fragments,
+        variation=VARIATION[folder.name],
+        folder=folder,
+        per_digit=per_digit,
+        size=size,
+        seed=seed,
     )
     num_distractors: dict[str, int] = {}
     with tqdm(total=len(digits.ids) * per_digit, desc=f"digits {folder.name}", unit="image", mininterval=0.5) as bar:
