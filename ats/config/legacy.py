@@ -2,7 +2,7 @@
 
 `translate` rewrites one `(key, value)` into the keys of this project. A renamed key is logged once with what it became;
 a key that has no meaning here is named in a warning with the reason; a value we cannot honour is an error. Nothing is
-dropped silently.
+dropped silently. What the releases' code does where their YAMLs say nothing is set, too (`implied`).
 """
 
 from __future__ import annotations
@@ -102,7 +102,6 @@ FIXED: dict[str, tuple[object, ...]] = {
     "MVIT.USE_FIXED_SINCOS_POS": (False,),
     "MVIT.REV.ENABLE": (False,),
     "DATA.MULTI_LABEL": (False,),
-    "DATA.REVERSE_INPUT_CHANNEL": (False,),
 }
 
 # Keys that a published YAML holds twice with two values, as (key, first, last); the last one is meant, as YAML has it.
@@ -144,7 +143,8 @@ IGNORED: dict[str, str] = {
     "DATA.TRAIN_PCA_*": "PCA jitter is not part of any of the recipes",
     "DATA.PATH_TO_PRELOAD_IMDB": "the data folder is scanned",
     "DATA.TRAIN_JITTER_MOTION_SHIFT": "not part of any of the recipes",
-    "DATA.INV_UNIFORM_SAMPLE": "not part of any of the recipes",
+    "DATA.INV_UNIFORM_SAMPLE": "the short side is drawn evenly, as in every Kinetics recipe",
+    "DATA.REVERSE_INPUT_CHANNEL": "videos are read as RGB, which SlowFast makes of OpenCV's BGR with it",
     "DATA.DECODING_BACKEND": "videos are decoded by PyAV",
     "DATA_LOADER.ENABLE_MULTI_THREAD_DECODE": "decoding is parallel over workers",
     "BN.*": "these networks have no batch norm",
@@ -161,18 +161,19 @@ _SLOWFAST_DEFAULTS = {
     "SOLVER.COSINE_AFTER_WARMUP": False,
     "SOLVER.ZERO_WD_1D_PARAM": False,
     "AUG.ENABLE": False,
-    "AUG.RE_PROB": 0.0,
-    "AUG.COLOR_JITTER": 0.0,
 }
+_NO_AUG_NODE = {"AUG.RE_PROB": 0.0, "AUG.COLOR_JITTER": 0.0}  # X-ViT's and TimeSformer's forks are older
 RELEASE_DEFAULTS: dict[str, dict[str, object]] = {
     "XVIT": _SLOWFAST_DEFAULTS
+    | _NO_AUG_NODE
     | {
         "MODEL.DROPOUT_RATE": 0.5,
         "XVIT.LOCATIONS_LIST": [9, 10, 11],
         "DATA.TRAIN_MULTI_SCALE_CROP": [1, 0.875, 0.75, 0.66],
         "DATA.PATH_LABEL_SEPARATOR": ",",
     },
-    "vit_base_patch16_224": _SLOWFAST_DEFAULTS | {"VIT.DROP_PATH_RATE": 0.1},
+    "vit_base_patch16_224": _SLOWFAST_DEFAULTS | _NO_AUG_NODE | {"VIT.DROP_PATH_RATE": 0.1},
+    "MViT": _SLOWFAST_DEFAULTS | {"TEST.ENSEMBLE_OF": "softmax"},
 }
 
 
@@ -183,7 +184,7 @@ def implied(pairs: list[tuple[str, object]]) -> list[tuple[str, object]]:
     if name not in RELEASE_DEFAULTS:
         return []
     settings = dict(RELEASE_DEFAULTS[name])
-    if NETWORKS[name] == "TimeSformer" and "DATA.TRAIN_CROP_SIZE" in given:
+    if NETWORKS.get(name) == "TimeSformer" and "DATA.TRAIN_CROP_SIZE" in given:
         settings["VIT.IMG_SIZE"] = given["DATA.TRAIN_CROP_SIZE"]  # its position embedding has the grid of the crop
     logger.info("MODEL.MODEL_NAME %s implies %s", name, ", ".join(f"{key} {value}" for key, value in settings.items()))
     return list(settings.items())
@@ -203,13 +204,14 @@ def translate(key: str, value: object) -> list[tuple[str, object]] | None:
     value = normalise(value)
     if key in RENAMED:
         pairs = RENAMED[key](value)
-        if pairs:
-            logger.info("%s -> %s", key, ", ".join(f"{new} {new_value}" for new, new_value in pairs))
+        what = ", ".join(f"{new} {new_value}" for new, new_value in pairs)
+        logger.info("%s -> %s", key, what or f"nothing to set for {value}")
         return pairs
     if key in FIXED:
         if value not in FIXED[key]:
             allowed = " or ".join(str(v) for v in FIXED[key])
             raise UserError(f"{key} {value}: only {allowed} is supported.")
+        logger.info("%s %s is how it is here.", key, value)
         return []
     for pattern, reason in IGNORED.items():
         if fnmatch.fnmatchcase(key, pattern):
