@@ -7,6 +7,7 @@ and of SlowFast load as they are (`legacy.py`). `describe()` is the text behind 
 from __future__ import annotations
 
 import logging
+import textwrap
 from pathlib import Path
 
 import yaml
@@ -17,6 +18,8 @@ from ats.config.schema import CfgNode, default_cfg, flatten
 from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 
 __all__ = ["CfgNode", "describe", "get_cfg", "load_config", "load_yaml"]
 
@@ -75,7 +78,8 @@ def describe() -> str:
             "None" if kind is type(None) else kind.__name__ for kind in key.types or (type(key.default),)
         )
         choices = f" Choices: {', '.join(map(str, key.choices))}." if key.choices else ""
-        lines.append(f"{key.name}  ({kinds}, default {key.default!r})\n    {key.help}{choices}")
+        text = textwrap.fill(key.help + choices, 100, initial_indent="    ", subsequent_indent="    ", **_WHOLE_WORDS)
+        lines.append(f"{key.name}  ({kinds}, default {key.default!r})\n{text}")
     return "\n".join(lines)
 
 

@@ -28,8 +28,12 @@ NONE = type(None)
 KEYS: list[Key] = [
     # ---- what is built
     Key("MODEL.NAME", "ViT", "Architecture; see ats.models.MODELS."),
-    Key("MODEL.NUM_CLASSES", 1000, "Classes of the head; must be the number of class folders of the data set."),
-    Key("MODEL.DROPOUT_RATE", 0.0, "Dropout before the classification head, in training."),
+    Key(
+        "MODEL.NUM_CLASSES",
+        1000,
+        "Classes of the head: as many as class folders, or more than the labels of the csv files.",
+    ),
+    Key("MODEL.DROPOUT_RATE", 0.0, "Dropout before the classification head, in training; TimeSformer has none."),
     Key(
         "VIT.IMG_SIZE",
         224,
@@ -48,7 +52,9 @@ KEYS: list[Key] = [
         "Initial weights: deit (normal, 0.02) or big_vision (Xavier, sine-cosine positions), for narrow networks.",
         choices=("deit", "big_vision"),
     ),
-    Key("VIT.DISTILLED", False, "DeiT's distillation token: two prefix tokens, two heads, averaged in evaluation."),
+    Key(
+        "VIT.DISTILLED", False, "DeiT's distillation token: two prefix tokens and two heads, whose logits are averaged."
+    ),
     Key(
         "VIT.DROP_RATE", 0.0, "Dropout after the position embedding, the attention projection and the MLP, in training."
     ),
@@ -140,7 +146,9 @@ KEYS: list[Key] = [
         "ATS.NUM_TOKENS",
         1.0,
         "K, the most tokens a block keeps, prefix tokens counted: a number (2 or more) or a ratio (up to 1) of the "
-        "token slots; one value for all blocks, or a list with one entry per block of the network.",
+        "token slots; one value for all blocks, or a list with one entry per block of the network. Counted per image, "
+        "per frame (XViT, TimeSformer) or per clip (TimeSformer with joint_space_time, MViT). In MViT K counts the "
+        "cells that keys are pooled to, and CLS: a kept cell keeps all the tokens it stands for.",
         (int, float, list),
     ),
     Key(
@@ -152,7 +160,7 @@ KEYS: list[Key] = [
         "ATS.SCORE",
         "cls_attention_value_norm",
         "Significance score of a token: attention of CLS x norm of its value (the paper), attention of CLS alone, or "
-        "the mean attention it receives from all tokens (for networks without CLS).",
+        "the mean attention it receives from all tokens (the only one for networks without CLS).",
         choices=("cls_attention_value_norm", "cls_attention", "mean_attention"),
     ),
     Key(
@@ -161,7 +169,7 @@ KEYS: list[Key] = [
         "Details of inverse transform sampling: as the official code with DROP_TOKENS False, or as the paper's text.",
         choices=("official", "paper"),
     ),
-    Key("ATS.MIN_TOKENS", 8, "Lower bound of K after rounding; never below the prefix tokens + 2."),
+    Key("ATS.MIN_TOKENS", 8, "Lower bound of K, also where it is a ratio; itself at least the prefix tokens + 2."),
     Key("ATS.SEED", 0, "Seed of ATS.SAMPLER random."),
     Key(
         "ATS.SHARE_FRAMES",
@@ -171,7 +179,11 @@ KEYS: list[Key] = [
     ),
     # ---- training
     Key("TRAIN.ENABLE", False, "Train the network."),
-    Key("TRAIN.DATASET", "imagenet", "Data set to train on; also the one validated on while training."),
+    Key(
+        "TRAIN.DATASET",
+        "imagenet",
+        "Data set to train on, imagenet or kinetics; its val split is evaluated while training.",
+    ),
     Key("TRAIN.BATCH_SIZE", 256, "Samples per optimizer step, over all processes and accumulation steps."),
     Key("TRAIN.GRAD_ACCUM_STEPS", 1, "Forward-backward passes that one batch is cut into to save memory."),
     Key("TRAIN.EVAL_PERIOD", 1, "Evaluate every so many epochs while training (and after the last)."),
@@ -209,13 +221,13 @@ KEYS: list[Key] = [
     Key("SOLVER.WARMUP_START_LR", 1e-6, "Learning rate the warm-up starts from."),
     Key("SOLVER.MOMENTUM", 0.9, "Momentum of SGD-like optimizers."),
     Key("SOLVER.WEIGHT_DECAY", 0.05, "Weight decay."),
-    Key("SOLVER.ZERO_WD_1D_PARAM", True, "No weight decay on biases, norms, position embedding and prefix tokens."),
+    Key("SOLVER.ZERO_WD_1D_PARAM", True, "No weight decay on biases, norms, positions and prefix tokens."),
     Key("SOLVER.LAYER_DECAY", 1.0, "Learning rate of a block over that of the block after it; 1: the same everywhere."),
     Key("SOLVER.CLIP_GRAD_L2NORM", None, "Clip the gradient to this norm.", (float, NONE)),
     Key("SOLVER.CLIP_GRAD_VAL", None, "Clip each gradient entry to this size.", (float, NONE)),
     # ---- evaluation
     Key("TEST.ENABLE", True, "Evaluate (after training, if TRAIN.ENABLE) and write OUTPUT_DIR/result.json."),
-    Key("TEST.DATASET", "imagenet", "Data set to evaluate on."),
+    Key("TEST.DATASET", "imagenet", "Data set to evaluate on, imagenet (its val split) or kinetics (test.csv)."),
     Key("TEST.BATCH_SIZE", 64, "Samples per batch; the results do not depend on it."),
     Key("TEST.NUM_ENSEMBLE_VIEWS", 10, "Clips per video in testing; of images there is one view."),
     Key("TEST.NUM_SPATIAL_CROPS", 3, "Crops of every test clip: 1 (centre) or 3 along the long side.", choices=(1, 3)),
@@ -289,12 +301,12 @@ KEYS: list[Key] = [
     Key(
         "DATA.TEST_CROP_RATIO",
         0.875,
-        "Evaluation resizes the short side to crop / ratio, then crops the centre (224/0.875 = 256).",
+        "Images: evaluation resizes the short side to crop / ratio, then crops the centre (224/0.875 = 256).",
     ),
     Key(
         "DATA.TEST_INTERPOLATION",
         "bicubic",
-        "Interpolation of the evaluation resize.",
+        "Images: interpolation of the evaluation resize; that of clips is bilinear.",
         choices=("bicubic", "bilinear", "nearest"),
     ),
     Key(
@@ -307,16 +319,24 @@ KEYS: list[Key] = [
     Key(
         "DATA.MAX_BAD_FRACTION",
         0.01,
-        "Training stops when more than this share of the samples read so far was unreadable.",
+        "Training stops when more than this share of the samples read so far (the first 1000 counted as read from the "
+        "start) was unreadable.",
     ),
-    Key("DATA_LOADER.NUM_WORKERS", 8, "Worker processes that read data; 0 reads in the main process."),
+    Key(
+        "DATA_LOADER.NUM_WORKERS",
+        8,
+        "Worker processes that read data, at most one per core; 0: the main process reads.",
+    ),
     Key("DATA_LOADER.PIN_MEMORY", True, "Pinned memory for transfers to a GPU."),
-    Key("AUG.ENABLE", True, "RandAugment, colour jitter and random erasing in training, on top of crop and flip."),
+    Key("AUG.ENABLE", True, "Augment training as the other AUG keys say; False: crop and flip alone."),
     Key("AUG.NUM_SAMPLE", 1, "Repeated augmentation: draws per image and epoch; the epoch keeps its length (DeiT: 3)."),
     Key("AUG.COLOR_JITTER", 0.4, "Strength of the colour jitter of images; used when AUG.AA_TYPE is empty."),
     Key("AUG.AA_TYPE", "rand-m9-mstd0.5-inc1", "AutoAugment policy by timm's names; empty: none."),
     Key(
-        "AUG.INTERPOLATION", "bicubic", "Interpolation of the training crop.", choices=("bicubic", "bilinear", "random")
+        "AUG.INTERPOLATION",
+        "bicubic",
+        "Interpolation of images' training crop; for clips, whose crop is bilinear, of AUG.AA_TYPE's rotations.",
+        choices=("bicubic", "bilinear", "random"),
     ),
     Key("AUG.RE_PROB", 0.25, "Probability of random erasing."),
     Key("AUG.RE_MODE", "pixel", "Filling of the erased rectangle.", choices=("pixel", "rand", "const")),
