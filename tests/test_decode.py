@@ -192,6 +192,33 @@ def test_truncated_files(tmp_path, codec, suffix, options, share):
         read_all(path)
 
 
+@pytest.mark.parametrize(
+    ("codec", "suffix", "options"),
+    [
+        ("h264", "mp4", {"movflags": "faststart"}),
+        ("h264", "mp4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("h264", "mov", {"movflags": "faststart"}),
+        ("h264", "mkv", {}),
+        ("vp9", "webm", {}),
+        ("h264", "avi", {}),
+    ],
+    ids=["mp4 faststart", "mp4 fragments", "mov", "mkv", "webm", "avi"],
+)
+def test_truncated_between_two_frames(tmp_path, codec, suffix, options):
+    """Cut where a frame ends (as a cut in the sound would be), every frame that is left is whole; the file is not."""
+    path = encode(tmp_path / f"clip.{suffix}", noise(30), codec=codec, container_options=options)
+    read_all(path)
+    with av.open(str(path)) as container:
+        starts = sorted(packet.pos for packet in container.demux(video=0) if packet.size)
+    content = path.read_bytes()
+    for start in starts[9::10]:
+        path.write_bytes(content[:start])
+        with pytest.raises(UserError, match="it is cut off or damaged"):
+            read_all(path)
+    path.write_bytes(content + b"appended by somebody")  # does no harm
+    read_all(path)
+
+
 def test_damage_in_the_middle(tmp_path):
     path = encode(tmp_path / "clip.mp4", noise(30))
     content = bytearray(path.read_bytes())

@@ -23,6 +23,7 @@ import torch
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from ats.datasets.container import is_cut_off
 from ats.errors import UserError
 
 MAX_PIXELS = 8192 * 8192  # of a frame; more is a mistake, or made to exhaust the memory
@@ -142,7 +143,7 @@ class Video:
     def _scan(self) -> None:
         """Time stamps (in display order), key frames and rate, from the packets alone."""
         packets = [packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard]
-        if any(packet.is_corrupt for packet in packets) or _is_cut_off_matroska(self.path):
+        if any(packet.is_corrupt for packet in packets) or is_cut_off(self.path):
             raise UserError("it is cut off or damaged")
         pts = sorted({packet.pts for packet in packets if packet.pts is not None})
         # Elsewhere (AVI) the packets' time stamps may be missing or not be those of the frames: these are counted.
@@ -213,25 +214,3 @@ class Video:
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
     return round(frame.rotation / 90) % 4
-
-
-def _is_cut_off_matroska(path: str) -> bool:
-    """Whether an mkv or webm file is shorter than its segment says; FFmpeg takes the rest of it for the whole."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    if head[:4] != b"\x1a\x45\xdf\xa3":  # EBML
-        return False
-    header_size, position = _ebml_size(head, 4)
-    position += header_size
-    if header_size < 0 or head[position : position + 4] != b"\x18\x53\x80\x67":  # Segment
-        return False
-    size, position = _ebml_size(head, position + 4)
-    return position + size > os.path.getsize(path)
-
-
-def _ebml_size(data: bytes, position: int) -> tuple[int, int]:
-    """The size at `position` (-1: unknown, of a live recording), and the position behind it."""
-    first = data[position] if position < len(data) else 0
-    length = 9 - first.bit_length()  # as many bytes as there are leading zeros, and one
-    value = int.from_bytes(data[position : position + length]) & (1 << 7 * length) - 1
-    return -1 if value == (1 << 7 * length) - 1 or not first else value, position + length

@@ -187,7 +187,8 @@ def evaluate(
             ensemble.add(logits, batch.label, batch.index)
     model.train(was_training)
     if not tally.rows:
-        raise UserError("There is nothing to evaluate: the data set is empty.")
+        reason = "the data set is empty" if ensemble is None else "no video can be read"
+        raise UserError(f"There is nothing to evaluate: {reason}.")
     params_m = sum(p.numel() for p in model.parameters()) / 1e6
     wall_seconds = time.perf_counter() - start
     result = tally.result(ensemble=ensemble, wall_seconds=wall_seconds, params_m=params_m, device=device_name(device))
