@@ -71,7 +71,7 @@ class Layout:
         if self.uniform:
             return x.reshape(len(self.lengths), self.longest, *x.shape[1:])
         padded = x.new_full((len(self.lengths) * self.longest, *x.shape[1:]), value)
-        return padded.index_copy(0, self.padded_index, x).reshape(len(self.lengths), self.longest, *x.shape[1:])
+        return padded.index_copy_(0, self.padded_index, x).reshape(len(self.lengths), self.longest, *x.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[S, M, ...] -> [T, ...]."""
@@ -143,7 +143,7 @@ class RaggedTokens:
         """
         x = self.x if x is None else x
         grid = x.new_zeros(len(self.layout.lengths) * self.num_positions, *x.shape[1:])
-        grid = grid.index_copy(0, self.grid_index(), x)
+        grid = grid.index_copy_(0, self.grid_index(), x)
         return grid.reshape(len(self.layout.lengths), self.num_positions, *x.shape[1:])
 
     def from_grid(self, grid: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def to_canvas(tokens: RaggedTokens, x: Tensor, value: float = 0) -> Tensor:
     if tokens.layout.total == num_sequences * tokens.num_positions:
         return x.unflatten(0, (num_sequences, -1))
     canvas = x.new_full((num_sequences * tokens.num_positions, *x.shape[1:]), value)
-    return canvas.index_copy(0, tokens.grid_index(), x).unflatten(0, (num_sequences, -1))
+    return canvas.index_copy_(0, tokens.grid_index(), x).unflatten(0, (num_sequences, -1))
 
 
 def coarsen(tokens: RaggedTokens, grid: Grid, coarse: Grid, stride: Grid) -> RaggedTokens:
