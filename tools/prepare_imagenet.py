@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
@@ -35,6 +36,7 @@ from ats.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
+MAX_BYTES = 256 * 1024**2  # of a file in an archive; the largest official one has 15 million
 
 
 class Devkit(NamedTuple):
@@ -54,7 +56,7 @@ def read_devkit(path: Path) -> Devkit:
 
     with _open(path) as archive:
         content = {
-            name: archive.extractfile(f"ILSVRC2012_devkit_t12/data/{name}").read()
+            name: _read(archive, archive.getmember(f"ILSVRC2012_devkit_t12/data/{name}"))
             for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
         }
     synsets = loadmat(io.BytesIO(content["meta.mat"]), squeeze_me=True)["synsets"]
@@ -138,9 +140,8 @@ def _extract(
         path = folder / target(member.name)
         num_found += 1
         if not (path.is_file() and path.stat().st_size == member.size):
-            content = tar.extractfile(member).read()
-            if len(content) != member.size:
-                raise tarfile.ReadError(f"{member.name} is cut off")
+            content = _read(tar, member)
+            _check_image(content, member.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.partial")
             partial.write_bytes(content)
@@ -149,6 +150,27 @@ def _extract(
         if bar is not None:
             bar.update()
     return num_found, num_written
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """A file of an archive, unless it is made to fill the memory."""
+    if member.size > MAX_BYTES:
+        raise tarfile.ReadError(f"{member.name} has {member.size} bytes, more than {MAX_BYTES}")
+    content = tar.extractfile(member).read()
+    if len(content) != member.size:
+        raise tarfile.ReadError(f"{member.name} is cut off")
+    return content
+
+
+def _check_image(content: bytes, name: str) -> None:
+    """Refuse what has no header of an image, or one of an image that would fill the memory."""
+    from ats.datasets.imagenet import open_image  # imports torch
+
+    try:
+        open_image(io.BytesIO(content)).close()
+    except Exception as error:  # Pillow raises anything at a damaged header
+        reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"cannot be read: {error}"
+        raise tarfile.ReadError(f"{name} {reason}") from error
 
 
 @contextmanager

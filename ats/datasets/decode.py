@@ -27,6 +27,8 @@ from ats.datasets.container import is_cut_off
 from ats.errors import UserError
 
 MAX_PIXELS = 8192 * 8192  # of a frame; more is a mistake, or made to exhaust the memory
+# What FFmpeg may take a file for: containers of videos, not lists of other files (concat, hls, dash, image2, sdp, ...).
+CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
 
 
 def clip_size(fps: float, *, num_frames: int, sampling_rate: int, target_fps: float = 30) -> float:
@@ -129,8 +131,12 @@ class Video:
     def _open(self) -> None:
         if not os.path.isfile(self.path):
             raise UserError("there is no such file")
-        # "file:" and the whitelist: neither a name like http:// nor a play list in the file reaches out of it.
-        self._container = av.open(f"file:{self.path}", metadata_errors="ignore", options={"protocol_whitelist": "file"})
+        # "file:" and the lists: neither a name like http:// nor a play list in the file reaches out of it.
+        options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+        try:
+            self._container = av.open(f"file:{self.path}", metadata_errors="ignore", options=options)
+        except av.ArgumentError as error:
+            raise UserError(f"it is none of the containers that are read ({CONTAINERS})") from error
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:  # or the cover picture of a sound file alone
             raise UserError("it has no video stream")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,8 @@ from ats.errors import UserError
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 2 * 89_478_485  # where Pillow refuses by default; checked here too because programs switch that off
+# Not all that Pillow can open: for EPS it would start Ghostscript, whatever the name of the file.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 class ImageNet(FileDataset):
@@ -89,9 +91,7 @@ def read_image(path: str) -> Image.Image:
         UserError: the file is missing, is not an image, is damaged, or is too large to be decoded safely.
     """
     try:
-        with open(path, "rb") as file, Image.open(file) as image:  # reads the header only
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        with open(path, "rb") as file, open_image(file) as image:
             return image.convert("RGB")
     except MemoryError:
         raise
@@ -99,6 +99,18 @@ def read_image(path: str) -> Image.Image:
         raise UserError(
             f"Cannot read the image {path}: {_reason(error, path)}. Restore the file, or remove it from the data set."
         ) from error
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """The image in an open file, of which only the header has been read.
+
+    Raises:
+        ValueError: it would unpack to more than MAX_PIXELS. Whatever Pillow raises at a damaged header.
+    """
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+    return image
 
 
 def _reason(error: Exception, path: str) -> str:

@@ -103,7 +103,7 @@ class Kinetics(FileDataset):
         # As SlowFast, but for a relative path without prefix: there it belongs to the folder the program runs in.
         self.folder = os.path.expanduser(path_prefix) or os.path.dirname(self.csv)
         if path_prefix and not allow_outside:
-            _check_inside(self.listing, self.csv, path_prefix)
+            self.listing = _inside(self.listing, self.csv, path_prefix)
         self.num_videos = len(self.listing.labels)
         self.num_views = num_views * len(self.transforms)
         self._last: tuple[tuple[int, int], np.ndarray] | None = None
@@ -216,12 +216,18 @@ def _parse(line: str, separator: str, *, where: str, num_classes: int) -> tuple[
     return parsed
 
 
-def _check_inside(listing: Listing, csv: str, prefix: str) -> None:
-    """Refuse paths that are absolute or climb out by `..`: whoever wrote the csv does not choose what is read."""
+def _inside(listing: Listing, csv: str, prefix: str) -> Listing:
+    """The listing with `..` resolved; refuses paths that are absolute or climb out: whoever wrote the csv does not
+    choose what is read. Symbolic links are followed: they are made by who fills the folder, not by who writes the csv.
+    """
+    paths = []
     for path, line in zip(listing.paths, listing.lines, strict=True):
-        text = os.fsdecode(path)
-        if os.path.isabs(text) or os.path.normpath(text).split(os.sep)[0] == os.pardir:
+        # Resolved here, because the system would resolve the .. of `link/../file` behind the link, outside.
+        inside = os.path.normpath(path)
+        if os.path.isabs(inside) or inside.split(b"/")[0] == b"..":
             raise UserError(
-                f"{csv}, line {line}: {text} leads out of DATA.PATH_PREFIX {prefix}. Correct the line, or type "
-                "DATA.ALLOW_PATHS_OUTSIDE_PREFIX True."
+                f"{csv}, line {line}: {os.fsdecode(path)} leads out of DATA.PATH_PREFIX {prefix}. Correct the line, or "
+                "type DATA.ALLOW_PATHS_OUTSIDE_PREFIX True."
             )
+        paths.append(inside)
+    return listing._replace(paths=np.array(paths))
