@@ -1,0 +1,56 @@
+"""docs/MODEL_ZOO.md is what the configs say and what their networks are."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from test_datasets import load_tool
+
+ROWS = {
+    "DeiT_S": ("22.05 M", "4.599"),
+    "MViTv1_B_16x4": ("36.61 M", "70.6 x 5"),
+    "XViT_B16_16x16_K600": ("93.94 M", "281.1 x 3"),
+}
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return load_tool("model_zoo")
+
+
+def test_the_table_is_up_to_date(tool):
+    """Every config is built; its parameters and dense GFLOPs, and its header, are those in the table."""
+    old, new = tool.TARGET.read_text().splitlines(), tool.render().splitlines()
+    stale = [line for line in new if line not in old] + [f"no longer: {line}" for line in old if line not in new]
+    if stale or old != new:
+        pytest.fail("docs/MODEL_ZOO.md is out of date, type: python tools/model_zoo.py\n" + "\n".join(stale))
+
+
+def test_the_table_says_what_is_known(tool):
+    """Sizes known from elsewhere; and where a header speaks of parameters, they are the network's."""
+    lines = [line.strip("| ").split(" | ") for line in tool.TARGET.read_text().splitlines() if line.startswith("| [")]
+    table = {re.match(r"\[(.*?)\]", line[0])[1]: line[1:] for line in lines}
+    for name, size in ROWS.items():
+        assert tuple(table[name][1:3]) == size
+    said = 0
+    for _, parameters, _, expected, _ in table.values():
+        for number in re.findall(r"([\d.]+) M parameters", expected):
+            assert float(number) == pytest.approx(float(parameters.split()[0]), rel=0.015)
+            said += 1
+    assert said >= 10
+
+
+def test_headers(tool, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "# Net: a\n# network.\n#\n#   python x\n#\n# Expected: 1 %\n# (paper). Not measured here. More.\nA: 1\n# no\n"
+    )
+    assert tool.read_header(path) == ("Net: a network", "1 % (paper)", False)
+    path.write_text("# Net.\n#\n# Expected on B (C 1): 2 %.\n")
+    assert tool.read_header(path) == ("Net", "on B (C 1): 2 %", True)
+    for path in tool.ROOT.glob("configs/*/[!_]*.yaml"):
+        header = tool.read_header(path)
+        assert header.title
+        assert "|" not in header.title + header.expected
+        assert path.parent.name == "Digits" or (header.expected and not header.is_measured), path

@@ -1,0 +1,88 @@
+"""Write docs/MODEL_ZOO.md, the table of all configs:
+
+    python tools/model_zoo.py
+
+What a config reproduces and what is expected of it stands in the comment at its head (its first sentence, and from
+"Expected" to "Not measured here"); parameters and dense GFLOPs are computed from the network it builds.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
+
+TARGET = ROOT / "docs" / "MODEL_ZOO.md"
+HEAD = """# Model zoo
+
+Every config of this repository, written by `python tools/model_zoo.py`; a test compares it with the configs.
+
+Parameters and GFLOPs are of the dense network as built and counted here (a multiply-add is one, as in the paper),
+for videos per view x views. How much ATS saves depends on images and weights: `tools/run_net.py` reports it
+(`result.json`). Accuracies are those of the sources named; each config begins with its command.
+"""
+
+
+class Header(NamedTuple):
+    """The comment at the head of a config: what it is, what is expected of it, and whether it was measured here."""
+
+    title: str
+    expected: str
+    is_measured: bool
+
+
+def read_header(path: Path) -> Header:
+    """The header of a config."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    title, _, rest = "\n".join(lines).partition("\n\n")
+    rest = " ".join(rest.split())
+    match = re.search(r"Expected(?P<what>[^:]*): (?P<numbers>.*?) *(Not measured here|$)", rest)
+    expected = f"{match['what'].strip()}: {match['numbers']}".removeprefix(": ") if match else ""
+    return Header(" ".join(title.split()).rstrip("."), expected.rstrip("."), "Not measured here" not in rest)
+
+
+def row(path: Path) -> dict[str, str]:
+    """A line of the table: the config's header, and the size of the network it builds."""
+    import torch
+
+    from ats.config import load_config
+    from ats.datasets import input_shape
+    from ats.flops import dense_gflops
+    from ats.models import build_model
+
+    cfg, header = load_config(path), read_header(path)
+    with torch.device("meta"):
+        model = build_model(cfg)
+    shape = input_shape(cfg)
+    views = f" x {cfg.TEST.NUM_ENSEMBLE_VIEWS * cfg.TEST.NUM_SPATIAL_CROPS}" if len(shape) == 4 else ""
+    return {
+        "config": f"[{path.stem}](../{path.relative_to(ROOT)})",
+        "what": header.title,
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
+        "GFLOPs": f"{dense_gflops(model, (1, *shape)):.4g}{views}",
+        "expected, and whose number it is": header.expected or "-",
+        "measured here": "[README](../README.md)" if header.is_measured else "no",
+    }
+
+
+def render() -> str:
+    """The text of docs/MODEL_ZOO.md: a table for each folder of configs."""
+    text = HEAD
+    for folder in sorted(path for path in (ROOT / "configs").iterdir() if path.is_dir()):
+        rows = [row(path) for path in sorted(folder.glob("[!_]*.yaml"))]
+        cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(line.values()) for line in rows)]
+        text += f"\n## {folder.name}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    return text
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())
+    print(TARGET)
