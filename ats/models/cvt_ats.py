@@ -155,7 +155,8 @@ def batch_norm(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """The host's batch norm on rows [T, C]. One row has no statistics: it gets the running ones, in training too."""
     if bn.training and len(x) == 1:
         return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
-    return bn(x.T[None, :, :, None])[0, :, :, 0].T
+    # As T images of one pixel. As one image of T pixels (a transposed view) torch's CPU backward is wrong (torch 2.15).
+    return bn(x[:, :, None, None])[:, :, 0, 0]
 
 
 def begin_ragged(x: Tensor, grid: tuple[int, int], num_prefix_tokens: int, spec: StageSpec) -> RaggedTokens:
