@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ats.checkpoint import load_weights
-from ats.config import get_cfg
+from ats.checkpoint import load_checkpoint, load_weights
+from ats.config import get_cfg, load_config
+from ats.engine.checkpointing import checkpoint_path
+from ats.engine.evaluate import evaluate_weights
+from ats.engine.train import train
 from ats.models import build_model
 from ats.sampling import SAMPLERS
 from ats.tokens import KeptTokens
@@ -163,6 +167,27 @@ def check_gradients(model: nn.Module, x: torch.Tensor, logits: torch.Tensor, gol
         scale = np.abs(golden[key]).max()
         grad = grads[key.removeprefix(prefix)]
         np.testing.assert_allclose(grad / scale, golden[key] / scale, atol=1e-4, err_msg=key)
+
+
+def check_training(config: Path, out: Path, settings: dict) -> None:
+    """A network with batch norm trains with averaged weights, goes on from a checkpoint to the same bits, and its
+    exported weights can be evaluated.
+
+    Args:
+        config: a YAML file with data. settings: the network, over it.
+    """
+    changes = [word for key, value in (settings | {"EMA.ENABLE": True}).items() for word in (key, value)]
+    weights = {}
+    for name in ("straight", "resumed"):
+        cfg = load_config(config, [*changes, "OUTPUT_DIR", str(out / name), "SOLVER.MAX_EPOCH", 2])
+        if name == "resumed":
+            shutil.copytree(out / "straight" / "checkpoints", out / name / "checkpoints")
+            checkpoint_path(out / name, 2).unlink()
+        weights[name] = load_checkpoint(train(cfg))
+    assert weights["straight"].keys() == weights["resumed"].keys() == build_model(cfg).state_dict().keys()
+    assert all(torch.equal(value, weights["resumed"][key]) for key, value in weights["straight"].items())
+    result = evaluate_weights(cfg, weights=out / "straight" / "model.safetensors")
+    assert 0 < result.gflops["mean"] < result.gflops["dense"]
 
 
 def build_empty(*overrides: object) -> nn.Module:

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FIXTURES, KeepAll, check_gradients, check_image_case, counted_multiply_adds, randomise
+from helpers import (
+    FIXTURES,
+    KeepAll,
+    check_gradients,
+    check_image_case,
+    check_training,
+    counted_multiply_adds,
+    randomise,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +102,13 @@ def test_golden_training_mode():
     assert len(stored) == 2
     for key, want in stored.items():
         np.testing.assert_allclose(state[key], want, atol=1e-5, err_msg=key)
+
+
+def test_position_embedding_is_named_as_without_effect(caplog):
+    """As in the reference's code, which never reads the key."""
+    with_it, without = build_model(config(BASE | {"CVT.POS_EMBED": [False, True]})), net("released")
+    assert with_it.state_dict().keys() == without.state_dict().keys()
+    assert "CVT.POS_EMBED has no effect" in caplog.text
 
 
 def test_batch_of_one_keeps_its_axis():
@@ -303,6 +318,11 @@ def test_one_row_takes_the_running_statistics():
     torch.testing.assert_close(out, batch_norm(bn.eval(), x))
 
 
+def test_trains_resumes_and_evaluates(tiny_config, tmp_path):
+    """The engine on this network: batch-norm statistics are averaged, saved and restored with the weights."""
+    check_training(tiny_config, tmp_path, BASE | {"MODEL.NAME": "CvT", "ATS.BLOCKS": [1, 3], "ATS.NUM_TOKENS": 0.7})
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_broken_images_harm_nobody_else(value):
     model, x = net("released", blocks=ALL), inputs("released", 3)
@@ -366,6 +386,79 @@ def test_configs_have_the_published_size(name, suffix):
     assert f"{params:.4g} M" in text
 
 
+CVT_YAML = """
+OUTPUT_DIR: 'OUTPUT/'
+WORKERS: 6
+PRINT_FREQ: 500
+AMP: {ENABLED: true}
+MODEL:
+  NAME: cls_cvt
+  SPEC:
+    INIT: 'trunc_norm'
+    NUM_STAGES: 3
+    PATCH_SIZE: [7, 3, 3]
+    PATCH_STRIDE: [4, 2, 2]
+    PATCH_PADDING: [2, 1, 1]
+    DIM_EMBED: [64, 192, 384]
+    NUM_HEADS: [1, 3, 6]
+    DEPTH: [1, 4, 16]
+    MLP_RATIO: [4.0, 4.0, 4.0]
+    ATTN_DROP_RATE: [0.0, 0.0, 0.0]
+    DROP_RATE: [0.0, 0.0, 0.0]
+    DROP_PATH_RATE: [0.0, 0.0, 0.1]
+    QKV_BIAS: [True, True, True]
+    CLS_TOKEN: [False, False, True]
+    POS_EMBED: [False, False, False]
+    QKV_PROJ_METHOD: ['dw_bn', 'dw_bn', 'dw_bn']
+    KERNEL_QKV: [3, 3, 3]
+    PADDING_KV: [1, 1, 1]
+    STRIDE_KV: [2, 2, 2]
+    PADDING_Q: [1, 1, 1]
+    STRIDE_Q: [1, 1, 1]
+AUG:
+  MIXUP_PROB: 1.0
+  MIXUP: 0.8
+  MIXCUT: 1.0
+  TIMM_AUG: {USE_LOADER: true, RE_COUNT: 1, RE_MODE: pixel, RE_SPLIT: false, RE_PROB: 0.25, HFLIP: 0.5, VFLIP: 0.0,
+    AUTO_AUGMENT: rand-m9-mstd0.5-inc1, COLOR_JITTER: 0.4, INTERPOLATION: bicubic}
+LOSS: {LABEL_SMOOTHING: 0.1}
+CUDNN: {BENCHMARK: true, DETERMINISTIC: false, ENABLED: true}
+DATASET: {DATASET: 'imagenet', DATA_FORMAT: 'jpg', ROOT: 'dataset/imagenet/', TEST_SET: 'val', TRAIN_SET: 'train'}
+TEST: {BATCH_SIZE_PER_GPU: 32, IMAGE_SIZE: [384, 384], MODEL_FILE: '', INTERPOLATION: 3, CENTER_CROP: False}
+TRAIN:
+  BATCH_SIZE_PER_GPU: 128
+  LR: 0.000125
+  IMAGE_SIZE: [384, 384]
+  BEGIN_EPOCH: 0
+  END_EPOCH: 300
+  LR_SCHEDULER:
+    METHOD: 'timm'
+    ARGS: {sched: 'cosine', warmup_epochs: 5, warmup_lr: 0.000001, min_lr: 0.00001, cooldown_epochs: 10,
+      decay_rate: 0.1}
+  OPTIMIZER: adamW
+  WD: 0.1
+  WITHOUT_WD_LIST: ['bn', 'bias', 'ln']
+  SHUFFLE: true
+DEBUG: {DEBUG: false}
+"""
+
+
+def test_the_releases_yaml_is_our_config(tmp_path, caplog):
+    """All its keys are used or named; but for the number of GPUs it says what CvT_21_384.yaml says."""
+    path = tmp_path / "cvt-21-384x384.yaml"
+    path.write_text(CVT_YAML)
+    theirs, ours = load_config(path), load_config(ROOT / "configs" / "ImageNet" / "CvT_21_384.yaml")
+    assert "TEST.CENTER_CROP False squeezes whole images" in caplog.text
+    assert "CUDNN.BENCHMARK has no effect" in caplog.text
+    per_gpu = {"TRAIN": ("BATCH_SIZE",), "SOLVER": ("BASE_LR",)}
+    for section in ("MODEL", "CVT", "SOLVER", "AUG", "MIXUP", "DATA", "TRAIN"):
+        for key, value in theirs[section].items():
+            if key in per_gpu.get(section, ()):
+                assert ours[section][key] == pytest.approx(8 * value)
+            elif key not in ("PATH_TO_DATA_DIR", "CHECKPOINT_PERIOD"):
+                assert ours[section][key] == value, f"{section}.{key}"
+
+
 @pytest.mark.parametrize("release", ["cvt-13-224x224", "cvt-21-224x224"])
 def test_released_keys_load(release):
     """Names and shapes of the released files (the same for 384 x 384) fill the model strictly, with ATS too."""
@@ -405,7 +498,6 @@ ON = {"ATS.ENABLE": True, "ATS.BLOCKS": [1]}
         (ON | {"CVT.QKV_PROJ_METHOD": ["avg", "avg"]}, "dw_bn or linear in the last stage"),
         (ON | {"CVT.PADDING_KV": [1, 0]}, "ATS needs CVT.PADDING_KV"),
         ({"CVT.DEPTH": [1, 2, 10]}, "CVT.DEPTH [1, 2, 10]: give 2 entries"),
-        ({"CVT.POS_EMBED": [False, True]}, "CvT has no position embedding"),
         ({"CVT.QKV_PROJ_METHOD": ["dw_bn", "conv"]}, "CVT.QKV_PROJ_METHOD conv: choose from dw_bn, avg, linear"),
         ({"CVT.NUM_HEADS": [1, 3]}, "CVT.DIM_EMBED 16 of stage 1 is not a multiple of CVT.NUM_HEADS 3"),
         ({"CVT.STRIDE_Q": [1, 2]}, "Stage 1: queries must keep the grid"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FIXTURES, KeepAll, check_image_case, counted_multiply_adds, randomise
+from helpers import FIXTURES, KeepAll, check_image_case, check_training, counted_multiply_adds, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models import group_parameters
@@ -242,6 +242,11 @@ def test_training_with_stochastic_depth_dropout_and_autocast():
     logits.float().sum().backward()
 
 
+def test_trains_resumes_and_evaluates(tiny_config, tmp_path):
+    """The engine on this network: batch-norm statistics are averaged, saved and restored with the weights."""
+    check_training(tiny_config, tmp_path, SMALL | {"MODEL.NAME": "PSViT", "ATS.BLOCKS": [2, 4], "ATS.NUM_TOKENS": 0.7})
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_broken_images_harm_nobody_else(value):
     model, x = net(blocks=ALL), inputs(3)
@@ -324,6 +329,25 @@ def test_released_keys_load(name):
     state["ps_layers.1.position_layer.bias"] = torch.ones(model.pos_layer.bias.shape)
     with pytest.raises(UserError, match=r"1 keys unexpected: ps_layers.*position_layer\.bias"):
         load_weights(model, state)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("PSViT_Ti_14", "lr: 0.001\nweight_decay: 0.03\ndrop: 0.0\nmixup: 0.8\nreprob: 0.25\nwarmup_epochs: 5"),
+        ("PSViT_B_14", "lr: 5e-4\nweight_decay: 0.05"),
+        ("PSViT_B_16", "lr: 5e-4\nweight_decay: 0.05"),
+        ("PSViT_B_18", "lr: 5e-4\nweight_decay: 0.05"),
+    ],
+)
+def test_the_releases_yaml_is_our_config(name, text, tmp_path):
+    """Its few keys and what its main.py does where they say nothing; we take 16 GPUs for its unknown number of them."""
+    path = tmp_path / "theirs.yaml"
+    path.write_text(f"model: {name.lower().replace('psvit', 'ps_vit')}\nbatch_size: 64\nimg_size: 224\n{text}\n")
+    theirs, ours = load_config(path), load_config(ROOT / "configs" / "ImageNet" / f"{name}.yaml")
+    assert ours.TRAIN.BATCH_SIZE == 16 * theirs.TRAIN.BATCH_SIZE
+    for section in ("MODEL", "PSVIT", "SOLVER", "AUG", "MIXUP", "EMA", "DATA"):
+        assert ours[section] == theirs[section], section
 
 
 def test_points_follow_the_image_size(caplog):

@@ -14,6 +14,7 @@ Shapes: B images, N = P + grid tokens, P = 1 in a stage with CLS, else 0, C chan
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,8 @@ from ats.models.cvt_block import NORM_EPS, ConvBlock, StageSpec
 from ats.models.cvt_cost import cvt_multiply_adds
 from ats.sampling import BlockSampler
 from ats.tokens import KeptTokens, RaggedTokens
+
+logger = logging.getLogger(__name__)
 
 
 class ConvEmbed(nn.Module):
@@ -202,14 +205,36 @@ def stages_from_cfg(cvt: CfgNode) -> list[StageSpec]:
     Raises:
         UserError: lists of another length, or entries that do not fit together.
     """
-    names = {"dim": "DIM_EMBED", "method": "QKV_PROJ_METHOD"}
-    keys = {field: names.get(field, field.upper()) for field in StageSpec.__dataclass_fields__}
-    for key in (*keys.values(), "POS_EMBED"):
-        if len(cvt[key]) != cvt.NUM_STAGES:
-            raise UserError(f"CVT.{key} {cvt[key]}: give {cvt.NUM_STAGES} entries, one for each of CVT.NUM_STAGES.")
+    for key, values in cvt.items():
+        if isinstance(values, list) and len(values) != cvt.NUM_STAGES:
+            raise UserError(f"CVT.{key} {values}: give {cvt.NUM_STAGES} entries, one for each of CVT.NUM_STAGES.")
     if any(cvt.POS_EMBED):
-        raise UserError(f"CVT.POS_EMBED {cvt.POS_EMBED}: CvT has no position embedding, nor has the reference's code.")
-    stages = [StageSpec(**{field: cvt[key][i] for field, key in keys.items()}) for i in range(cvt.NUM_STAGES)]
+        logger.warning(
+            "CVT.POS_EMBED has no effect: CvT has no position embedding, and the reference reads no such key."
+        )
+    stages = [
+        StageSpec(
+            patch_size=cvt.PATCH_SIZE[i],
+            patch_stride=cvt.PATCH_STRIDE[i],
+            patch_padding=cvt.PATCH_PADDING[i],
+            dim=cvt.DIM_EMBED[i],
+            num_heads=cvt.NUM_HEADS[i],
+            depth=cvt.DEPTH[i],
+            mlp_ratio=cvt.MLP_RATIO[i],
+            attn_drop_rate=cvt.ATTN_DROP_RATE[i],
+            drop_rate=cvt.DROP_RATE[i],
+            drop_path_rate=cvt.DROP_PATH_RATE[i],
+            qkv_bias=cvt.QKV_BIAS[i],
+            cls_token=cvt.CLS_TOKEN[i],
+            method=cvt.QKV_PROJ_METHOD[i],
+            kernel_qkv=cvt.KERNEL_QKV[i],
+            padding_kv=cvt.PADDING_KV[i],
+            stride_kv=cvt.STRIDE_KV[i],
+            padding_q=cvt.PADDING_Q[i],
+            stride_q=cvt.STRIDE_Q[i],
+        )
+        for i in range(cvt.NUM_STAGES)
+    ]
     for index, spec in enumerate(stages):
         if spec.method not in ("dw_bn", "avg", "linear"):
             raise UserError(f"CVT.QKV_PROJ_METHOD {spec.method}: choose from dw_bn, avg, linear.")
