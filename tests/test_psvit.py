@@ -20,7 +20,7 @@ from ats.errors import UserError
 from ats.flops import dense_gflops, gflops
 from ats.models import PSViT, build_model
 from ats.models.ats_block import ATSBlock
-from ats.models.psvit import sample_at
+from ats.models.psvit_layers import sample_at
 
 ROOT = Path(__file__).parents[1]
 # 32 x 32 pixels, a feature map of 8 x 8, 6 x 5 points; blocks 2 to 5 can sample.
