@@ -97,6 +97,9 @@ def load_weights(model: nn.Module, source: str | Path | dict[str, Tensor], *, sk
         raise UserError(f"{name} holds no weights.")
     expected = model.state_dict()
     state = strip_prefixes(state, expected)
+    for key in state.keys() & expected.keys():
+        if expected[key].ndim == 0 and state[key].numel() == 1:  # some writers store a counter as a vector of one
+            state[key] = state[key].reshape(())
     if hasattr(model, "adapt_state_dict"):
         state = model.adapt_state_dict(state)
     for key in expected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ats.checkpoint import load_weights
-from ats.config import get_cfg
+from ats.checkpoint import load_checkpoint, load_weights
+from ats.config import get_cfg, load_config
+from ats.engine.checkpointing import checkpoint_path
+from ats.engine.evaluate import evaluate_weights
+from ats.engine.train import train
 from ats.models import build_model
-from ats.models.ats_block import ATSBlock
 from ats.sampling import SAMPLERS
 from ats.tokens import KeptTokens
 
@@ -31,7 +34,7 @@ class KeepAll:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         for block in model.modules() if model is not None else ():
-            if isinstance(block, ATSBlock) and block.sampler is not None:
+            if getattr(block, "sampler", None) is not None:
                 block.sampler = replace(block.sampler, sampler="keep_all")
 
     def __enter__(self):
@@ -116,6 +119,75 @@ def released_state(name: str, value: float = 0.5) -> tuple[dict, dict]:
     about = json.loads((FIXTURES / "keys" / f"{name}.json").read_text())
     layout = about["release_file_layout"]
     return {w: {key: torch.full(shape, value) for key, shape in keys.items()} for w, keys in layout.items()}, about
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights and batch-norm statistics large enough for tokens to differ, from the seed and the order of the state."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if not value.is_floating_point() or name == "point_coord":
+                continue
+            noise = torch.randn(value.shape, generator=generator).to(value.dtype)
+            if name.endswith("running_var"):
+                value.copy_((0.3 * noise).exp())
+            elif value.ndim > 1:
+                value.copy_(noise * min(1.5 * value[0].numel() ** -0.5, 0.5))
+            else:
+                value.copy_(0.1 * noise + (name.endswith("weight")))  # a one-dimensional weight is of a norm
+    return model
+
+
+def check_image_case(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """`model` with the weights of fixtures/image/<name> gives the reference's logits and (float32) its gradients of
+    sum(logits * loss_weight), where both are stored those of F.grid_sample.
+    """
+    folder = FIXTURES / "image" / name
+    load_weights(model, folder / "weights.safetensors")
+    golden = np.load(folder / "golden.npz")
+    model = model.to(dtype).eval()
+    x = torch.from_numpy(((golden["image_u8"] / 255.0 - 0.5) / 0.25).astype(np.float32)).to(dtype).requires_grad_()
+    logits = model(x)
+    if dtype == torch.float64:
+        np.testing.assert_allclose(logits.detach(), golden["logits_f64"], atol=1e-12, rtol=0)
+        return
+    np.testing.assert_allclose(logits.detach(), golden["logits"], atol=1e-5, rtol=0)
+    check_gradients(model, x, logits, golden, prefix="gridsample__grad_" if "outside" in name else "grad_")
+
+
+def check_gradients(model: nn.Module, x: torch.Tensor, logits: torch.Tensor, golden: dict, *, prefix: str) -> None:
+    """The gradients of sum(logits * loss_weight) with respect to `x` and every weight that `golden` has, relative to
+    the largest entry.
+    """
+    (logits * torch.from_numpy(golden["loss_weight"])).sum().backward()
+    grads = {"input": x.grad} | {f"_{key}": parameter.grad for key, parameter in model.named_parameters()}
+    wanted = [key for key in golden if key.startswith(prefix)]
+    assert len(wanted) >= 2
+    for key in wanted:
+        scale = np.abs(golden[key]).max()
+        grad = grads[key.removeprefix(prefix)]
+        np.testing.assert_allclose(grad / scale, golden[key] / scale, atol=1e-4, err_msg=key)
+
+
+def check_training(config: Path, out: Path, settings: dict) -> None:
+    """A network with batch norm trains with averaged weights, goes on from a checkpoint to the same bits, and its
+    exported weights can be evaluated.
+
+    Args:
+        config: a YAML file with data. settings: the network, over it.
+    """
+    changes = [word for key, value in (settings | {"EMA.ENABLE": True}).items() for word in (key, value)]
+    weights = {}
+    for name in ("straight", "resumed"):
+        cfg = load_config(config, [*changes, "OUTPUT_DIR", str(out / name), "SOLVER.MAX_EPOCH", 2])
+        if name == "resumed":
+            shutil.copytree(out / "straight" / "checkpoints", out / name / "checkpoints")
+            checkpoint_path(out / name, 2).unlink()
+        weights[name] = load_checkpoint(train(cfg))
+    assert weights["straight"].keys() == weights["resumed"].keys() == build_model(cfg).state_dict().keys()
+    assert all(torch.equal(value, weights["resumed"][key]) for key, value in weights["straight"].items())
+    result = evaluate_weights(cfg, weights=out / "straight" / "model.safetensors")
+    assert 0 < result.gflops["mean"] < result.gflops["dense"]
 
 
 def build_empty(*overrides: object) -> nn.Module:

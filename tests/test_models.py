@@ -223,7 +223,7 @@ def test_every_imagenet_config_builds(path):
     cfg = load_config(path)
     with torch.device("meta"):
         model = build_model(cfg)
-    assert sum(p.numel() for p in model.parameters()) > 5e6
+    assert sum(p.numel() for p in model.parameters()) > 4e6
     assert f"--cfg configs/ImageNet/{path.name}" in path.read_text()
 
 

@@ -1,4 +1,4 @@
-"""Keys of older releases (SlowFast, XViT, the official ATS code) and what they become here.
+"""Keys of older releases (SlowFast, XViT, the official ATS code; `legacy_images.py`) and what they become here.
 
 `translate` rewrites one `(key, value)` into the keys of this project. A renamed key is logged once with what it became;
 a key that has no meaning here is named in a warning with the reason; a value we cannot honour is an error. Nothing is
@@ -11,6 +11,7 @@ import fnmatch
 import logging
 from collections.abc import Callable
 
+from ats.config import legacy_images
 from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def _ats_blocks(value: object) -> list[tuple[str, object]]:
 
 
 # Names of networks in older releases -> MODEL.NAME here; TimeSformer's release names it after its first weights.
-NETWORKS = {"XVIT": "XViT", "vit_base_patch16_224": "TimeSformer"}
+NETWORKS = {"XVIT": "XViT", "vit_base_patch16_224": "TimeSformer", "cls_cvt": "CvT"}
 
 
 def _network(value: object) -> list[tuple[str, object]]:
@@ -80,6 +81,7 @@ RENAMED: dict[str, Translation] = {
     "XVIT.BACKBONE.DROP_PATH_RATE": _rename("VIT.DROP_PATH_RATE"),
     "XVIT.BACKBONE.DROP_ATTN_RATE": _rename("VIT.ATTN_DROP_RATE"),
     "TIMESFORMER.PRETRAINED_MODEL": _start_from,
+    **legacy_images.RENAMED,
 }
 
 # Settings of the official code that only run with one value: that value is what this project does.
@@ -102,6 +104,7 @@ FIXED: dict[str, tuple[object, ...]] = {
     "MVIT.USE_FIXED_SINCOS_POS": (False,),
     "MVIT.REV.ENABLE": (False,),
     "DATA.MULTI_LABEL": (False,),
+    **legacy_images.FIXED,
 }
 
 # Keys that a published YAML holds twice with two values, as (key, first, last); the last one is meant, as YAML has it.
@@ -147,10 +150,11 @@ IGNORED: dict[str, str] = {
     "DATA.REVERSE_INPUT_CHANNEL": "videos are read as RGB, which SlowFast makes of OpenCV's BGR with it",
     "DATA.DECODING_BACKEND": "videos are decoded by PyAV",
     "DATA_LOADER.ENABLE_MULTI_THREAD_DECODE": "decoding is parallel over workers",
-    "BN.*": "these networks have no batch norm",
+    "BN.*": "SlowFast's networks here have no batch norm; that of CvT and PS-ViT is torch's",
     "DETECTION.*": "detection is not part of this project",
     "AVA.*": "AVA is not part of this project",
     "BENCHMARK.*": "benchmarks are tools/benchmark.py",
+    **legacy_images.IGNORED,
 }
 
 
@@ -193,6 +197,13 @@ def implied(pairs: list[tuple[str, object]]) -> list[tuple[str, object]]:
 def normalise(value: object) -> object:
     """The official YAMLs write None as the string "None"; YAML's own null arrives as None already."""
     return None if isinstance(value, str) and value.strip() == "None" else value
+
+
+def network_name(value: object) -> object:
+    """MODEL.NAME of this project for the name of a network in an older release; other values as they are."""
+    if value in NETWORKS:
+        logger.info("MODEL.NAME %s -> %s", value, NETWORKS[value])
+    return NETWORKS.get(value, value)
 
 
 def translate(key: str, value: object) -> list[tuple[str, object]] | None:

@@ -46,6 +46,7 @@ class CfgNode(FvcoreCfgNode):
         """
         pairs = list(pairs)
         for key, value in [*legacy.implied(pairs), *pairs]:
+            value = legacy.network_name(value) if key == "MODEL.NAME" else value
             translated = [(key, value)] if key in KEY else legacy.translate(key, parse(value))
             if translated is None:
                 raise UserError(f"Unknown config key {key}.{suggest(key, KEY)} `--help` lists all keys.")

@@ -13,18 +13,22 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ats.errors import UserError, suggest
+from ats.models.cvt import CvT, cvt_from_cfg
 from ats.models.mvit import MViT, mvit_from_cfg
+from ats.models.psvit import PSViT, psvit_from_cfg
 from ats.models.timesformer import TimeSformer, timesformer_from_cfg
 from ats.models.vit import VisionTransformer, vit_from_cfg
 from ats.models.xvit import XViT, xvit_from_cfg
 
-__all__ = ["MODELS", "MViT", "TimeSformer", "VisionTransformer", "XViT", "build_model"]
+__all__ = ["MODELS", "CvT", "MViT", "PSViT", "TimeSformer", "VisionTransformer", "XViT", "build_model"]
 
 MODELS: dict[str, Callable[[CfgNode], nn.Module]] = {
     "ViT": vit_from_cfg,
     "XViT": xvit_from_cfg,
     "TimeSformer": timesformer_from_cfg,
     "MViT": mvit_from_cfg,
+    "CvT": cvt_from_cfg,
+    "PSViT": psvit_from_cfg,
 }
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from ats.errors import UserError
 from ats.models.ats_block import samplers_from_cfg
+from ats.models.canvas import Grid
 from ats.models.mvit_ats import MultiScaleATSBlock
-from ats.models.mvit_block import NORM_EPS, BlockSpec, Grid, MultiScaleBlock
+from ats.models.mvit_block import NORM_EPS, BlockSpec, MultiScaleBlock
 from ats.models.mvit_cost import mvit_multiply_adds
 from ats.models.mvit_keys import adapt_mvit_state_dict, resize_positions
 from ats.models.mvit_plan import check_samplers, plan_blocks

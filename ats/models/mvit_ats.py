@@ -26,15 +26,14 @@ Shapes: as in `mvit_block.py` and `ats/tokens.py`; T_q, T_k packed queries and k
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ats.attention import ragged_attention
 from ats.models.ats_block import ATSBlock, score_candidates
-from ats.models.mvit_block import ONE, Grid, MultiScaleBlock, pool_grid
+from ats.models.canvas import ONE, Grid, coarsen, rescale, to_canvas, tokens_of_cells
+from ats.models.mvit_block import MultiScaleBlock, pool_grid
 from ats.sampling import BlockSampler
 from ats.tokens import Layout, RaggedTokens
 
@@ -72,8 +71,8 @@ class MultiScaleATSBlock(nn.Module):
         """Tokens on `grid` in; those of the output's grid that are kept out, after a full block."""
         attn, spec = self.attn, self.spec
         query_grid, key_grid = spec.query_grid(grid), spec.key_grid(grid)
-        queries = coarsen(tokens, grid, query_grid, ONE if spec.pool_q is None else spec.pool_q.stride)
-        keys = coarsen(tokens, grid, key_grid, ONE if spec.pool_kv is None else spec.pool_kv.stride)
+        queries = coarsen(tokens, grid, ONE if spec.pool_q is None else spec.pool_q.stride)
+        keys = coarsen(tokens, grid, ONE if spec.pool_kv is None else spec.pool_kv.stride)
         x = self.norm1(tokens.x)
         q, k, v = self.project(x, with_queries=self.projects_all_queries)
         k, v = self.pooled("k", k, tokens, keys, grid), self.pooled("v", v, tokens, keys, grid)
@@ -188,8 +187,8 @@ class MultiScaleATSBlock(nn.Module):
         keep = sampler(candidates, slots=keys.slots, num_prefix_tokens=num_prefix)
         keep = layout.unpad(torch.cat([keep.new_ones(len(keep), num_prefix), keep], dim=1))
         cells = to_canvas(keys, keep)[:, num_prefix:].unflatten(1, key_grid)
-        for axis, (num_q, num_k) in enumerate(zip(query_grid, key_grid, strict=True)):
-            cells = cells.repeat_interleave(num_q // num_k, dim=axis + 1)
+        steps = tuple(num_q // num_k for num_q, num_k in zip(query_grid, key_grid, strict=True))
+        cells = tokens_of_cells(cells, query_grid, steps)
         mask = torch.cat([cells.new_ones(len(cells), num_prefix), cells.flatten(1)], dim=1)
         slots = min(sampler.budget(keys.slots), keys.slots)
         return queries.from_grid(mask), rescale(slots, keys.num_positions, queries.num_positions, num_prefix)
@@ -210,52 +209,6 @@ def pool_ragged(pool: nn.Module, x: Tensor, tokens: RaggedTokens, cells: RaggedT
     out = cells.from_grid(pool_grid(pool, canvas, grid, tokens.num_prefix_tokens))
     # With a stride above the kernel's reach a cell may be there by a token that the kernel does not see.
     return out.masked_fill(out == -torch.inf, 0) if is_max else out
-
-
-def to_canvas(tokens: RaggedTokens, x: Tensor, value: float = 0) -> Tensor:
-    """[T, ...] -> [S, N, ...] with every token at its position and `value` where it was dropped. A view if none was."""
-    num_sequences = len(tokens.layout.lengths)
-    if tokens.layout.total == num_sequences * tokens.num_positions:
-        return x.unflatten(0, (num_sequences, -1))
-    canvas = x.new_full((num_sequences * tokens.num_positions, *x.shape[1:]), value)
-    return canvas.index_copy_(0, tokens.grid_index(), x).unflatten(0, (num_sequences, -1))
-
-
-def coarsen(tokens: RaggedTokens, grid: Grid, coarse: Grid, stride: Grid) -> RaggedTokens:
-    """The cells of the `coarse` grid that stand for at least one of the tokens on `grid`.
-
-    Returns:
-        Layout, positions and slots of the cells. Their x is the tokens' own where the grids are the same, else only
-        a placeholder.
-    """
-    if stride == ONE:
-        return tokens
-    num_prefix = tokens.num_prefix_tokens
-    there = torch.ones_like(tokens.position, dtype=torch.bool)
-    mask = present_cells(to_canvas(tokens, there)[:, num_prefix:].unflatten(1, grid), stride).flatten(1)
-    mask = F.pad(mask, (num_prefix, 0), value=True)
-    position = mask.nonzero()[:, 1]
-    return replace(
-        tokens,
-        x=position,
-        layout=Layout.from_lengths(mask.sum(dim=1)),
-        position=position,
-        num_positions=mask.shape[1],
-        slots=rescale(tokens.slots, tokens.num_positions, mask.shape[1], num_prefix),
-    )
-
-
-def present_cells(mask: Tensor, stride: Grid) -> Tensor:
-    """[S, T, H, W] bool, True where a token is -> the same of a grid coarser by `stride`, sizes rounded up."""
-    if stride == ONE:
-        return mask
-    return F.max_pool3d(mask[:, None].float(), stride, stride, ceil_mode=True)[:, 0] > 0
-
-
-def rescale(slots: int, num_positions: int, new_num_positions: int, num_prefix: int) -> int:
-    """Token slots on a grid as slots on another, in proportion, rounded up: a number of the configuration alone."""
-    slots, old, new = slots - num_prefix, num_positions - num_prefix, new_num_positions - num_prefix
-    return num_prefix - (-slots * new // old)
 
 
 def coordinate(grid: Grid, axis: int, device: torch.device) -> Tensor:

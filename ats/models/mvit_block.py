@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-Grid = tuple[int, int, int]
-ONE: Grid = (1, 1, 1)
+from ats.models.canvas import ONE, Grid
+
 NORM_EPS = 1e-6
 
 

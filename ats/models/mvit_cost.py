@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ats.models.canvas import ONE, Grid, kept_grid, present_cells
 from ats.models.cost import conv_multiply_adds, linear_multiply_adds
-from ats.models.mvit_ats import MultiScaleATSBlock, present_cells
-from ats.models.mvit_block import ONE, Grid
+from ats.models.mvit_ats import MultiScaleATSBlock
 from ats.tokens import KeptTokens
 
 
@@ -53,15 +53,6 @@ def mvit_multiply_adds(
         total = total + block_multiply_adds(block, counts, grid, num_prefix, paper=paper)
         mask, grid = kept_mask, spec.query_grid(grid)
     return total
-
-
-def kept_grid(entry: KeptTokens, like: Tensor) -> Tensor:
-    """The patches of a trace entry as a mask [S, T, H, W]."""
-    mask = torch.zeros_like(like)
-    sequence = torch.arange(len(mask), device=mask.device).repeat_interleave(entry.num_tokens)
-    is_patch = entry.position >= entry.num_prefix_tokens
-    mask.flatten(1)[sequence[is_patch], entry.position[is_patch] - entry.num_prefix_tokens] = True
-    return mask
 
 
 def block_multiply_adds(block: nn.Module, counts: Counts, grid: Grid, num_prefix: int, *, paper: bool) -> Tensor:

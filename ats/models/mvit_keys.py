@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats.models.mvit_block import Grid, resize_table
+from ats.models.canvas import Grid
+from ats.models.mvit_block import resize_table
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ats.errors import UserError
-from ats.models.mvit_block import ONE, BlockSpec, Grid, PoolSpec, divide
+from ats.models.canvas import ONE, Grid
+from ats.models.mvit_block import BlockSpec, PoolSpec, divide
 from ats.sampling import BlockSampler
 
 

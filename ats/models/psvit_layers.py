@@ -1,0 +1,90 @@
+"""What PS-ViT has besides transformer blocks: the bottlenecks of its stem, and features sampled at points that move.
+
+Names, shapes and numbers are those of yuexy/PS-ViT (`models/ps_vit.py`, `layers/progressive_sample.py`).
+
+Shapes: B images, P points, C channels; points are (y, x) in pixels of a feature map [H, W], whole numbers are pixel
+centres.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Bottleneck(nn.Module):
+    """A residual block of ResNet: 1 x 1, 3 x 3 and 1 x 1 convolutions with batch norm."""
+
+    def __init__(self, dim_in: int, dim: int, dim_out: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(dim_in, dim, 1, bias=False), nn.BatchNorm2d(dim)
+        self.conv2, self.bn2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim)
+        self.conv3, self.bn3 = nn.Conv2d(dim, dim_out, 1, bias=False), nn.BatchNorm2d(dim_out)
+        self.downsample = None
+        if dim_in != dim_out:
+            self.downsample = nn.Sequential(nn.Conv2d(dim_in, dim_out, 1, bias=False), nn.BatchNorm2d(dim_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, H, W]."""
+        skip = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(x)) + skip)
+
+
+class SamplingLayer(nn.Module):
+    """One iteration: features at the points, a transformer block on them, and where the points move next.
+
+    Args:
+        block: the transformer block.
+        gamma: factor on the offsets for sampling. Only there: the points themselves move by the whole offset.
+        predicts: whether another iteration follows.
+    """
+
+    def __init__(self, block: nn.Module, dim: int, *, gamma: float, predicts: bool) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.transformer_layer = block
+        self.offset_layer = nn.Linear(dim, 2) if predicts else None
+
+    def forward(
+        self,
+        features: Tensor,
+        points: Tensor,
+        offsets: Tensor | None,
+        previous: Tensor | None,
+        pos_layer: nn.Linear,
+        feature_size: float,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The next tokens [B, P, C], offsets [B, P, 2] (of the last iteration None) and points [B, P, 2].
+
+        Points and offsets are float32 or better, also under autocast: bfloat16 rounds them to a quarter of a pixel.
+        No gradient goes from the positions, and from one iteration's points to the next, back into the offsets.
+
+        Args:
+            features: [B, C, H, W].
+            points, offsets: where to sample is points + gamma * offsets, [B, P, 2].
+            previous: [B, P, C] tokens of the iteration before.
+            pos_layer: from points over `feature_size` to the width of the tokens.
+        """
+        moved = points
+        if offsets is not None:
+            moved, points = points + self.gamma * offsets, points + offsets.detach()
+        x = sample_at(features, moved)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x + pos_layer(points / feature_size)
+        x = x if previous is None else x + previous
+        x = self.transformer_layer(x)
+        if self.offset_layer is None:
+            return x, None, points
+        with torch.autocast(x.device.type, enabled=False):
+            return x, self.offset_layer(x.to(points.dtype)), points
+
+
+def sample_at(features: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of features [B, C, H, W] at points [B, P, 2]; zeros beyond the border. [B, P, C]."""
+    size = torch.tensor(features.shape[2:], dtype=points.dtype, device=points.device)
+    grid = (2 * points / (size - 1) - 1).flip(-1)  # grid_sample wants (x, y) in -1..1
+    sampled = F.grid_sample(features.to(points.dtype), grid[:, :, None], align_corners=True)
+    return sampled.squeeze(3).transpose(1, 2)
