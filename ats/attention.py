@@ -60,7 +60,7 @@ def choose_backend(q: Tensor, *, queries: Layout, keys: Layout, dropout_p: float
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, dropout_p: float) -> Tensor:
     q, k, v = (layout.pad(t).transpose(1, 2) for t, layout in ((q, queries), (k, keys), (v, keys)))
-    mask = None if keys.uniform else keys.mask[:, None, None]
+    mask = None if keys.uniform and keys.full else keys.mask[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return queries.unpad(out.transpose(1, 2))
 
@@ -134,7 +134,7 @@ def mean_attention(
 
 def _softmax(logits: Tensor, keys: Layout) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if not keys.uniform:
+    if not (keys.uniform and keys.full):
         mask = keys.mask.reshape(len(keys.lengths), *[1] * (logits.ndim - 2), keys.longest)
         logits = logits.masked_fill(~mask, -torch.inf)
     return logits.softmax(dim=-1)
