@@ -104,7 +104,12 @@ def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float) -> Tensor
     Returns:
         [S, H, M] float32 or better, 0 where there is no key.
     """
-    logits = torch.einsum("shd,smhd->shm", q * scale, keys.pad(k))
+    q = q * scale
+    if keys.uniform or k.is_cuda:
+        logits = torch.einsum("shd,smhd->shm", q, keys.pad(k))
+    else:  # padding the keys would cost more memory traffic than the rest of the scoring
+        rows = [own.transpose(0, 1) @ query[..., None] for own, query in zip(k.split(keys.sizes), q, strict=True)]
+        logits = keys.pad(torch.cat(rows, dim=1).squeeze(2).t()).transpose(1, 2)
     return _softmax(logits, keys)
 
 

@@ -1,20 +1,25 @@
-"""Time ATS against its dense network: the same weights and images, in one process, the two in turn.
+"""GFLOPs and speed of ATS beside its dense network: the same weights and inputs, in one process, in turn.
 
-    python tools/benchmark.py --cfg configs/ImageNet/DeiT_S.yaml --batch-size 8 [KEY VALUE ...]
+    python tools/benchmark.py --cfg configs/ImageNet/DeiT_S.yaml                  # random images
+    python tools/benchmark.py --cfg X.yaml TEST.CHECKPOINT_FILE_PATH w.pth DATA.PATH_TO_DATA_DIR <data>
+    python tools/benchmark.py --cfg X.yaml --compare ats,topk,padded --batch-size 1 8 32 --threads 1 --train
+    python tools/benchmark.py --suite cpu                                         # what docs/BENCHMARKS.md shows
 
-With TEST.CHECKPOINT_FILE_PATH and DATA.PATH_TO_DATA_DIR it uses those weights and images, otherwise random ones (with
-random weights hardly a token is dropped: the speed then says little). Images are read before the clock starts. Prints
-for each variant GFLOPs and milliseconds per image, and for the pair the median of the ratios of neighbouring runs:
+Weights decide how many tokens survive. Without TEST.CHECKPOINT_FILE_PATH every image keeps as many as a draw from the
+paper's histograms says (DeiT-S on ImageNet); scoring and sampling are still computed and paid for. Only
+inverse transform sampling is imposed upon: topk and random keep K.
 
-    speed-up    dense time / ATS time
-    efficiency  speed-up / (dense GFLOPs / ATS GFLOPs); 1 means that seconds follow FLOPs
+Printed, written to OUTPUT_DIR and compared by medians over rounds of the ratio to the dense run of the same round:
+
+    dense time / time       what the clock says
+    dense FLOPs / FLOPs     what it should say
+    efficiency              the first over the second; 1 means that seconds follow FLOPs
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,106 +27,103 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ats.config import CfgNode, load_config  # noqa: E402
-from ats.errors import UserError  # noqa: E402
+from ats.errors import UserError, suggest  # noqa: E402
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def build(cfg: CfgNode, device: str) -> nn.Module:
-    """The network of `cfg` in evaluation, with its weights if they are given."""
-    import torch
-
-    from ats.checkpoint import load_weights
-    from ats.models import build_model
-
-    torch.manual_seed(cfg.RNG_SEED)
-    model = build_model(cfg)
-    if cfg.TEST.CHECKPOINT_FILE_PATH:
-        load_weights(model, cfg.TEST.CHECKPOINT_FILE_PATH)
-    return model.to(device).eval()
-
-
-def read_images(cfg: CfgNode, batch_size: int) -> Tensor:
-    """[batch_size, 3, H, W] from the evaluation data, repeated if there are fewer; random without a data folder."""
+def read_batch(cfg: CfgNode, batch_size: int, image_size: int | None) -> Tensor:
+    """Images [B, 3, H, W] or clips [B, 3, T, H, W]: of the evaluation data where DATA.PATH_TO_DATA_DIR names some,
+    repeated if there are fewer; otherwise random.
+    """
     import torch
 
     from ats.datasets import build_loader
 
-    if not cfg.DATA.PATH_TO_DATA_DIR:
-        return torch.randn(batch_size, 3, cfg.DATA.TEST_CROP_SIZE, cfg.DATA.TEST_CROP_SIZE)
-    dataset = build_loader(cfg, "test").dataset
-    step = max(len(dataset) // batch_size, 1)
-    return torch.stack([dataset[(i * step) % len(dataset)].x for i in range(batch_size)])
+    if cfg.DATA.PATH_TO_DATA_DIR and image_size is None:
+        dataset = build_loader(cfg, "test").dataset
+        step = max(len(dataset) // batch_size, 1)
+        return torch.stack([dataset[(i * step) % len(dataset)].x for i in range(batch_size)])
+    side = image_size or cfg.DATA.TEST_CROP_SIZE
+    frames = (cfg.DATA.NUM_FRAMES,) if cfg.TEST.DATASET == "kinetics" else ()
+    return torch.randn(batch_size, 3, *frames, side, side, generator=torch.Generator().manual_seed(cfg.RNG_SEED))
 
 
-def seconds(model: nn.Module, x: Tensor) -> float:
-    """Wall-clock time of one forward pass."""
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", help="config with ATS.ENABLE True")
+    parser.add_argument("--suite", help="a fixed list of measurements instead of --cfg: cpu, gpu, or quick (a minute)")
+    parser.add_argument("--compare", default="ats", help="variants beside dense, by commas (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="random images of this size")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="autocast (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
+    parser.add_argument("--train", action="store_true", help="forward and backward instead of inference")
+    parser.add_argument("--synthetic", action="store_true", help="random inputs though DATA.PATH_TO_DATA_DIR is set")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys")
+    args = parser.parse_intermixed_args(argv)
+    if (args.cfg is None) == (args.suite is None):
+        parser.error("give --cfg FILE or --suite NAME")
+    return args
+
+
+def run_config(args: argparse.Namespace) -> None:
+    """Measure one config; print the tables and write results.json, table.md and speed.png to OUTPUT_DIR."""
     import torch
 
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    model(x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    from ats.benchmark import report
+    from ats.benchmark.timing import Settings, measure
 
-
-def compare(cfg: CfgNode, *, batch_size: int, rounds: int) -> dict[str, float]:
-    """Figures of ATS and dense on one batch; two warm-up rounds are not counted."""
-    import torch
-    from tqdm import trange
-
-    from ats.engine.device import select_device
-    from ats.flops import gflops
-
-    device = select_device(cfg.DEVICE)
-    dense_cfg = cfg.clone()
-    dense_cfg.defrost()
-    dense_cfg.ATS.ENABLE = False
-    sparse, dense = build(cfg, device), build(dense_cfg, device)
-    x = read_images(cfg, batch_size).to(device)
-    with torch.inference_mode():
-        cost = gflops(sparse, sparse.forward_tokens(x)[1], x.shape)
-        times = [(seconds(dense, x), seconds(sparse, x)) for _ in trange(rounds + 2, leave=False, disable=None)][2:]
-    dense_times, sparse_times = (torch.tensor(column, dtype=torch.float64) for column in zip(*times, strict=True))
-    ratios = dense_times / sparse_times
-    flop_ratio = cost.dense / cost.as_run.mean().item()
-    return {
-        "batch_size": batch_size,
-        "threads": torch.get_num_threads(),
-        "gflops_dense": cost.dense,
-        "gflops_ats": cost.as_run.mean().item(),
-        "ms_dense": 1e3 * dense_times.median().item() / batch_size,
-        "ms_ats": 1e3 * sparse_times.median().item() / batch_size,
-        "speedup": ratios.median().item(),
-        "speedup_p10": ratios.quantile(0.1).item(),
-        "speedup_p90": ratios.quantile(0.9).item(),
-        "flop_ratio": flop_ratio,
-        "efficiency": ratios.median().item() / flop_ratio,
-    }
+    cfg = load_config(args.cfg, args.overrides)
+    if not cfg.ATS.ENABLE:
+        raise UserError(f"{args.cfg} has ATS.ENABLE False: there is nothing to compare. Add ATS.ENABLE True.")
+    if min(args.batch_size) < 1 or args.rounds < 1:
+        raise UserError("--batch-size and --rounds must be at least 1.")
+    settings = Settings(
+        variants=tuple(args.compare.split(",")),
+        rounds=args.rounds,
+        dtype=None if args.dtype == "float32" else getattr(torch, args.dtype),
+        compile=args.compile,
+        train=args.train,
+        threads=args.threads,
+    )
+    side = cfg.DATA.TEST_CROP_SIZE if args.synthetic and args.image_size is None else args.image_size
+    rows = measure(cfg, {size: read_batch(cfg, size, side) for size in args.batch_size}, settings)
+    if not cfg.TEST.CHECKPOINT_FILE_PATH:
+        print("No checkpoint: token counts drawn from the paper's histograms (DeiT-S on ImageNet).")
+    tables = "\n\n".join(
+        text for text in (report.table(rows), report.tokens_table(rows), report.parts_table(rows)) if text
+    )
+    print(tables)
+    output = Path(cfg.OUTPUT_DIR)
+    report.write(output, rows, tables, command=sys.argv[1:], title=Path(args.cfg).stem)
+    print(f"\nWritten: {output}/results.json, table.md, speed.png")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, help="config with ATS.ENABLE True")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="images per forward pass")
-    parser.add_argument("--rounds", type=int, default=20, help="timed passes of each variant")
-    parser.add_argument("overrides", nargs="*", help="KEY VALUE ...")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     try:
-        cfg = load_config(args.cfg, args.overrides)
-        if not cfg.ATS.ENABLE:
-            raise UserError(f"{args.cfg} has ATS.ENABLE False: there is nothing to compare. Add ATS.ENABLE True.")
-        rows = [compare(cfg, batch_size=size, rounds=args.rounds) for size in args.batch_size]
+        if args.suite is None:
+            run_config(args)
+        else:
+            from ats.benchmark.suites import SUITES, run_suite
+
+            if args.suite not in SUITES:
+                raise UserError(f"--suite {args.suite}: choose from {', '.join(SUITES)}.{suggest(args.suite, SUITES)}")
+            run_suite(args.suite, read_batch)
     except UserError as error:
+        if args.debug:
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    from tabulate import tabulate
-
-    print(tabulate(rows, headers="keys", floatfmt=".4g"))
     return 0
 
 
