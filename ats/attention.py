@@ -60,7 +60,7 @@ def choose_backend(q: Tensor, *, queries: Layout, keys: Layout, dropout_p: float
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, dropout_p: float) -> Tensor:
     q, k, v = (layout.pad(t).transpose(1, 2) for t, layout in ((q, queries), (k, keys), (v, keys)))
-    mask = None if keys.uniform else keys.mask[:, None, None]
+    mask = None if keys.uniform and keys.full else keys.mask[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return queries.unpad(out.transpose(1, 2))
 
@@ -104,7 +104,12 @@ def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float) -> Tensor
     Returns:
         [S, H, M] float32 or better, 0 where there is no key.
     """
-    logits = torch.einsum("shd,smhd->shm", q * scale, keys.pad(k))
+    q = q * scale
+    if keys.uniform or k.is_cuda:
+        logits = torch.einsum("shd,smhd->shm", q, keys.pad(k))
+    else:  # padding the keys would cost more memory traffic than the rest of the scoring
+        rows = [own.transpose(0, 1) @ query[..., None] for own, query in zip(k.split(keys.sizes), q, strict=True)]
+        logits = keys.pad(torch.cat(rows, dim=1).squeeze(2).t()).transpose(1, 2)
     return _softmax(logits, keys)
 
 
@@ -134,7 +139,7 @@ def mean_attention(
 
 def _softmax(logits: Tensor, keys: Layout) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if not keys.uniform:
+    if not (keys.uniform and keys.full):
         mask = keys.mask.reshape(len(keys.lengths), *[1] * (logits.ndim - 2), keys.longest)
         logits = logits.masked_fill(~mask, -torch.inf)
     return logits.softmax(dim=-1)

@@ -175,7 +175,8 @@ def random_k(candidates: Candidates, num_points: int, options: BlockSampler) -> 
     priority = torch.rand(candidates.num_positions, generator=generator, dtype=torch.float64).to(
         candidates.position.device
     )
-    rank = _descending_rank(priority[candidates.position].masked_fill(~candidates.valid, -1))
+    drawn = priority[candidates.position.clamp(max=candidates.num_positions - 1)]  # padding has no position
+    rank = _descending_rank(drawn.masked_fill(~candidates.valid, -1))
     return (rank < num_points) & candidates.valid
 
 

@@ -1,12 +1,19 @@
-"""RaggedTokens: a batch of token sequences of different lengths, packed into one tensor.
+"""RaggedTokens: a batch of token sequences of different lengths.
 
-Padding to the longest sequence would cost what sampling saves, so tokens lie one after the other in `x [T, C]`.
-Pointwise layers (LayerNorm, Linear, MLP) run on `x` as it is; only attention and scoring ask the `Layout` where a
-sequence begins.
+Three layouts hold them, `ATS.LAYOUT`:
 
-Shapes: S sequences, T tokens in all, M tokens in the longest sequence, C channels, P prefix tokens (CLS, distillation),
-    which come
-first in every sequence and are always kept.
+* `packed`: one after the other, `x [T, C]`. Nothing is computed on air: padding to the longest sequence would cost what
+  sampling saves. Pointwise layers (LayerNorm, Linear, MLP) run on `x` as it is; only attention and scoring ask the
+  `Layout` where a sequence begins.
+* `padded`: every sequence takes as many rows as the longest of the batch. What the others are measured against.
+* `static`: every sequence takes as many rows as it has token slots. No shape depends on the data, so the network can be
+  exported (`tools/export.py`), captured in a CUDA graph and compiled whole; `ATS.NUM_TOKENS` sets what it costs.
+
+A token's numbers are the same in all three; rows of padding hold some token that was dropped, and no token looks at
+them.
+
+Shapes: S sequences, T rows in all, M rows of the longest sequence, C channels, P prefix tokens (CLS, distillation),
+which come first in every sequence and are always kept.
 """
 
 from __future__ import annotations
@@ -17,30 +24,44 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+LAYOUTS = ("packed", "padded", "static")
+
 
 class Layout:
-    """Where the sequences lie in a packed tensor.
+    """Where the sequences lie in a tensor of T rows.
 
     Attributes:
         lengths: [S] int64, tokens per sequence.
-        total: T. longest: M. uniform: all sequences have M tokens, so packed and padded are the same memory.
+        total: T. longest: M.
+        kind: name in LAYOUTS.
+        full: there is no padding.
+        uniform: all sequences have M rows, so `pad` is a view.
     """
 
-    def __init__(self, lengths: Tensor, *, total: int, longest: int) -> None:
+    def __init__(self, lengths: Tensor, *, total: int, longest: int, kind: str = "packed", full: bool = True) -> None:
         self.lengths = lengths
         self.total = total
         self.longest = longest
-        self.uniform = total == len(lengths) * longest
+        self.kind = kind
+        self.full = full
+        self.uniform = kind != "packed" or total == len(lengths) * longest
 
     @classmethod
     def from_lengths(cls, lengths: Tensor) -> Layout:
-        """The layout of sequences with these lengths [S]. On a GPU this waits for the numbers, once."""
+        """The packed layout of sequences with these lengths [S]. On a GPU this waits for the numbers, once."""
         total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
         return cls(lengths, total=total, longest=longest)
 
     @cached_property
+    def start(self) -> Tensor:
+        """[S] int64, the row of each sequence's first token."""
+        if self.uniform:
+            return torch.arange(len(self.lengths), device=self.lengths.device) * self.longest
+        return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
     def offsets(self) -> Tensor:
-        """[S + 1] int32, start of each sequence and T (`cu_seqlens` of variable-length attention)."""
+        """[S + 1] int32, start of each packed sequence and T (`cu_seqlens` of variable-length attention)."""
         return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
 
     @cached_property
@@ -50,16 +71,17 @@ class Layout:
 
     @cached_property
     def sequence(self) -> Tensor:
-        """[T] int64, the sequence a token belongs to."""
+        """[T] int64, the sequence a row belongs to."""
         sequences = torch.arange(len(self.lengths), device=self.lengths.device)
+        if self.uniform:
+            return sequences.repeat_interleave(self.longest)
         return sequences.repeat_interleave(self.lengths, output_size=self.total)
 
     @cached_property
     def padded_index(self) -> Tensor:
-        """[T] int64, the place of a token in the padded layout, counted over S * M."""
-        start = self.lengths.cumsum(0) - self.lengths
-        within = torch.arange(self.total, device=self.lengths.device) - start[self.sequence]
-        return self.sequence * self.longest + within
+        """[T] int64, the place of a packed token among S * M."""
+        shift = torch.arange(len(self.lengths), device=self.lengths.device) * self.longest - self.start
+        return torch.arange(self.total, device=self.lengths.device) + shift[self.sequence]
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -67,7 +89,7 @@ class Layout:
         return self.lengths.tolist()
 
     def pad(self, x: Tensor, value: float = 0) -> Tensor:
-        """[T, ...] -> [S, M, ...], `value` where there is no token. A view where the layout is uniform."""
+        """[T, ...] -> [S, M, ...], `value` where there is no row. A view where the layout is uniform."""
         if self.uniform:
             return x.reshape(len(self.lengths), self.longest, *x.shape[1:])
         padded = x.new_full((len(self.lengths) * self.longest, *x.shape[1:]), value)
@@ -84,9 +106,10 @@ class RaggedTokens:
     """Sequences of tokens with their places in the sequences the network began with.
 
     Attributes:
-        x: [T, C] packed tokens; in each sequence the prefix tokens first, then patches by ascending position.
+        x: [T, C] tokens; in each sequence the prefix tokens first, then patches by ascending position.
         layout: where the sequences lie in x.
-        position: [T] int64, index of the token in the original sequence; prefix tokens are 0 .. P - 1.
+        position: [T] int64, index of the token in the original sequence; prefix tokens are 0 .. P - 1. Of a row of
+            padding: N, which is no position.
         num_prefix_tokens: P.
         num_positions: length N of the original sequences.
         slots: token slots: N at first, min(K, slots) after an ATS block. A number of the configuration, not of the
@@ -103,11 +126,11 @@ class RaggedTokens:
     group: int = 1
 
     @classmethod
-    def from_dense(cls, x: Tensor, num_prefix_tokens: int, *, group: int = 1) -> RaggedTokens:
+    def from_dense(cls, x: Tensor, num_prefix_tokens: int, *, group: int = 1, layout: str = "packed") -> RaggedTokens:
         """Dense sequences [S, N, C] as ragged ones; `x` is not copied."""
         num_sequences, length, _ = x.shape
         lengths = torch.full((num_sequences,), length, device=x.device)
-        layout = Layout(lengths, total=num_sequences * length, longest=length)
+        layout = Layout(lengths, total=num_sequences * length, longest=length, kind=layout)
         position = torch.arange(length, device=x.device).repeat(num_sequences)
         return cls(x.flatten(0, 1), layout, position, num_prefix_tokens, length, length, group)
 
@@ -121,18 +144,29 @@ class RaggedTokens:
 
     def prefix_index(self) -> Tensor:
         """[S * P] int64, where the prefix tokens lie in x."""
-        start = self.layout.offsets[:-1].long()
+        start = self.layout.start
         return (start[:, None] + torch.arange(self.num_prefix_tokens, device=start.device)).flatten()
 
     def keep(self, mask: Tensor, *, slots: int) -> tuple[RaggedTokens, Tensor]:
-        """The tokens marked in `mask` [S, M] (padded layout, all prefix tokens True), and their indices [T'] in the old
+        """The tokens marked in `mask` [S, M] (all prefix tokens True, padding False), and their indices [T'] in the old
         x.
 
-        The one place where the number of tokens depends on the data: on a GPU it waits once.
+        The one place where a shape depends on the data, unless the layout is static: on a GPU it waits once.
         """
-        layout = Layout.from_lengths(mask.sum(dim=1))
-        index = torch.nonzero(self.layout.unpad(mask)).squeeze(1)
-        kept = replace(self, x=self.x.index_select(0, index), layout=layout, position=self.position[index], slots=slots)
+        if self.layout.kind == "packed":
+            layout = Layout.from_lengths(mask.sum(dim=1))
+            index = torch.nonzero(self.layout.unpad(mask)).squeeze(1)
+            position = self.position[index]
+        else:
+            lengths = mask.sum(dim=1)
+            longest = slots if self.layout.kind == "static" else int(lengths.max())
+            # A stable sort moves the kept tokens to the front and leaves them in their order.
+            order = mask.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices[:, :longest]
+            index = (order + self.layout.start[:, None]).flatten()
+            total = len(lengths) * longest
+            layout = Layout(lengths, total=total, longest=longest, kind=self.layout.kind, full=False)
+            position = torch.where(layout.mask.flatten(), self.position[index], self.num_positions)
+        kept = replace(self, x=self.x.index_select(0, index), layout=layout, position=position, slots=slots)
         return kept, index
 
     def to_grid(self, x: Tensor | None = None) -> Tensor:
@@ -142,6 +176,8 @@ class RaggedTokens:
             x: [T, ...] values to place, by default the tokens themselves.
         """
         x = self.x if x is None else x
+        if not self.layout.full:
+            raise ValueError(f"tokens in the layout {self.layout.kind} have no grid: padding has no position")
         grid = x.new_zeros(len(self.layout.lengths) * self.num_positions, *x.shape[1:])
         grid = grid.index_copy_(0, self.grid_index(), x)
         return grid.reshape(len(self.layout.lengths), self.num_positions, *x.shape[1:])
@@ -162,19 +198,28 @@ class KeptTokens:
     Attributes:
         block: index of the block in the network.
         num_tokens: [S] int64, tokens kept by each sequence, prefix tokens counted.
-        position: [T] int64, their original positions, packed.
+        rows: their original positions, sequence after sequence: [T] int64, or [S, M] with padding behind them.
         num_prefix_tokens: P.
     """
 
     block: int
     num_tokens: Tensor
-    position: Tensor
+    rows: Tensor
     num_prefix_tokens: int
 
     @classmethod
     def of(cls, tokens: RaggedTokens, block: int) -> KeptTokens:
         """The entry for the tokens that left ATS block `block`."""
-        return cls(block, tokens.layout.lengths, tokens.position, tokens.num_prefix_tokens)
+        layout = tokens.layout
+        rows = tokens.position if layout.full else layout.pad(tokens.position)
+        return cls(block, layout.lengths, rows, tokens.num_prefix_tokens)
+
+    @property
+    def position(self) -> Tensor:
+        """[T] int64, the original positions, packed."""
+        if self.rows.ndim == 1:
+            return self.rows
+        return self.rows[torch.arange(self.rows.shape[1], device=self.rows.device) < self.num_tokens[:, None]]
 
     @property
     def patches(self) -> list[Tensor]:

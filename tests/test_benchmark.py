@@ -1,44 +1,134 @@
-"""tools/benchmark.py: what it compares is the same work, and its command line says what is wrong."""
+"""tools/benchmark.py: imposed counts are the profile's, ratios are what they say, the suite writes its document."""
 
 from __future__ import annotations
 
-import numpy as np
+import json
+
+import benchmark as tool
 import pytest
-from clips import encode
-from test_datasets import load_tool
+import torch
 
+from ats.benchmark import report, suites
+from ats.benchmark.counts import PAPER_BLOCKS, PAPER_MEAN, PAPER_STD, imposed_counts
+from ats.benchmark.parts import PARTS, part_seconds
+from ats.benchmark.timing import Measured, Settings, measure
 from ats.config import get_cfg
-from ats.datasets.decode import Video
+from ats.models import build_model
+
+TINY = ["VIT.EMBED_DIM", 32, "VIT.NUM_HEADS", 2, "VIT.MLP_RATIO", 2, "MODEL.NUM_CLASSES", 5, "ATS.ENABLE", True]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    return load_tool("benchmark")
+def tiny(*overrides: object):
+    cfg = get_cfg()
+    cfg.merge_from_list([*TINY, *overrides])
+    return cfg
 
 
-def test_the_bare_loop_decodes_the_same_frames(tool, tmp_path):
-    """Pixel by pixel those of the loader, whether they begin the video, end it, or stand more than once."""
-    path = str(encode(tmp_path / "v.mp4", 60))
-    for index in ([0, 1, 2], [5, 9, 13], [40, 47, 59], [58, 59, 59]):
-        with Video(path) as video:
-            expected = video.read(index)
-        assert np.array_equal(tool.bare_decode(path, [(i - 0.5) / 30 for i in index]), expected)
+def test_imposed_counts_have_the_profiles_mean_and_spread():
+    """Blocks 3 to 11 of a random network keep what the paper's histograms say, images in the same order in every
+    block; afterwards the network samples as before.
+    """
+    model = build_model(tiny()).eval()
+    x = torch.randn(32, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = model.forward_tokens(x[:2])[1]
+        with imposed_counts([model]) as counts:
+            counts.draw(len(x), seed=1, device=x.device)
+            trace = model.forward_tokens(x)[1]
+        after = model.forward_tokens(x[:2])[1]
+    kept = torch.stack([entry.num_tokens for entry in trace]).double()
+    assert [entry.block for entry in trace] == list(PAPER_BLOCKS)
+    torch.testing.assert_close(kept.mean(dim=1), torch.tensor(PAPER_MEAN, dtype=torch.float64), atol=1.5, rtol=0)
+    torch.testing.assert_close(kept.std(dim=1), torch.tensor(PAPER_STD, dtype=torch.float64), atol=1.5, rtol=0)
+    assert (torch.corrcoef(kept) > 0.99).all()
+    assert all(torch.equal(a.position, b.position) for a, b in zip(before, after, strict=True))
 
 
-def test_decoding_is_compared(tool, tmp_path, capsys):
-    """Of a folder, of a csv file, and of videos that it writes itself."""
-    tool.write_videos(tmp_path, num_videos=2, num_frames=20)
-    (tmp_path / "list.csv").write_text("0.mp4 0\n1.mp4 1\n")
-    for source in (tmp_path, tmp_path / "list.csv"):
-        row = tool.benchmark_decoding(str(source), get_cfg(), rounds=2)
-        assert (row["videos"], row["clips"]) == (2, 4)
-        assert 0 < row["p10"] <= row["loader_over_bare"] <= row["p90"]
-    assert tool.main(["--decode", str(tmp_path), "--rounds", "1", "DATA.NUM_FRAMES", "2"]) == 0
-    assert "loader_over_bare" in capsys.readouterr().out
+def test_measure_reports_every_variant_beside_dense():
+    """Times are there for every round, dense is 1 by definition, FLOPs and tokens are the variant's own."""
+    cfg = tiny("ATS.NUM_TOKENS", 0.5, "DEVICE", "cpu")
+    rows = measure(cfg, {2: torch.randn(2, 3, 224, 224)}, Settings(("ats", "topk", "padded"), rounds=3))
+    by_name = {row.variant: row for row in rows}
+    assert list(by_name) == ["dense", "ats", "topk", "padded"]
+    dense, topk = by_name["dense"], by_name["topk"]
+    assert dense.ratios == [1, 1, 1]
+    assert dense.flop_ratio == dense.efficiency == 1
+    assert not dense.tokens
+    assert topk.tokens[3] == [98] * len(topk.tokens[3])  # K of 197 slots, not imposed upon
+    for row in rows:
+        assert len(row.seconds) == 3
+        assert min(row.seconds) > 0
+        assert sum(row.parts.values()) == pytest.approx(1)
+        assert row.flop_ratio == pytest.approx(row.gflops_dense / torch.tensor(row.gflops).mean().item(), rel=0.05)
+    assert by_name["ats"].parts["scoring and sampling"] > 0 == dense.parts["scoring and sampling"]
+    assert by_name["ats"].gflops == by_name["padded"].gflops
 
 
-def test_mistakes(tool, tmp_path, capsys):
-    assert tool.main([]) == 1
-    assert "--cfg FILE is missing" in capsys.readouterr().err
-    assert tool.main(["--decode", str(tmp_path)]) == 1
-    assert "holds no videos (.avi, .mkv" in capsys.readouterr().err
+def test_training_reports_what_backward_keeps():
+    """Fewer tokens, less kept for the backward pass; both passes are timed."""
+    cfg = tiny("DEVICE", "cpu")
+    rows = measure(cfg, {2: torch.randn(2, 3, 224, 224)}, Settings(train=True, rounds=2))
+    assert 0 < rows[1].saved_mb < rows[0].saved_mb
+
+
+def test_parts_add_up_and_leave_the_network_alone():
+    """Each named part takes time, the model computes what it did before."""
+    model = build_model(tiny()).eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        want = model(x)
+        seconds = part_seconds(model, x, rounds=1)
+        assert torch.equal(model(x), want)
+    assert set(seconds) == set(PARTS)
+    assert min(seconds.values()) > 0
+
+
+def test_efficiency_is_time_ratio_over_flop_ratio():
+    """By hand: twice as fast for a quarter of the FLOPs is one half."""
+    row = Measured("ats", 1, 1.0, ratios=[2.0, 2.0, 4.0], flop_ratios=[4.0, 4.0, 4.0])
+    assert row.speedup == 2
+    assert row.efficiency == 0.5
+
+
+def test_command_writes_json_table_and_plot(tmp_path, capsys):
+    """The whole command on a tiny network."""
+    keys = [*map(str, TINY), "DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
+    command = ["--cfg", "configs/ImageNet/DeiT_S.yaml", "--batch-size", "1", "2", "--rounds", "2", *keys]
+    assert tool.main(command) == 0
+    assert "paper's histograms" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(row["variant"], row["batch_size"]) for row in results["rows"]] == [
+        ("dense", 1), ("ats", 1), ("dense", 2), ("ats", 2),
+    ]  # fmt: skip
+    assert results["rows"][1]["tokens_per_block"]["11"]["mean"] < 130
+    assert (tmp_path / "out" / "speed.png").stat().st_size > 5000
+    assert "efficiency" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cfg", "configs/ImageNet/DeiT_S.yaml", "--compare", "topq"], "topk"),
+        (["--cfg", "configs/ImageNet/DeiT_S_dense.yaml"], "ATS.ENABLE"),
+        (["--suite", "cpus"], "Did you mean"),
+    ],
+)
+def test_mistakes_get_one_message(arguments, message, capsys):
+    """Exit status 1 and what to type."""
+    assert tool.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_suite_writes_its_section_and_keeps_the_rest(tmp_path):
+    """The quick suite runs every kind of measurement; text around its section stays, a second run replaces it."""
+    document = tmp_path / "BENCHMARKS.md"
+    document.write_text("# Benchmarks\n\nWritten by hand.\n\n<!-- quick -->\nold\n<!-- /quick -->\n\nThe end.\n")
+    suites.run_suite("quick", tool.read_batch, folder=tmp_path, document=document)
+    text = document.read_text()
+    assert text.startswith("# Benchmarks\n\nWritten by hand.")
+    assert text.endswith("The end.\n")
+    assert "old" not in text
+    assert "Tiny ViT, training step" in text
+    assert len(json.loads((tmp_path / "quick.json").read_text())["measurements"]) == 3
+    report.replace_section(document, "another", "new")
+    assert document.read_text().endswith("<!-- another -->\nnew\n<!-- /another -->\n")

@@ -42,4 +42,6 @@ def build_model(cfg: CfgNode) -> nn.Module:
         raise UserError(
             f"MODEL.NAME {cfg.MODEL.NAME}: choose from {', '.join(MODELS)}.{suggest(cfg.MODEL.NAME, MODELS)}"
         )
+    if cfg.ATS.ENABLE and cfg.ATS.LAYOUT != "packed" and cfg.MODEL.NAME != "ViT":
+        raise UserError(f"ATS.LAYOUT {cfg.ATS.LAYOUT}: MODEL.NAME {cfg.MODEL.NAME} has the layout packed only.")
     return MODELS[cfg.MODEL.NAME](cfg)

@@ -96,7 +96,7 @@ class ATSBlock(nn.Module):
         if sampler.score == "mean_attention":
             q = self.project_q(x)
         else:
-            q = self.project_q(x.index_select(0, layout.offsets[:-1]))
+            q = self.project_q(x.index_select(0, layout.start))
         candidates = score_candidates(sampler.score, tokens, q, k, v, scale=self.attn.scale)
         group = tokens.group if sampler.share_frames else 1
         candidates = share_scores(candidates, group) if group > 1 else candidates
@@ -160,12 +160,12 @@ def insert_ats(blocks: nn.ModuleList, samplers: dict[int, BlockSampler], block_t
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, *, num_prefix_tokens: int, group: int = 1
+    blocks: Iterable[nn.Module], x: Tensor, *, num_prefix_tokens: int, group: int = 1, layout: str = "packed"
 ) -> tuple[RaggedTokens, list[KeptTokens]]:
     """Dense tokens [S, N, C] through ordinary blocks, then ATSBlocks.
 
     Args:
-        group: see `RaggedTokens`.
+        group: see `RaggedTokens`. layout: name in `tokens.LAYOUTS`.
 
     Returns:
         The tokens that are left, and the trace: one entry per block with a sampler, in order.
@@ -176,7 +176,9 @@ def run_blocks(
         if not isinstance(block, ATSBlock):
             x = block(x)
             continue
-        tokens = block(RaggedTokens.from_dense(x, num_prefix_tokens, group=group) if tokens is None else tokens)
+        if tokens is None:
+            tokens = RaggedTokens.from_dense(x, num_prefix_tokens, group=group, layout=layout)
+        tokens = block(tokens)
         if block.sampler is not None:
             trace.append(KeptTokens.of(tokens, index))
     return RaggedTokens.from_dense(x, num_prefix_tokens, group=group) if tokens is None else tokens, trace

@@ -24,7 +24,8 @@ def block_multiply_adds(
     N x N matrix of logits; dropped rows are left out from A^s V on.
 
     Args:
-        num_scored: [S] length of the row of scores, by default `num_in`; frames of a clip are padded to their longest.
+        num_scored: [S] side of the N x N matrix of the score mean_attention, by default `num_in`; frames of a clip are
+            padded to their longest.
     """
     dim = block.attn.qkv.in_features
     attn_dim = block.attn.proj.in_features
@@ -34,11 +35,11 @@ def block_multiply_adds(
     sampler = block.sampler if isinstance(block, ATSBlock) else None
     if sampler is None or paper:
         return 3 * n * dim * attn_dim + n * n * attn_dim + m * n * attn_dim + after
-    scored = n if num_scored is None else num_scored
     if sampler.score == "mean_attention":
+        scored = n if num_scored is None else num_scored
         scoring = n * dim * attn_dim + scored * scored * attn_dim
     else:
-        scoring = dim * attn_dim + scored * attn_dim
+        scoring = dim * attn_dim + n * attn_dim
     return 2 * n * dim * attn_dim + scoring + m * dim * attn_dim + 2 * m * n * attn_dim + after
 
 

@@ -61,6 +61,7 @@ class VisionTransformer(nn.Module):
         distilled: a second prefix token with its own head; the two heads' logits are averaged.
         weight_init: "deit" or "big_vision", see `init_weights`.
         samplers: block -> what it keeps; empty for the dense network.
+        layout: how the tokens that are left lie in memory, a name in `tokens.LAYOUTS`.
     """
 
     head_keys: tuple[str, ...] = ("head",)
@@ -83,8 +84,10 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         weight_init: str = "deit",
         samplers: dict[int, BlockSampler] | None = None,
+        layout: str = "packed",
     ) -> None:
         super().__init__()
+        self.layout = layout
         self.num_classes, self.embed_dim, self.patch_size = num_classes, embed_dim, patch_size
         self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
         self.num_prefix_tokens = 2 if distilled else 1
@@ -154,7 +157,9 @@ class VisionTransformer(nn.Module):
 
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, list[KeptTokens]]:
         """Images [B, 3, H, W] -> logits [B, classes] and, for every ATS block in order, the tokens it kept."""
-        tokens, trace = run_blocks(self.blocks, self.embed(x), num_prefix_tokens=self.num_prefix_tokens)
+        tokens, trace = run_blocks(
+            self.blocks, self.embed(x), num_prefix_tokens=self.num_prefix_tokens, layout=self.layout
+        )
         return self.classify(self.norm(tokens.prefix())), trace
 
     def embed(self, x: Tensor) -> Tensor:
@@ -242,5 +247,6 @@ def vit_from_cfg(cfg: CfgNode) -> VisionTransformer:
     return VisionTransformer(
         **vit_settings_from_cfg(cfg),
         distilled=cfg.VIT.DISTILLED,
+        layout=cfg.ATS.LAYOUT,
         samplers=samplers_from_cfg(cfg, depth=cfg.VIT.DEPTH, num_prefix_tokens=2 if cfg.VIT.DISTILLED else 1),
     )

@@ -1,0 +1,82 @@
+"""Imposed token counts: how many tokens survive is a matter of trained weights, and a benchmark may have none.
+
+With random weights hardly a token is dropped. So the benchmark draws, for every image, how many tokens each block keeps
+from what DeiT-S + ATS keeps on the validation images of ImageNet (the paper's histograms, read off its poster), and
+keeps that many, the highest scores first. Scores and inverse transform sampling are computed as always and paid for;
+only their choice is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ats.sampling import SAMPLERS, BlockSampler, Candidates, inverse_transform
+
+# DeiT-S, blocks 3 to 11: mean and standard deviation of the tokens kept of 197, CLS counted.
+PAPER_BLOCKS = tuple(range(3, 12))
+PAPER_MEAN = (162, 146, 132, 117, 105, 98, 82, 72, 62)
+PAPER_STD = (9, 10, 12, 13, 13, 13, 14, 14, 14)
+PAPER_NUM_TOKENS = 197
+PAPER_DEPTH = 12
+
+
+class ImposedCounts:
+    """A sampler that keeps as many tokens as the profile says.
+
+    An image that is simple in one block is simple in the others: one number z per image, standard normal, moves all its
+    counts, `mean + z * std`.
+
+    Attributes:
+        z: [B], one per sample; `draw` fills it. The frames of a clip have the same.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.z = torch.zeros(1, dtype=torch.float64)
+
+    def draw(self, num_samples: int, *, seed: int, device: torch.device) -> None:
+        """New images: standard normal quantiles in random order, so that even a small batch has the profile's mean."""
+        generator = torch.Generator().manual_seed(seed)
+        quantiles = (torch.randperm(num_samples, generator=generator) + 0.5) / num_samples
+        if num_samples == 1:
+            quantiles = torch.rand(1, generator=generator) * 0.98 + 0.01
+        self.z = torch.special.ndtri(quantiles.double()).to(device)
+
+    def share_kept(self, block: int) -> Tensor:
+        """[B] share of the network's patches that block `block` keeps."""
+        where = block * PAPER_DEPTH / self.depth
+        right = min(max(int(where) - PAPER_BLOCKS[0], 0), len(PAPER_MEAN) - 1)
+        count = PAPER_MEAN[right] + self.z * PAPER_STD[right]
+        return ((count - 1) / (PAPER_NUM_TOKENS - 1)).clamp(0.05, 1)
+
+    def __call__(self, candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
+        """See `ats.sampling.Sampler`."""
+        inverse_transform(candidates, num_points, options)  # paid for; its choice is not used
+        share = self.share_kept(options.block).repeat_interleave(len(candidates.scores) // len(self.z))
+        wanted = (share * candidates.num_positions).round()
+        scores = candidates.scores.masked_fill(~candidates.valid, -1)
+        order = scores.sort(dim=1, descending=True, stable=True).indices
+        chosen = torch.arange(scores.shape[1], device=scores.device) < wanted[:, None]
+        return torch.zeros_like(candidates.valid).scatter(1, order, chosen) & candidates.valid
+
+
+@contextmanager
+def imposed_counts(models: list[nn.Module]) -> Iterator[ImposedCounts]:
+    """Within it the ATS blocks of `models` that sample by inverse transform keep what the profile says."""
+    blocks = [m for model in models for m in model.modules() if isinstance(getattr(m, "sampler", None), BlockSampler)]
+    blocks = [block for block in blocks if block.sampler.sampler == "inverse_transform"]
+    counts = ImposedCounts(1 + max((block.sampler.block for block in blocks), default=0))
+    SAMPLERS["imposed"] = counts
+    for block in blocks:
+        block.sampler = replace(block.sampler, sampler="imposed")
+    try:
+        yield counts
+    finally:
+        del SAMPLERS["imposed"]
+        for block in blocks:
+            block.sampler = replace(block.sampler, sampler="inverse_transform")

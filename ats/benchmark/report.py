@@ -1,0 +1,173 @@
+"""Benchmark results as a table, JSON and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from ats.benchmark.timing import Measured
+
+
+def machine() -> dict[str, str | int]:
+    """What ran: processor or GPU, threads, versions."""
+    import timm
+
+    about: dict[str, str | int] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def as_dict(row: Measured) -> dict:
+    """A row of results.json: every number of the table and what it is made from."""
+    return {
+        "variant": row.variant,
+        "batch_size": row.batch_size,
+        "params_m": row.params_m,
+        "gflops": _spread(row.gflops),
+        "gflops_paper": _spread(row.gflops_paper),
+        "gflops_dense": row.gflops_dense,
+        "tokens_per_block": {block: _spread(counts) for block, counts in row.tokens.items()},
+        "latency_ms": _spread([1e3 * value for value in row.seconds]),
+        "samples_per_second": row.batch_size / statistics.median(row.seconds),
+        "speedup": _spread(row.ratios),
+        "flop_ratio": row.flop_ratio,
+        "efficiency": _spread(row.efficiencies),
+        "peak_mb": row.peak_mb,
+        "saved_for_backward_mb": row.saved_mb,
+        "parts": row.parts,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation and percentiles."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    low, middle, high = torch.quantile(numbers, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+    return {
+        "mean": numbers.mean().item(),
+        "std": numbers.std(correction=0).item(),
+        "p5": low,
+        "p50": middle,
+        "p95": high,
+    }
+
+
+def table(rows: list[Measured], *, tablefmt: str = "github") -> str:
+    """One line per variant and batch size."""
+    lines = []
+    for row in rows:
+        latency, speedup = _spread([1e3 * value for value in row.seconds]), _spread(row.ratios)
+        memory = row.saved_mb if row.saved_mb is not None else row.peak_mb
+        lines.append(
+            {
+                "variant": row.variant,
+                "batch": row.batch_size,
+                "GFLOPs": f"{statistics.fmean(row.gflops):.3g}",
+                "paper": f"{statistics.fmean(row.gflops_paper):.3g}",
+                "ms p50": f"{latency['p50']:.4g}",
+                "ms p95": f"{latency['p95']:.4g}",
+                "samples/s": f"{row.batch_size / statistics.median(row.seconds):.3g}",
+                "dense time / time": f"{speedup['p50']:.2f} ({speedup['p5']:.2f} - {speedup['p95']:.2f})",
+                "dense FLOPs / FLOPs": f"{row.flop_ratio:.2f}",
+                "efficiency": f"{row.efficiency:.3f}",
+                **({} if memory is None else {"MB": f"{memory:.0f}"}),
+            }
+        )
+    return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True)
+
+
+def tokens_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
+    """Tokens kept by each block, mean and standard deviation; empty if no variant samples."""
+    lines = []
+    for row in rows:
+        if row.tokens and row.variant not in {line["variant"] for line in lines}:
+            cells = {f"block {b}": f"{_spread(n)['mean']:.0f} ({_spread(n)['std']:.0f})" for b, n in row.tokens.items()}
+            lines.append({"variant": row.variant, **cells})
+    return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True) if lines else ""
+
+
+def parts_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
+    """Share of the time by part, per cent; empty where it was not measured."""
+    lines = [
+        {"variant": row.variant, "batch": row.batch_size, **{part: f"{100 * s:.1f}" for part, s in row.parts.items()}}
+        for row in rows
+        if row.parts
+    ]
+    return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True) if lines else ""
+
+
+def plot_efficiency(rows: list[Measured], path: Path, *, title: str) -> None:
+    """Speed-up of every variant over batch size, and what its FLOPs promise (dashed)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for index, name in enumerate(dict.fromkeys(row.variant for row in rows if row.variant != "dense")):
+        own = [row for row in rows if row.variant == name]
+        sizes, colour = [row.batch_size for row in own], f"C{index}"
+        spreads = [_spread(row.ratios) for row in own]
+        axes.plot(sizes, [row.flop_ratio for row in own], "--", color=colour, label=f"{name}: FLOPs")
+        axes.errorbar(
+            sizes,
+            [row.speedup for row in own],
+            yerr=[[s["p50"] - s["p5"] for s in spreads], [s["p95"] - s["p50"] for s in spreads]],
+            color=colour,
+            marker="o",
+            capsize=3,
+            label=f"{name}: seconds",
+        )
+    axes.axhline(1, color="0.6", linewidth=0.8)
+    axes.set(xlabel="batch size", ylabel="dense / variant", title=title, xscale="log")
+    axes.set_xticks(sorted({row.batch_size for row in rows}))
+    axes.get_xaxis().set_major_formatter("{x:.0f}")
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(output: Path, rows: list[Measured], tables: str, *, command: Sequence[str], title: str) -> None:
+    """results.json, table.md and speed.png in the folder `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    about = {"machine": machine(), "command": " ".join(command), "rows": [as_dict(row) for row in rows]}
+    (output / "results.json").write_text(json.dumps(about, indent=1) + "\n")
+    (output / "table.md").write_text(tables + "\n")
+    plot_efficiency(rows, output / "speed.png", title=title)
+
+
+def replace_section(document: Path, name: str, text: str) -> None:
+    """Put `text` between the lines `<!-- name -->` and `<!-- /name -->` of a markdown file; at its end if it has none.
+
+    What people wrote around it stays.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    content = document.read_text() if document.exists() else "# Benchmarks\n"
+    if begin not in content or end not in content:
+        content = f"{content.rstrip()}\n\n{begin}\n{end}\n"
+    before, rest = content.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    document.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
