@@ -1,4 +1,4 @@
-"""Reading videos, timed by itself: the loader's decoding of a clip against a loop that seeks and decodes the same frames
+"""Reading videos, timed by itself: the loader's decoding of a clip beside a loop that seeks and decodes the same frames
 with PyAV and checks nothing.
 """
 
