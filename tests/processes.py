@@ -15,12 +15,13 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+START_METHOD = multiprocessing.get_start_method()  # how the processes start their data workers, as from a shell
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # run_net.py's, too late once PyTorch has been imported
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.elastic.multiprocessing.errors", "torchvision", "timm", "fvcore"]
 )
-TIMEOUT = 120  # seconds after which a process counts as hanging
+TIMEOUT = 300  # seconds after which a process counts as hanging
 
 
 class Run:
@@ -39,7 +40,7 @@ class Run:
         for rank, file in enumerate(self.files):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}
             file.write_text("")
-            process = CONTEXT.Process(target=_child, args=(file, environment | ranks, function, args))
+            process = CONTEXT.Process(target=_child, args=(file, environment | ranks, START_METHOD, function, args))
             process.start()
             self.processes.append(process)
 
@@ -87,11 +88,12 @@ def _run_net(argv: list[str], setup: Callable[[], None] | None) -> int:
     return command.main(argv)
 
 
-def _child(console: Path, environment: dict[str, str], function: Callable[..., int | None], args: tuple) -> None:
+def _child(console: Path, environment: dict, start_method: str, function: Callable, args: tuple) -> None:
     os.environ.update(environment)
     file = os.open(console, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    multiprocessing.set_start_method(start_method, force=True)
     import torch
 
     torch.set_num_threads(1)

@@ -206,7 +206,7 @@ def test_debug_shows_where(run_net):
 
 
 def test_interrupt(run_net, tiny_config, monkeypatch, capsys):
-    def interrupt(cfg):
+    def interrupt(cfg, *, force):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_net, "run", interrupt)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -104,20 +105,23 @@ def explain_slowfast_options(args: argparse.Namespace) -> None:
 
 def run(cfg: CfgNode, *, force: bool = False) -> None:
     """Train, then evaluate the trained weights or those of TEST.CHECKPOINT_FILE_PATH, as `cfg` enables."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
     from ats.engine.distributed import process_group
     from ats.engine.evaluate import evaluate_weights
     from ats.engine.train import train
 
-    @record  # an error is also written to where torchrun looks for it, for its report
-    def train_and_test() -> None:
-        with process_group(cfg.DEVICE, timeout_minutes=cfg.DIST_TIMEOUT_MINUTES):
-            weights = train(cfg, force=force) if cfg.TRAIN.ENABLE else ""
-            if cfg.TEST.ENABLE:
-                evaluate_weights(cfg, weights=weights)
+    with process_group(cfg.DEVICE, timeout_minutes=cfg.DIST_TIMEOUT_MINUTES):
+        weights = train(cfg, force=force) if cfg.TRAIN.ENABLE else ""
+        if cfg.TEST.ENABLE:
+            evaluate_weights(cfg, weights=weights)
 
-    train_and_test()
+
+def recorded(function: Callable) -> Callable:
+    """Under torchrun: an error of `function` is also written to where torchrun looks for it, for its report."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(function)
 
 
 def main(argv: list[str]) -> int:
@@ -135,7 +139,7 @@ def main(argv: list[str]) -> int:
         if args.print_config:
             print(cfg.dump(), end="")
         else:
-            run(cfg, force=args.force)
+            recorded(run)(cfg, force=args.force)
     except (UserError, OSError) as error:
         if debug:
             raise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -246,9 +248,20 @@ def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int =
 
 
 def _ignore_stop_signals(worker: int) -> None:
-    """Schedulers and terminals signal whole process groups; how to stop is decided by the process that trains."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)
+    """Schedulers and terminals signal whole process groups; how to stop is decided by the process that trains.
+
+    A SIGTERM from that process itself still counts: it is how workers are ended that do not end by themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parents_sigterm, daemon=True).start()
+
+
+def _end_with_parents_sigterm() -> None:
+    parent = multiprocessing.parent_process().pid  # not os.getppid(): that may be a fork server
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _num_cores() -> int:
