@@ -1,14 +1,16 @@
 # make demo   evaluate dense, ATS untouched and ATS fine-tuned on real handwritten digits; a table and a picture
 # make test   the whole test suite
+# make test-faults   a training killed at 30 moments, each resumed, compared with an undisturbed one
 # make lint   ruff
 # Each creates .venv and installs on first use, and works offline from then on.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+KILLS ?= 30
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-faults lint format clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tools/demo.py
@@ -16,6 +18,9 @@ demo: $(INSTALLED)
 # One thread per test process: two processes that share two cores lose more to each other's threads than they gain.
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-faults: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_faults.py -k any_moment --kills $(KILLS) -s
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -67,8 +67,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def save_checkpoint(path: str | Path, contents: dict) -> None:
     """Write tensors and plain values so that `path` is either the old file or the whole new one, whatever happens."""
-    with _atomic(path) as temporary:
-        torch.save(contents, temporary)
+    # Into an open file: a full disk is then an OSError that says so, where torch's own writer says "unexpected pos".
+    with _atomic(path) as temporary, open(temporary, "wb") as file:
+        torch.save(contents, file)
 
 
 def save_safetensors(path: str | Path, state_dict: dict[str, Tensor]) -> None:
@@ -184,9 +185,13 @@ class _atomic:
         if kind is not None:
             self.temporary.unlink(missing_ok=True)
             return
-        with open(self.temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(self.temporary, self.path)
+        try:
+            with open(self.temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(self.temporary, self.path)
+        except OSError:  # some file systems notice only here that they are full
+            self.temporary.unlink(missing_ok=True)
+            raise
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename itself

@@ -1,4 +1,4 @@
-"""The one exception for users' mistakes, and the "did you mean" that belongs into its message.
+"""The one exception for users' mistakes, the "did you mean" that belongs into its message, and a requested end.
 
 `UserError` is what a wrong key, path, checkpoint or file raises: the command line prints its text alone (what, where,
 what to type) and exits with status 1. Everything else that escapes is a bug of ours and keeps its traceback.
@@ -7,11 +7,24 @@ what to type) and exits with status 1. Everything else that escapes is a bug of 
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """A mistake the user can mend; the message says what is wrong, where, and what to type."""
+
+
+class Stopped(Exception):
+    """The training has been stopped by a signal; its checkpoint is written.
+
+    Attributes:
+        status: exit status of a process that ended so: 143 after SIGTERM, 130 after SIGINT.
+    """
+
+    def __init__(self, signum: int, where: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} {where}; the same command goes on from there")
+        self.status = 128 + signum
 
 
 def suggest(name: str, options: Iterable[str], *, num: int = 3) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from ats.datasets import Sample
 from ats.tokens import KeptTokens
 
 FADED = 0.15  # how much of a dropped patch stays visible on white
@@ -29,6 +31,45 @@ def kept_patches_image(image: Tensor, patches: Tensor, grid: tuple[int, int]) ->
     keep = keep.reshape(grid).repeat_interleave(height, 0).repeat_interleave(width, 1)
     visible = FADED + (1 - FADED) * keep
     return image[:, : keep.shape[0], : keep.shape[1]] * visible + (1 - visible)
+
+
+def kept_tokens_sheet(images: Tensor, trace: Sequence[KeptTokens], grid: tuple[int, int]) -> Tensor:
+    """The same as one picture [3, B * H, (1 + blocks) * W] without captions, for TensorBoard.
+
+    Args:
+        images, trace, grid: as of `draw_kept_tokens`.
+    """
+    height, width = (images.shape[2] // grid[0] * grid[0], images.shape[3] // grid[1] * grid[1])
+    images = images[:, :, :height, :width].clamp(0, 1)
+    rows = [
+        torch.cat([image, *(kept_patches_image(image, entry.patches[row], grid) for entry in trace)], dim=2)
+        for row, image in enumerate(images)
+    ]
+    return torch.cat(rows, dim=1)
+
+
+@torch.no_grad()
+def draw_fixed_images(
+    model: nn.Module, dataset: Dataset[Sample], num_images: int, *, mean: Sequence[float], std: Sequence[float]
+) -> Tensor | None:
+    """`kept_tokens_sheet` of images spread evenly over a data set, always the same ones.
+
+    Args:
+        model: a network with a `patch_size` and ATS blocks; of others, and of clips, there is no picture.
+        mean, std: of the data set's normalisation.
+    """
+    num_images = min(num_images, len(dataset))
+    if num_images < 1 or not hasattr(model, "patch_size"):
+        return None
+    x = torch.stack([dataset[index * len(dataset) // num_images].x for index in range(num_images)])
+    if x.ndim != 4:
+        return None
+    was_training = model.training
+    _, trace = model.eval().forward_tokens(x.to(next(model.parameters()).device))
+    model.train(was_training)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    grid = (x.shape[2] // model.patch_size, x.shape[3] // model.patch_size)
+    return kept_tokens_sheet(x * std + mean, trace, grid) if trace else None
 
 
 def draw_kept_tokens(

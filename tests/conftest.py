@@ -15,6 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # tests import the
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0), "yellow": (255, 255, 0)}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--kills N`: moments at which tests/test_faults.py kills a training."""
+    parser.addoption("--kills", type=int, default=3)
+
+
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ImageNet layout, 4 classes: 32 x 32 PNGs, a coloured square on noise; per class 16 to train on, 8 in val."""

@@ -18,9 +18,12 @@ from ats.config import CfgNode, load_config
 from ats.datasets import Sample, build_loader
 from ats.engine import checkpointing, evaluate, train
 from ats.engine.device import seed_everything, select_device
-from ats.engine.logging import TrainLog, log_to_file, setup_logging
+from ats.engine.distributed import data_parallel
+from ats.engine.logging import log_to_file, setup_logging
 from ats.engine.meters import BadFiles
 from ats.engine.optim import build_optimizer, clip_gradients, lr_at, set_lr
+from ats.engine.output_dir import config_sha256
+from ats.engine.train_log import TrainLog
 from ats.errors import UserError
 from ats.models import build_model
 
@@ -47,7 +50,7 @@ def make_cfg(tiny_config: Path, tmp_path: Path):
     return make
 
 
-def read_log(output_dir: str, *, without: tuple[str, ...] = ("images_per_second",)) -> list[dict]:
+def read_log(output_dir: str, *, without: tuple[str, ...] = ("images_per_second", "data_wait_share")) -> list[dict]:
     lines = [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in without} for line in lines]
 
@@ -166,8 +169,10 @@ def make_step(cfg: CfgNode):
     state = train.build_state(cfg, CPU)
     recipe = train.Recipe.from_cfg(cfg)
 
+    forward = data_parallel(state.model)
+
     def step(x, target):
-        return train.train_step(state.model, x, target, optimizer=state.optimizer, scaler=state.scaler, recipe=recipe)
+        return train.train_step(forward, x, target, optimizer=state.optimizer, scaler=state.scaler, recipe=recipe)
 
     return state, step
 
@@ -302,12 +307,34 @@ def test_damaged_checkpoint_is_named_and_skipped(make_cfg, caplog):
     assert_same(load_checkpoint(second)["model_state"], final)
 
 
-def test_resume_from_another_network_is_refused(make_cfg):
-    train.train(make_cfg("SOLVER.MAX_EPOCH", "1"))
-    with pytest.raises(UserError, match=r"Cannot resume from .*checkpoint_epoch_00001.*(?s:.*)another OUTPUT_DIR"):
-        train.train(make_cfg("VIT.EMBED_DIM", "16"))
+def test_another_config_in_the_same_folder_is_refused_unless_forced(make_cfg):
+    """What differs is named, config.yaml stays; --force goes on, but not into a network that does not fit."""
+    first = make_cfg("SOLVER.MAX_EPOCH", "1")
+    train.train(first)
+    refused = r"Cannot resume from .*checkpoint_epoch_00001.*\n  SOLVER.MAX_EPOCH: 1 there, 2 now\n.*another OUTPUT_DIR"
+    with pytest.raises(UserError, match=refused):
+        train.train(make_cfg())
+    assert load_config(Path(first.OUTPUT_DIR) / "config.yaml") == first
+    with pytest.raises(UserError, match=r"Cannot resume from (?s:.*) does not belong to this model"):
+        train.train(make_cfg("VIT.EMBED_DIM", "16"), force=True)
     with pytest.raises(UserError, match=r"SOLVER\.OPTIMIZING_METHOD"):
-        train.train(make_cfg("SOLVER.ZERO_WD_1D_PARAM", "False"))
+        train.train(make_cfg("SOLVER.ZERO_WD_1D_PARAM", "False"), force=True)
+    train.train(make_cfg(), force=True)
+    assert [line["epoch"] for line in read_log(first.OUTPUT_DIR) if line["event"] == "val"] == [1, 2]
+    how_it_is_run = ("LOG_PERIOD", "1", "TRAIN.CHECKPOINT_STEPS", "2", "TRAIN.GRAD_ACCUM_STEPS", "2")
+    train.train(make_cfg(*how_it_is_run))
+
+
+def test_starting_over_in_a_folder_with_checkpoints(make_cfg):
+    """Without AUTO_RESUME the old checkpoints would later win over the new ones: refused, or deleted by --force."""
+    train.train(make_cfg())
+    again = make_cfg("TRAIN.AUTO_RESUME", "False", "SOLVER.MAX_EPOCH", "1")
+    with pytest.raises(UserError, match="holds 2 checkpoints of an earlier training"):
+        train.train(again)
+    train.train(again, force=True)
+    assert [path.name for path in checkpointing.list_checkpoints(Path(again.OUTPUT_DIR))] == [
+        "checkpoint_epoch_00001.pyth"
+    ]
 
 
 def test_non_finite_loss_stops_with_a_message(make_cfg, tmp_path):
@@ -468,9 +495,9 @@ def test_result_file(make_cfg, tmp_path, capsys):
 
 
 def test_config_hash_knows_what_matters(make_cfg):
-    reference = evaluate.config_sha256(make_cfg())
-    assert evaluate.config_sha256(make_cfg("DATA_LOADER.NUM_WORKERS", "3", out="elsewhere")) == reference
-    assert evaluate.config_sha256(make_cfg("ATS.NUM_TOKENS", "9")) != reference
+    reference = config_sha256(make_cfg())
+    assert config_sha256(make_cfg("DATA_LOADER.NUM_WORKERS", "3", out="elsewhere")) == reference
+    assert config_sha256(make_cfg("ATS.NUM_TOKENS", "9")) != reference
 
 
 # ---- the surroundings

@@ -66,7 +66,7 @@ def test_train_and_test_learn(tiny_config, tmp_path):
     assert result["top5"] == 100
     assert "ViT + ATS" in process.stdout
     assert {path.name for path in output.iterdir()} == {
-        *("checkpoints", "config.yaml", "log.jsonl", "log.txt", "model.safetensors", "result.json")
+        *(".lock", "checkpoints", "config.yaml", "log.jsonl", "log.txt", "model.safetensors", "result.json")
     }
     for words in ("64 samples to train on", "0.05 M parameters", "GFLOPs dense", "float32", str(output)):
         assert words in process.stderr
@@ -128,9 +128,14 @@ def test_values_may_begin_with_a_dash_or_hold_equals_signs(run_net):
 
 
 def test_slowfast_options_are_explained(run_net, tiny_config, capsys):
-    words = ["--init_method", "tcp://localhost:9999", "--shard_id", "0", "--num_shards", "1", "--print-config"]
-    assert run_net.main(["--cfg", str(tiny_config), *words]) == 0
-    assert "torchrun" in capsys.readouterr().err
+    """The message is the command to type, with the values that were given."""
+    words = ["--init_method", "tcp://10.0.0.1:9999", "--shard_id", "1", "--num_shards", "2", "--print-config"]
+    assert run_net.main(["--cfg", str(tiny_config), *words, "NUM_GPUS", "8", "NUM_SHARDS", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "torchrun --nnodes=2 --node_rank=1 --rdzv_backend=c10d --rdzv_endpoint=10.0.0.1:9999" in said
+    assert f"tools/run_net.py --cfg {tiny_config}" in said
+    assert "NUM_GPUS has no effect: processes are started by torchrun --nproc_per_node=8 tools/run_net.py" in said
+    assert "NUM_SHARDS has no effect: type on every machine torchrun --nnodes=2" in said
 
 
 # ---- what does not
@@ -201,15 +206,9 @@ def test_debug_shows_where(run_net):
 
 
 def test_interrupt(run_net, tiny_config, monkeypatch, capsys):
-    def interrupt(cfg):
+    def interrupt(cfg, *, force):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_net, "run", interrupt)
     assert run_net.main(["--cfg", str(tiny_config)]) == 130
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_torchrun_is_refused_for_now(run_net, tiny_config, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run_net.main(["--cfg", str(tiny_config)]) == 1
-    assert "Several processes" in capsys.readouterr().err

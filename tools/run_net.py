@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 # Only what --help and config errors need; PyTorch is imported once the config is known to be right.
 from ats.config import CfgNode, describe, load_config
-from ats.engine.logging import ROOT, setup_logging
-from ats.errors import UserError, suggest
+from ats.engine.logging import ROOT, process_prefix, setup_logging
+from ats.errors import Stopped, UserError, suggest
 
 EXAMPLE = "python tools/run_net.py --cfg configs/Digits/DeiT.yaml DATA.PATH_TO_DATA_DIR data/digits TRAIN.ENABLE True"
 SLOWFAST_OPTIONS = ("--init_method", "--shard_id", "--num_shards")
@@ -38,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=f"configuration keys:\n\n{describe()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python tools/run_net.py --cfg FILE [KEY VALUE | KEY=VALUE ...] [--print-config] [--debug]",
+        usage="python tools/run_net.py --cfg FILE [KEY VALUE | KEY=VALUE ...] [--print-config] [--force] [--debug]",
         allow_abbrev=False,
     )
     parser.add_argument("--cfg", metavar="FILE", help="YAML file; its _BASE_ files are read first")
@@ -47,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--force", action="store_true", help="train on in an OUTPUT_DIR of another configuration")
     for option in SLOWFAST_OPTIONS:
         parser.add_argument(option, help=argparse.SUPPRESS)
     return parser
@@ -62,7 +64,7 @@ def parse_overrides(words: list[str]) -> list[str]:
     rest = iter(words)
     for word in rest:
         if word.startswith("-"):
-            options = ["--cfg", "--opts", "--print-config", "--debug", "--help"]
+            options = ["--cfg", "--opts", "--print-config", "--force", "--debug", "--help"]
             raise UserError(f"Unknown option {word}.{suggest(word, options)} Keys are given without dashes: KEY VALUE.")
         key, equals, value = word.partition("=")
         if not equals:
@@ -85,47 +87,73 @@ def load(args: argparse.Namespace, words: list[str]) -> CfgNode:
     cfg = load_config(args.cfg, overrides)
     if not args.print_config and not cfg.TRAIN.ENABLE and not cfg.TEST.ENABLE:
         raise UserError("There is nothing to do: TRAIN.ENABLE and TEST.ENABLE are both False. Set one of them to True.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "Several processes are not supported yet: start tools/run_net.py with python, not with torchrun."
-        )
     return cfg
 
 
-def run(cfg: CfgNode) -> None:
+def explain_slowfast_options(args: argparse.Namespace) -> None:
+    """Say what to type instead of SlowFast's options for several machines."""
+    if args.init_method is None and args.shard_id is None and args.num_shards is None:
+        return
+    endpoint = (args.init_method or "HOST:29500").removeprefix("tcp://")
+    nodes = f"--nnodes={args.num_shards or 'MACHINES'}" + (f" --node_rank={args.shard_id}" if args.shard_id else "")
+    ROOT.warning(
+        "%s have no effect: processes are started by torchrun. Type on every machine: torchrun %s "
+        "--rdzv_backend=c10d --rdzv_endpoint=%s --nproc_per_node=GPUS tools/run_net.py --cfg %s ...",
+        *(", ".join(SLOWFAST_OPTIONS), nodes, endpoint, args.cfg or "FILE"),
+    )
+
+
+def run(cfg: CfgNode, *, force: bool = False) -> None:
     """Train, then evaluate the trained weights or those of TEST.CHECKPOINT_FILE_PATH, as `cfg` enables."""
+    from ats.engine.distributed import process_group
     from ats.engine.evaluate import evaluate_weights
     from ats.engine.train import train
 
-    weights = train(cfg) if cfg.TRAIN.ENABLE else ""
-    if cfg.TEST.ENABLE:
-        evaluate_weights(cfg, weights=weights)
+    with process_group(cfg.DEVICE, timeout_minutes=cfg.DIST_TIMEOUT_MINUTES):
+        weights = train(cfg, force=force) if cfg.TRAIN.ENABLE else ""
+        if cfg.TEST.ENABLE:
+            evaluate_weights(cfg, weights=weights)
+
+
+def recorded(function: Callable) -> Callable:
+    """Under torchrun: an error of `function` is also written to where torchrun looks for it, for its report."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(function)
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line `argv`; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Run the command line `argv`; returns the exit status: 0, 1 after an error, 143 or 130 after SIGTERM or SIGINT."""
     debug = "--debug" in argv
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # DistributedDataParallel warns of a setting that is meant (`distributed.data_parallel`), and the store of every
+        # process that another one has ended.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         setup_logging()
         args, words = make_parser().parse_known_args(argv)
-        if any(getattr(args, option.lstrip("-")) is not None for option in SLOWFAST_OPTIONS):
-            ROOT.info("%s have no effect: processes are started by torchrun.", ", ".join(SLOWFAST_OPTIONS))
+        explain_slowfast_options(args)
         cfg = load(args, words)
         if args.print_config:
             print(cfg.dump(), end="")
         else:
-            run(cfg)
+            recorded(run)(cfg, force=args.force)
     except (UserError, OSError) as error:
         if debug:
             raise
         ROOT.debug("error: %s", error)  # for log.txt
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{process_prefix()}error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if debug:
             raise
         print("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
+    except Stopped as stop:
+        ROOT.info("%s", stop)
+        return stop.status
     return 0
 
 

@@ -238,7 +238,14 @@ KEYS: list[Key] = [
     Key("TRAIN.BATCH_SIZE", 256, "Samples per optimizer step, over all processes and accumulation steps."),
     Key("TRAIN.GRAD_ACCUM_STEPS", 1, "Forward-backward passes that one batch is cut into to save memory."),
     Key("TRAIN.EVAL_PERIOD", 1, "Evaluate every so many epochs while training (and after the last)."),
-    Key("TRAIN.CHECKPOINT_PERIOD", 1, "Save a checkpoint every so many epochs (and after the last)."),
+    Key(
+        "TRAIN.CHECKPOINT_PERIOD",
+        1,
+        "Save a checkpoint every so many epochs (and before every evaluation, and after the last).",
+    ),
+    Key("TRAIN.CHECKPOINT_STEPS", 0, "Save a checkpoint every so many steps; 0: not by steps."),
+    Key("TRAIN.CHECKPOINT_MINUTES", 30.0, "Save a checkpoint when the last one is so many minutes old; 0: never."),
+    Key("TRAIN.CHECKPOINT_KEEP", 3, "Checkpoints to keep, besides the one with the best top-1; 0: all."),
     Key("TRAIN.CHECKPOINT_FILE_PATH", "", "Weights to start from, e.g. the dense model for ATS fine-tuning."),
     Key("TRAIN.RESET_HEAD", False, "Leave the head of TRAIN.CHECKPOINT_FILE_PATH out: fine-tuning for other classes."),
     Key("TRAIN.AUTO_RESUME", True, "Go on from the newest readable checkpoint in OUTPUT_DIR/checkpoints."),
@@ -403,5 +410,11 @@ KEYS: list[Key] = [
     Key("DEVICE", "auto", "Device: auto takes the GPU if there is one.", choices=("auto", "cpu", "cuda")),
     Key("RNG_SEED", 0, "Seed of everything random."),
     Key("LOG_PERIOD", 10, "Steps between two lines of the log."),
-    Key("TENSORBOARD.ENABLE", False, "Write scalars to OUTPUT_DIR/tensorboard."),
+    Key(
+        "TENSORBOARD.ENABLE",
+        False,
+        "Write scalars, histograms of token counts and pictures of kept tokens to OUTPUT_DIR/tensorboard.",
+    ),
+    Key("TENSORBOARD.NUM_IMAGES", 4, "Validation images, always the same, drawn with their kept tokens."),
+    Key("DIST_TIMEOUT_MINUTES", 10.0, "Longest wait for another process that hangs; a dead one is noticed at once."),
 ]

@@ -69,11 +69,27 @@ LOSSES = {
     "soft_target_cross_entropy": None,
 }
 
+
+def _gpus(value: object) -> list[tuple[str, object]]:
+    logger.warning("NUM_GPUS has no effect: processes are started by torchrun --nproc_per_node=%s %s", value, COMMAND)
+    return []
+
+
+def _machines(value: object) -> list[tuple[str, object]]:
+    where = "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --nproc_per_node=GPUS"
+    logger.warning("NUM_SHARDS has no effect: type on every machine torchrun --nnodes=%s %s %s", value, where, COMMAND)
+    return []
+
+
+COMMAND = "tools/run_net.py --cfg ..."
+
 RENAMED: dict[str, Translation] = {
     "MODEL.LOSS_FUNC": _loss,
     "TRAIN.MIXUP_ALPHA": _mixup,
     "DATA.AUTOAUGMENT": _auto_augment,
     "DATA.RAND_CROP": _erasing,  # the probability of random erasing in X-ViT's release
+    "NUM_GPUS": _gpus,
+    "NUM_SHARDS": _machines,
     "VIT.ATS_BLOCKS": _ats_blocks,
     "VIT.NUM_TOKENS": _rename("ATS.NUM_TOKENS"),
     "VIT.NUM_CLASSES": _rename("MODEL.NUM_CLASSES"),
@@ -123,9 +139,7 @@ IGNORED: dict[str, str] = {
     "XVIT.PRETRAIN": "weights to start from are TRAIN.CHECKPOINT_FILE_PATH",
     "TEMPORAL_HEAD.HIDDEN_DIM": "the temporal head is as wide as the backbone, VIT.EMBED_DIM",
     "SLOWFAST.*": "all networks here have one pathway",
-    "NUM_GPUS": "processes are started by torchrun --nproc_per_node=N",
-    "NUM_SHARDS": "machines are given to torchrun --nnodes=N",
-    "SHARD_ID": "machines are given to torchrun --node_rank=R",
+    "SHARD_ID": "torchrun finds it; or type it there: torchrun --node_rank=R",
     "DIST_BACKEND": "the backend follows the device",
     "LOG_MODEL_INFO": "parameters and GFLOPs are always logged",
     "TRAIN.CHECKPOINT_TYPE": "the file's format is recognised",

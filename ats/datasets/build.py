@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -60,16 +63,22 @@ def collate(samples: list[Sample] | UserError) -> Sample | UserError:
     return samples if isinstance(samples, UserError) else default_collate(samples)
 
 
+def image_mean_std(cfg: CfgNode) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the channels that images are normalised with."""
+    return cfg.DATA.MEAN or IMAGENET_DEFAULT_MEAN, cfg.DATA.STD or IMAGENET_DEFAULT_STD
+
+
 def build_transform(cfg: CfgNode, split: Split) -> Transform:
     """The image transform of a split."""
     data, aug = cfg.DATA, cfg.AUG
+    mean, std = image_mean_std(cfg)
     if split != "train":
         return eval_transform(
             data.TEST_CROP_SIZE,
             crop_ratio=data.TEST_CROP_RATIO,
             interpolation=data.TEST_INTERPOLATION,
-            mean=data.MEAN or IMAGENET_DEFAULT_MEAN,
-            std=data.STD or IMAGENET_DEFAULT_STD,
+            mean=mean,
+            std=std,
         )
     augment = {}
     if aug.ENABLE:
@@ -86,8 +95,8 @@ def build_transform(cfg: CfgNode, split: Split) -> Transform:
         ratio=data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3),
         flip=data.RANDOM_FLIP,
         interpolation=aug.INTERPOLATION,
-        mean=data.MEAN or IMAGENET_DEFAULT_MEAN,
-        std=data.STD or IMAGENET_DEFAULT_STD,
+        mean=mean,
+        std=std,
         **augment,
     )
 
@@ -220,6 +229,7 @@ def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int =
             num_repeats=cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1,
             rank=rank,
             world_size=world_size,
+            pairs=cfg.MIXUP.ENABLE,
         )
     else:
         sampler = EvalSampler(len(dataset), batch_size=cfg.TEST.BATCH_SIZE, rank=rank, world_size=world_size)
@@ -233,10 +243,31 @@ def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int =
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available(),
+        worker_init_fn=_ignore_stop_signals,
     )
 
 
+def _ignore_stop_signals(worker: int) -> None:
+    """Schedulers and terminals signal whole process groups; how to stop is decided by the process that trains.
+
+    A SIGTERM from that process itself still counts: it is how workers are ended that do not end by themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parents_sigterm, daemon=True).start()
+
+
+def _end_with_parents_sigterm() -> None:
+    parent = multiprocessing.parent_process().pid  # not os.getppid(): that may be a fork server
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
 def _num_cores() -> int:
+    """Cores for each of the processes that torchrun started on this machine."""
     if hasattr(os, "sched_getaffinity"):  # a container's share of the machine, not the machine
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        num_cores = len(os.sched_getaffinity(0))
+    else:
+        num_cores = os.cpu_count() or 1
+    return max(num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

@@ -31,13 +31,16 @@ class TrainSampler(Sampler[list[Draw]]):
     With `num_repeats` R, an epoch holds R draws, side by side, of every R-th image of the shuffled order (the repeated
     augmentation of Hoffer et al. as in DeiT's RASampler: the epoch keeps its length and sees fewer images more often).
 
+    A last batch that is not full is left out.
+
     Args:
         num_samples: size of the data set.
-        batch_size: over all processes; a multiple of `world_size`.
-        drop_last: leave out the last batch if it is not full; otherwise it is cut to a multiple of `world_size`.
+        batch_size: over all processes. Shares may differ by one sample (with `pairs` by two).
+        pairs: a process takes samples i and B - 1 - i of the batch together. These are what mixup mixes, so with this
+            it mixes the same samples whatever the number of processes.
 
     Raises:
-        UserError: a batch is larger than the data set, or cannot be shared equally.
+        UserError: a batch is larger than the data set, or smaller than the number of processes (with `pairs` twice it).
     """
 
     def __init__(
@@ -49,17 +52,18 @@ class TrainSampler(Sampler[list[Draw]]):
         num_repeats: int = 1,
         rank: int = 0,
         world_size: int = 1,
-        drop_last: bool = True,
+        pairs: bool = False,
     ):
         _check_rank(rank, world_size)
         _check_positive(batch_size, "The training batch size", "TRAIN.BATCH_SIZE")
         _check_positive(num_repeats, "The number of repeated augmentations", "AUG.NUM_SAMPLE")
-        if batch_size % world_size:
+        least = world_size * (2 if pairs else 1)
+        if batch_size < least:
             raise UserError(
-                f"The batch size is over all processes: TRAIN.BATCH_SIZE {batch_size} cannot be shared equally by "
-                f"{world_size}. Set TRAIN.BATCH_SIZE to a multiple of {world_size}."
+                f"The batch size is over all processes: TRAIN.BATCH_SIZE {batch_size} is too small for {world_size}. "
+                f"Set TRAIN.BATCH_SIZE to at least {least}."
             )
-        if num_samples < batch_size and drop_last:
+        if num_samples < batch_size:
             raise UserError(
                 f"The training set has {num_samples} samples, fewer than one batch of {batch_size}. "
                 f"Set TRAIN.BATCH_SIZE to at most {num_samples}."
@@ -70,8 +74,9 @@ class TrainSampler(Sampler[list[Draw]]):
         self.num_repeats = num_repeats
         self.rank = rank
         self.world_size = world_size
-        self.epoch_size = num_samples - num_samples % (batch_size if drop_last else world_size)
-        self.num_batches = -(-self.epoch_size // batch_size)
+        self.pairs = pairs
+        self.num_batches = num_samples // batch_size
+        self.epoch_size = self.num_batches * batch_size
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
@@ -92,7 +97,8 @@ class TrainSampler(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         order = self.global_order()
         for start in range(self.start_batch * self.batch_size, self.epoch_size, self.batch_size):
-            yield _share(order[start : start + self.batch_size], self.rank, self.world_size)
+            batch = order[start : start + self.batch_size]
+            yield (_share_of_pairs if self.pairs else _share)(batch, self.rank, self.world_size)
 
     def __len__(self) -> int:
         """Batches still to come in this epoch."""
@@ -129,6 +135,14 @@ class EvalSampler(Sampler[list[int]]):
 def _share(batch, rank: int, world_size: int):
     """The slice of a global batch (list or range) that belongs to `rank`; sizes differ by one at most."""
     return batch[len(batch) * rank // world_size : len(batch) * (rank + 1) // world_size]
+
+
+def _share_of_pairs(batch: list, rank: int, world_size: int) -> list:
+    """The pairs (i, B - 1 - i) of a batch that belong to `rank`, again such that i and B' - 1 - i are a pair."""
+    num_pairs = len(batch) // 2
+    first, last = num_pairs * rank // world_size, num_pairs * (rank + 1) // world_size
+    middle = batch[num_pairs : len(batch) - num_pairs] if rank == 0 else []
+    return batch[first:last] + middle + batch[len(batch) - last : len(batch) - first]
 
 
 def _check_rank(rank: int, world_size: int) -> None:

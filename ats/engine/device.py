@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from ats.errors import UserError
 
 
 def select_device(name: str) -> torch.device:
-    """The device of `DEVICE`: "cpu", "cuda", or "auto" for the GPU if there is one. Float32 is exact on it, not TF32.
+    """The device of `DEVICE`: "cpu", "cuda", or "auto" for the GPU if there is one, of several processes each its own.
+    Float32 is exact on it, not TF32.
 
     Raises:
         UserError: "cuda" where PyTorch sees no GPU.
@@ -21,7 +23,9 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"DEVICE cuda: PyTorch {torch.__version__} sees no GPU. Type DEVICE cpu or DEVICE auto.")
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())  # chosen by `distributed.process_group`
 
 
 def device_name(device: torch.device) -> str:
@@ -29,6 +33,23 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def explain_lost_worker() -> Iterator[None]:
+    """Within it the death of a data worker is a `UserError`.
+
+    PyTorch raises it in the main process wherever that is, not only where it waits for data.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"{str(error).strip()} If it was killed (dmesg says so), the machine had too little memory: lower "
+            "DATA_LOADER.NUM_WORKERS. The same command goes on from the last checkpoint."
+        ) from error
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

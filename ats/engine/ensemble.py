@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ats.config import CfgNode
 from ats.datasets import Kinetics, Sample
+from ats.engine.distributed import max_over_processes, sum_over_processes, world_size
 from ats.engine.meters import hits
 from ats.errors import UserError
 
@@ -58,8 +59,7 @@ class Ensemble:
         if self.of == "softmax":
             scores = scores.softmax(dim=1)
         if self._scores is None:
-            start = 0.0 if self.method == "sum" else -torch.inf
-            self._scores = torch.full((self.num_videos, scores.shape[1]), start, dtype=torch.float64)
+            self._scores = self._no_scores(scores.shape[1])
         if self.method == "sum":
             self._scores.index_add_(0, video, scores)
         else:
@@ -86,6 +86,30 @@ class Ensemble:
         if repeated or len(index.unique()) < len(index):
             raise RuntimeError(f"Clips came twice: {repeated or index.tolist()}.")
         flat[index] = True
+
+    def exchange(self) -> None:
+        """Put the clips that several processes have seen together, on every one of them.
+
+        Raises:
+            RuntimeError: two processes have seen the same clip.
+        """
+        if world_size() == 1:
+            return
+        seen = sum_over_processes(self.seen.to(torch.int32))
+        if (seen > 1).any():
+            raise RuntimeError(f"Processes have seen the same clips: {(seen > 1).nonzero()[:10].tolist()}.")
+        self.seen = seen.bool()
+        self.skipped = max_over_processes(self.skipped.to(torch.int32)).bool()
+        max_over_processes(self.labels)
+        num_classes = max_over_processes(torch.tensor(0 if self._scores is None else self._scores.shape[1])).item()
+        if num_classes and self._scores is None:  # this process had no clip
+            self._scores = self._no_scores(num_classes)
+        if num_classes:
+            (sum_over_processes if self.method == "sum" else max_over_processes)(self._scores)
+
+    def _no_scores(self, num_classes: int) -> Tensor:
+        start = 0.0 if self.method == "sum" else -torch.inf
+        return torch.full((self.num_videos, num_classes), start, dtype=torch.float64)
 
     def scores(self) -> Tensor:
         """[num_videos, classes] float64, every clip counted once; the rows of skipped videos mean nothing.

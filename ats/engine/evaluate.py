@@ -4,19 +4,18 @@
     result = evaluate_weights(cfg)      # the model, weights and data of a config; OUTPUT_DIR/result.json and a table
 
 Everything is collected per sample and ordered by the sample's index before it is averaged, so the result depends
-neither on the batch size nor on the order in which samples arrive.
+neither on the batch size nor on the order in which samples arrive, nor on the number of processes among which they are
+shared.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import platform
 import time
-from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import simplejson
@@ -24,125 +23,24 @@ import timm
 import torch
 import torchvision
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import ats
 from ats.checkpoint import load_weights
 from ats.config import CfgNode
-from ats.config.schema import flatten
 from ats.datasets import build_loader, input_shape
-from ats.engine.device import autocast, device_name, select_device
+from ats.engine.device import autocast, device_name, explain_lost_worker, select_device
+from ats.engine.distributed import is_main, rank, world_size
 from ats.engine.ensemble import Ensemble, build_ensemble
-from ats.engine.logging import log_plan, open_output_dir
-from ats.engine.meters import hits
+from ats.engine.logging import log_plan
+from ats.engine.output_dir import config_sha256, open_output_dir, write_config
+from ats.engine.tally import Result, Tally
 from ats.errors import UserError
-from ats.flops import Gflops, dense_gflops, gflops
+from ats.flops import dense_gflops, gflops
 from ats.models import build_model
 
 logger = logging.getLogger(__name__)
-
-# Keys that say where and how a run is carried out, not what it computes.
-MACHINE_KEYS = {
-    "OUTPUT_DIR",
-    "DEVICE",
-    "LOG_PERIOD",
-    "TENSORBOARD.ENABLE",
-    "DATA.PATH_TO_DATA_DIR",
-    "DATA.PATH_PREFIX",
-    "DATA_LOADER.NUM_WORKERS",
-    "DATA_LOADER.PIN_MEMORY",
-    "TRAIN.AUTO_RESUME",
-    "TRAIN.CHECKPOINT_FILE_PATH",
-    "TEST.CHECKPOINT_FILE_PATH",
-}
-
-
-@dataclass
-class Result:
-    """What an evaluation found; the fields of result.json.
-
-    top1, top5: percent of the samples (top5 among fewer than five classes: among all of them).
-    gflops: `mean`, `std`, `min`, `p5`, `p50`, `p95`, `max` over the samples as run; `paper_mean` in the paper's
-        accounting; `dense` of the same network without ATS.
-    tokens_per_block: ATS block -> mean number of tokens kept, prefix tokens counted.
-    images_per_second: rate of the forward passes alone, the first batch (warm-up) left out where there are others;
-        `wall_seconds` is the whole evaluation with reading the data.
-    num_nonfinite: samples whose logits were not finite; they count as wrong.
-    video: of videos in several views; then samples are clips, `gflops` is per view, `top1` and `top5` are of the
-        videos, and this has `clip_top1`, `clip_top5` and `Ensemble.summary`.
-    """
-
-    top1: float
-    top5: float
-    num_samples: int
-    num_nonfinite: int
-    gflops: dict[str, float]
-    tokens_per_block: dict[int, float]
-    images_per_second: float
-    wall_seconds: float
-    params_m: float
-    device: str
-    video: dict[str, object] | None = None
-
-
-@dataclass
-class _Tally:
-    """Per-sample records of an evaluation, in order of arrival; those of several processes can be concatenated."""
-
-    # Per batch [B, 6] float64: index, hit at 1, hit at 5, non-finite, GFLOPs as run, GFLOPs of the paper.
-    rows: list[Tensor] = field(default_factory=list)
-    # ATS block -> [sum of kept tokens, number of sequences]
-    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
-    # Per batch: samples, seconds of the forward pass.
-    timing: list[tuple[int, float]] = field(default_factory=list)
-    dense: float = 0.0
-
-    def add(self, logits: Tensor, label: Tensor, index: Tensor, trace: list, cost: Gflops, seconds: float) -> None:
-        """Add one batch: logits [B, C], label and index [B]."""
-        hit1, hit5, finite = hits(logits, label)
-        columns = [index, hit1, hit5, ~finite, cost.as_run, cost.paper]
-        self.rows.append(torch.stack([column.to("cpu", torch.float64) for column in columns], dim=1))
-        for entry in trace:
-            self.tokens[entry.block][0] += int(entry.num_tokens.sum())
-            self.tokens[entry.block][1] += len(entry.num_tokens)
-        self.dense = cost.dense
-        self.timing.append((len(index), seconds))
-
-    def result(self, *, ensemble: Ensemble | None, wall_seconds: float, params_m: float, device: str) -> Result:
-        """The averages over all samples, clips of skipped videos left out."""
-        rows = torch.cat(self.rows)
-        rows = rows[rows[:, 0].argsort()]
-        if ensemble is not None:
-            rows = rows[~ensemble.skipped[rows[:, 0].long() // ensemble.num_views]]
-            if not len(rows):
-                raise UserError("There is nothing to evaluate: no video can be read.")
-        _, hit1, hit5, nonfinite, as_run, paper = rows.T
-        quantiles = torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0], dtype=torch.float64)
-        low, p5, p50, p95, high = torch.quantile(as_run, quantiles).tolist()
-        spread = {"mean": as_run.mean().item(), "std": as_run.std(correction=0).item()}
-        spread |= {"min": low, "p5": p5, "p50": p50, "p95": p95, "max": high}
-        timed = self.timing[1:] or self.timing
-        result = Result(
-            top1=100 * hit1.mean().item(),
-            top5=100 * hit5.mean().item(),
-            num_samples=len(rows),
-            num_nonfinite=int(nonfinite.sum()),
-            gflops=spread | {"paper_mean": paper.mean().item(), "dense": self.dense},
-            tokens_per_block={block: total / count for block, (total, count) in sorted(self.tokens.items())},
-            images_per_second=sum(n for n, _ in timed) / sum(seconds for _, seconds in timed),
-            wall_seconds=wall_seconds,
-            params_m=params_m,
-            device=device,
-        )
-        return result if ensemble is None else _of_videos(result, ensemble)
-
-
-def _of_videos(clips: Result, ensemble: Ensemble) -> Result:
-    """The result of the clips as that of their videos."""
-    top1, top5 = ensemble.accuracy()
-    video = ensemble.summary(clips.gflops) | {"clip_top1": clips.top1, "clip_top5": clips.top5}
-    return replace(clips, top1=top1, top5=top5, video=video)
 
 
 @torch.inference_mode()
@@ -157,6 +55,8 @@ def evaluate(
 ) -> Result:
     """Run `model` (on `device`) once over every sample of `loader`, in eval mode; the mode it was in is restored.
 
+    With several processes each runs over its own `loader`, and all get the result of all samples.
+
     Args:
         loader: batches of `ats.datasets.Sample`.
         ensemble: a new one, for videos in several views; clips marked `bad` are left out with their videos.
@@ -168,9 +68,10 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    tally = _Tally()
+    tally = Tally()
     start = time.perf_counter()
-    for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True):
+    silent = None if progress and is_main() else True  # None: unless on a terminal
+    for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=silent):
         if ensemble is not None and any(batch.bad):
             batch = ensemble.leave_out_bad(batch)
             if not len(batch.x):
@@ -186,12 +87,16 @@ def evaluate(
         if ensemble is not None:
             ensemble.add(logits, batch.label, batch.index)
     model.train(was_training)
+    tally = Tally.of_all_processes(tally)
+    if ensemble is not None:
+        ensemble.exchange()
     if not tally.rows:
         reason = "the data set is empty" if ensemble is None else "no video can be read"
         raise UserError(f"There is nothing to evaluate: {reason}.")
     params_m = sum(p.numel() for p in model.parameters()) / 1e6
     wall_seconds = time.perf_counter() - start
-    result = tally.result(ensemble=ensemble, wall_seconds=wall_seconds, params_m=params_m, device=device_name(device))
+    device = f"{world_size()} x {device_name(device)}" if world_size() > 1 else device_name(device)
+    result = tally.result(ensemble=ensemble, wall_seconds=wall_seconds, params_m=params_m, device=device)
     if result.video and result.video["num_skipped_videos"]:
         logger.warning(
             "%d of %d videos cannot be read and are left out.", result.video["num_skipped_videos"], ensemble.num_videos
@@ -223,24 +128,28 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
             "Type TEST.CHECKPOINT_FILE_PATH FILE, or TRAIN.ENABLE True to train first."
         )
     output_dir = open_output_dir(cfg)
+    write_config(cfg, output_dir)
     device = select_device(cfg.DEVICE)
     model = build_model(cfg)
     load_weights(model, weights)
-    loader = build_loader(cfg, "test")
+    loader = build_loader(cfg, "test", rank=rank(), world_size=world_size())
     log_plan(
         {
             "test": describe_model(cfg, model),
             "weights": weights,
             "data": f"{cfg.TEST.DATASET} in {cfg.DATA.PATH_TO_DATA_DIR}: {len(loader.dataset)} samples",
             "device": f"{device_name(device)}, float32",
+            "process": f"{world_size()} with {loader.num_workers} data workers each",
             "output": str(output_dir.resolve()),
         }
     )
-    result = evaluate(model.to(device), loader, device=device, ensemble=build_ensemble(cfg, loader.dataset))
-    write_result(cfg, result, output_dir / "result.json")
-    table = format_table({model_name(cfg): result})
-    logger.debug("Result:\n%s", table)  # for log.txt; the console gets it on stdout
-    print(f"\n{table}\n")
+    with explain_lost_worker():
+        result = evaluate(model.to(device), loader, device=device, ensemble=build_ensemble(cfg, loader.dataset))
+    if is_main():
+        write_result(cfg, result, output_dir / "result.json")
+        table = format_table({model_name(cfg): result})
+        logger.debug("Result:\n%s", table)  # for log.txt; the console gets it on stdout
+        print(f"\n{table}\n")
     logger.info("Result: %s; log: %s", output_dir / "result.json", output_dir / "log.txt")
     return result
 
@@ -249,6 +158,7 @@ def write_result(cfg: CfgNode, result: Result, path: Path) -> None:
     """Write result.json, atomically: the fields of `Result`, versions with the device, the config's hash."""
     contents = asdict(result)
     contents |= contents.pop("video") or {}
+    del contents["token_counts"]
     contents["versions"] = versions() | {"device": contents.pop("device")}
     contents["config_sha256"] = config_sha256(cfg)
     temporary = path.with_suffix(".tmp")
@@ -265,12 +175,6 @@ def versions() -> dict[str, str]:
         "timm": timm.__version__,
         "ats": ats.__version__,
     }
-
-
-def config_sha256(cfg: CfgNode) -> str:
-    """Hash of every setting that can change a result: the same on every machine and for every OUTPUT_DIR."""
-    settings = {key: value for key, value in flatten(cfg) if key not in MACHINE_KEYS}
-    return hashlib.sha256(simplejson.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def model_name(cfg: CfgNode) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 from torch import Tensor
 
 from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def hits(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,12 +27,22 @@ def hits(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Window:
-    """Averages over the steps since the last `take`."""
+    """Averages over the steps since the last `take`.
 
-    def __init__(self) -> None:
-        self._sums: dict[str | int, float] = defaultdict(float)
-        self._num_steps = 0
-        self._start = time.perf_counter()
+    Args:
+        state: of a window that was begun before, from `state()`.
+    """
+
+    def __init__(self, state: dict | None = None) -> None:
+        state = state or {"sums": {}, "num_steps": 0, "seconds": 0.0}
+        self._sums: dict[str | int, float] = defaultdict(float, state["sums"])
+        self._num_steps = state["num_steps"]
+        self._start = time.perf_counter() - state["seconds"]
+
+    def state(self) -> dict:
+        """Plain values to go on from."""
+        seconds = time.perf_counter() - self._start
+        return {"sums": dict(self._sums), "num_steps": self._num_steps, "seconds": seconds}
 
     def add(self, values: dict[str | int, float]) -> None:
         """Add one step's values."""
@@ -43,6 +56,14 @@ class Window:
         means["seconds"] = (time.perf_counter() - self._start) / self._num_steps
         self.__init__()
         return means
+
+
+def timed(batches: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Each batch, and the seconds it was waited for."""
+    start = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - start
+        start = time.perf_counter()
 
 
 class Eta:
@@ -73,10 +94,22 @@ class BadFiles:
     def __init__(self, *, max_fraction: float, grace: int = 1000) -> None:
         self._max_fraction, self._grace = max_fraction, grace
         self._paths: set[str] = set()
-        self._num_read = self._num_bad = 0
+        self.num_read = self.num_bad = 0
 
-    def add(self, bad: Sequence[str]) -> None:
-        """Add one batch: per sample the path of the file that could not be read, or "".
+    def state(self) -> list[int]:
+        """Plain values to go on from."""
+        return [self.num_read, self.num_bad]
+
+    def restore(self, state: list[int] | None) -> None:
+        """Go on from a `state()`; from None: from nothing."""
+        self.num_read, self.num_bad = state or (0, 0)
+
+    def add(self, bad: Sequence[str], *, num_read: int | None = None, num_bad: int | None = None) -> None:
+        """Add one batch.
+
+        Args:
+            bad: per sample the path of the file that could not be read, or "".
+            num_read, num_bad: samples, and bad ones, of the batch over all processes, by default of `bad`.
 
         Raises:
             UserError: more than `max_fraction` of the samples read so far were bad.
@@ -86,13 +119,13 @@ class BadFiles:
             if path not in self._paths:
                 logger.warning("%s cannot be read; another sample takes its place.", path)
         self._paths.update(paths)
-        self._num_read += len(bad)
-        self._num_bad += len(paths)
-        if self._num_bad > self._max_fraction * max(self._num_read, self._grace):
+        self.num_read += len(bad) if num_read is None else num_read
+        self.num_bad += len(paths) if num_bad is None else num_bad
+        if self.num_bad > self._max_fraction * max(self.num_read, self._grace):
             first = "".join(f"\n  {path}" for path in sorted(self._paths)[:5])
             more = f"\n  and {len(self._paths) - 5} more" if len(self._paths) > 5 else ""
             raise UserError(
-                f"{self._num_bad} of the {self._num_read} training samples read so far cannot be read, more than "
+                f"{self.num_bad} of the {self.num_read} training samples read so far cannot be read, more than "
                 f"DATA.MAX_BAD_FRACTION {self._max_fraction} allows. Mend or remove these files, or raise the key:"
                 f"{first}{more}"
             )
