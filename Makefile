@@ -1,6 +1,7 @@
-# make demo   evaluate dense, ATS untouched and ATS fine-tuned on real handwritten digits; a table and a picture
-# make test   the whole test suite
-# make lint   ruff
+# make demo         evaluate dense, ATS untouched and ATS fine-tuned on real handwritten digits; a table and a picture
+# make demo-video   the same on videos of digits that move, with the frames in order and shuffled
+# make test         the whole test suite
+# make lint         ruff
 # Each creates .venv and installs on first use, and works offline from then on.
 
 PYTHON ?= python3
@@ -8,10 +9,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-video test lint format clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tools/demo.py
+
+demo-video: $(INSTALLED)
+	@$(BIN)/python tools/demo_video.py
 
 # One thread per test process: two processes that share two cores lose more to each other's threads than they gain.
 test: $(INSTALLED)
