@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "Digits"
+WEIGHTS = CONFIGS / "weights"
 sys.path.insert(0, str(ROOT))
 
 from make_digits import make_digits  # noqa: E402 - beside this file
@@ -53,9 +55,9 @@ ROWS = make_rows("DeiT")
 def row_config(row: Row, *, data: Path, output: Path) -> CfgNode:
     """The configuration of a row."""
     overrides = [] if row.first_block is None else ["ATS.BLOCKS", list(range(row.first_block, 12))]
-    weights = ROOT / "configs" / "Digits" / "weights" / f"{row.weights}.safetensors"
+    weights = WEIGHTS / f"{row.weights}.safetensors"
     overrides += ["TEST.CHECKPOINT_FILE_PATH", str(weights), "DATA.PATH_TO_DATA_DIR", str(data)]
-    return load_config(ROOT / "configs" / "Digits" / f"{row.config}.yaml", [*overrides, "OUTPUT_DIR", str(output)])
+    return load_config(CONFIGS / f"{row.config}.yaml", [*overrides, "OUTPUT_DIR", str(output)])
 
 
 def load_model(cfg: CfgNode) -> tuple[nn.Module, torch.device]:
