@@ -96,7 +96,8 @@ def draw_kept_over_time(
     *,
     captions: Sequence[str] = (),
 ) -> Path:
-    """Write a picture: for every clip a row with its frames, and one per entry of `trace` with what that block kept.
+    """Write a picture: for every clip a row with its frames, and one per entry of `trace` with what that block kept and
+    the number of patches.
 
     Args:
         path: of the PNG.
@@ -110,16 +111,18 @@ def draw_kept_over_time(
     import matplotlib.pyplot as plt
 
     num_clips, _, num_frames = clips.shape[:3]
-    figure = plt.figure(figsize=(1.05 * num_frames, (1.05 * (len(trace) + 1) + 0.3) * num_clips), layout="constrained")
+    figure = plt.figure(figsize=(1.05 * num_frames, (1.2 * (len(trace) + 1) + 0.2) * num_clips), layout="constrained")
     strips = [clips, *(kept_patches_clips(clips, entry, grid) for entry in trace)]
     names = ["frames", *(f"block {entry.block}" for entry in trace)]
+    counts = [[""] * (num_clips * num_frames), *([f"{len(patches)}" for patches in entry.patches] for entry in trace)]
     for number, part in enumerate(figure.subfigures(num_clips, 1, squeeze=False)[:, 0]):
         axes = part.subplots(len(strips), num_frames, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
         if captions:
             part.suptitle(captions[number], fontsize=9)
-        for row, strip, name in zip(axes, strips, names, strict=True):
+        for row, strip, name, count in zip(axes, strips, names, counts, strict=True):
             row[0].set_ylabel(name, fontsize=8)
             for t, axis in enumerate(row):
+                axis.set_xlabel(count[number * num_frames + t], fontsize=8, labelpad=2)
                 axis.imshow(strip[number, :, t].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
                 axis.set_xticks([])
                 axis.set_yticks([])

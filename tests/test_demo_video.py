@@ -1,4 +1,4 @@
-"""tools/demo_video.py: frames are shuffled and nothing else, the demo writes what it says, pictures show what it kept."""
+"""tools/demo_video.py: only frames are shuffled, the demo writes what it says, pictures show what is kept."""
 
 from __future__ import annotations
 

@@ -119,27 +119,25 @@ def draw_examples(cfg: CfgNode, batches: Sequence[Sample], output: Path, *, num_
     from ats.flops import gflops
     from ats.visualize import animate_kept_tokens, draw_kept_over_time
 
-    x, labels = torch.cat([batch.x for batch in batches[:8]]), torch.cat([batch.label for batch in batches[:8]])
+    x, labels = (torch.cat(parts)[::3] for parts in zip(*((batch.x, batch.label) for batch in batches), strict=True))
     model = load_model(cfg)[0].cpu().eval()
-
-    def keep(x: Tensor) -> tuple[Tensor, list]:
-        logits, trace = model.forward_tokens(x)
-        return logits, [trace[0], trace[len(trace) // 2], trace[-1]]
-
     with torch.inference_mode():
         by_cost = gflops(model, model.forward_tokens(x)[1], x.shape).as_run.argsort()
         chosen = by_cost[torch.linspace(0, len(by_cost) - 1, num_clips).round().long()]
-        logits, trace = keep(x[chosen])
-        _, strip_trace = keep(x[chosen[::2]])
+        logits, trace = model.forward_tokens(x[chosen])
+        _, strip_trace = model.forward_tokens(x[chosen[::2]])
     mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (cfg.DATA.MEAN or MEAN, cfg.DATA.STD or STD))
     clips, grid = x[chosen] * std + mean, model.base_model.grid_size
+    names = [name.replace("_", ", ") for name in CLASSES]
     captions = [
-        f"read as {CLASSES[guess].replace('_', ', ')}" + ("" if guess == label else f"; is {CLASSES[label]}")
+        f"read as {names[guess]}" + ("" if guess == label else f"; is {names[label]}")
         for guess, label in zip(logits.argmax(1).tolist(), labels[chosen].tolist(), strict=True)
     ]
     return [
-        draw_kept_over_time(output / "kept_tokens.png", clips[::2], strip_trace, grid, captions=captions[::2]),
-        animate_kept_tokens(output / "kept_tokens.gif", clips, trace, grid),
+        draw_kept_over_time(
+            output / "kept_tokens.png", clips[::2], [strip_trace[0], strip_trace[-1]], grid, captions=captions[::2]
+        ),
+        animate_kept_tokens(output / "kept_tokens.gif", clips, [trace[0], trace[len(trace) // 2], trace[-1]], grid),
     ]
 
 
