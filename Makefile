@@ -1,7 +1,8 @@
-# make demo   evaluate dense, ATS untouched and ATS fine-tuned on real handwritten digits; a table and a picture
-# make test   the whole test suite
+# make demo          evaluate dense, ATS untouched and ATS fine-tuned on real handwritten digits; a table and a picture
+# make demo-video    the same on videos of digits that move, with the frames in order and shuffled
+# make test          the whole test suite
 # make test-faults   a training killed at 30 moments, each resumed, compared with an undisturbed one
-# make lint   ruff
+# make lint          ruff
 # Each creates .venv and installs on first use, and works offline from then on.
 
 PYTHON ?= python3
@@ -10,10 +11,13 @@ BIN := $(VENV)/bin
 KILLS ?= 30
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-faults lint format clean
+.PHONY: demo demo-video test test-faults lint format clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tools/demo.py
+
+demo-video: $(INSTALLED)
+	@$(BIN)/python tools/demo_video.py
 
 # One thread per test process: two processes that share two cores lose more to each other's threads than they gain.
 test: $(INSTALLED)

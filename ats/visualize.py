@@ -1,4 +1,4 @@
-"""Pictures of what a network keeps: each image beside its tokens after every ATS block, dropped patches faded."""
+"""Pictures of what a network keeps: each image, or clip, beside its tokens after ATS blocks, dropped patches faded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -113,4 +114,89 @@ def draw_kept_tokens(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    return path
+
+
+def kept_patches_clips(clips: Tensor, entry: KeptTokens, grid: tuple[int, int]) -> Tensor:
+    """Clips with every patch that is not kept faded, frame by frame.
+
+    Args:
+        clips: [B, 3, T, H, W] in 0..1.
+        entry: of the trace of a network whose sequences are frames (XViT, divided TimeSformer).
+    """
+    frames = clips.transpose(1, 2).flatten(0, 1)
+    faded = [kept_patches_image(frame, patches, grid) for frame, patches in zip(frames, entry.patches, strict=True)]
+    return torch.stack(faded).unflatten(0, (len(clips), -1)).transpose(1, 2)
+
+
+def draw_kept_over_time(
+    path: str | Path,
+    clips: Tensor,
+    trace: Sequence[KeptTokens],
+    grid: tuple[int, int],
+    *,
+    captions: Sequence[str] = (),
+) -> Path:
+    """Write a picture: for every clip a row with its frames, and one per entry of `trace` with what that block kept and
+    the number of patches.
+
+    Args:
+        path: of the PNG.
+        clips: [B, 3, T, H, W] in 0..1.
+        trace: entries to draw, see `kept_patches_clips`.
+        captions: one text per clip.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    num_clips, _, num_frames = clips.shape[:3]
+    figure = plt.figure(figsize=(1.05 * num_frames, (1.2 * (len(trace) + 1) + 0.2) * num_clips), layout="constrained")
+    strips = [clips, *(kept_patches_clips(clips, entry, grid) for entry in trace)]
+    names = ["frames", *(f"block {entry.block}" for entry in trace)]
+    counts = [[""] * (num_clips * num_frames), *([f"{len(patches)}" for patches in entry.patches] for entry in trace)]
+    for number, part in enumerate(figure.subfigures(num_clips, 1, squeeze=False)[:, 0]):
+        axes = part.subplots(len(strips), num_frames, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
+        if captions:
+            part.suptitle(captions[number], fontsize=9)
+        for row, strip, name, count in zip(axes, strips, names, counts, strict=True):
+            row[0].set_ylabel(name, fontsize=8)
+            for t, axis in enumerate(row):
+                axis.set_xlabel(count[number * num_frames + t], fontsize=8, labelpad=2)
+                axis.imshow(strip[number, :, t].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+                axis.set_xticks([])
+                axis.set_yticks([])
+                axis.spines[:].set_visible(False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def animate_kept_tokens(
+    path: str | Path,
+    clips: Tensor,
+    trace: Sequence[KeptTokens],
+    grid: tuple[int, int],
+    *,
+    scale: int = 2,
+    margin: int = 4,
+    milliseconds: int = 150,
+) -> Path:
+    """Write an animated GIF: a column per clip; its frames on top, what each entry of `trace` kept below.
+
+    Args:
+        clips, trace: as of `draw_kept_over_time`.
+        scale: pixels of the GIF per pixel. margin: white pixels between pictures. milliseconds: per frame.
+    """
+    strips = torch.stack([clips, *(kept_patches_clips(clips, entry, grid) for entry in trace)])  # [R, B, 3, T, H, W]
+    strips = strips.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+    strips = torch.nn.functional.pad(strips, (margin,) * 4, value=1.0)
+    pixels = (strips.clamp(0, 1) * 255).round().byte().permute(3, 0, 4, 1, 5, 2)  # [T, R, H, B, W, 3]
+    frames = [Image.fromarray(frame.numpy()) for frame in pixels.flatten(3, 4).flatten(1, 2)]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     return path

@@ -1,4 +1,4 @@
-"""tools/make_digits.py: no leak between the splits, unambiguous labels, reproducible, safe to make."""
+"""tools/make_digits.py and generated_folder.py: no leak, unambiguous labels, reproducible, safe to make."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generated_folder
 import make_digits as tool
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_same_files_whatever_the_number_of_processes(digits_dir, tmp_path):
     sums = (digits_dir / "SHA256SUMS").read_text()
     assert (tmp_path / "same" / "SHA256SUMS").read_text() == sums
     for split in ("train", "val"):
-        assert f"{tool.checksum(digits_dir / split)}  {split}" in sums
+        assert f"{generated_folder.checksum(digits_dir / split)}  {split}" in sums
     train = tool.split_digits(seed=0)["train"]
     fragments = tool.cut_fragments(train, seed=[0], num_fragments=20, cell=1)
 
@@ -180,11 +181,11 @@ def test_interrupted_run_leaves_nothing(few_digits, tmp_path, monkeypatch):
     tool.make_digits(output, num_workers=0, **SMALL)
     sums = (output / "SHA256SUMS").read_text()
 
-    def interrupted(folder, **kwargs):
+    def interrupted(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tool, "_write_manifest", interrupted)
+        patch.setattr(generated_folder, "write_manifest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tool.make_digits(output, num_workers=0, **{**SMALL, "seed": 4})
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]

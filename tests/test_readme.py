@@ -46,5 +46,5 @@ def test_links_and_files_exist(path):
 
 def test_make_targets_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:`|^)make (\w+)", README, re.MULTILINE):
+    for target in re.findall(r"(?:`|^)make ([\w-]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

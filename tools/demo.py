@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "Digits"
+WEIGHTS = CONFIGS / "weights"
 sys.path.insert(0, str(ROOT))
 
 from make_digits import make_digits  # noqa: E402 - beside this file
@@ -23,42 +26,57 @@ from ats.config import CfgNode, load_config  # noqa: E402
 from ats.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
 class Row(NamedTuple):
-    """A line of the table: its name, its weights in configs/Digits/weights, where ATS begins (None: dense)."""
+    """A line of the table: its name, its config and weights in configs/Digits, where ATS begins (None: dense)."""
 
     name: str
+    config: str
     weights: str
     first_block: int | None
 
 
-ROWS = [
-    Row("dense", "deit_dense", None),
-    Row("ATS untouched, blocks 6-11", "deit_dense", 6),
-    Row("ATS untouched, blocks 5-11", "deit_dense", 5),
-    Row("ATS untouched, blocks 3-11", "deit_dense", 3),
-    Row("ATS fine-tuned, blocks 6-11", "deit_ats", 6),
-    Row("ATS fine-tuned, blocks 5-11", "deit_ats", 5),
-    Row("ATS fine-tuned, blocks 3-11", "deit_ats", 3),
-]
+def make_rows(network: str) -> list[Row]:
+    """Dense, and ATS untouched and fine-tuned at three operating points. `network`: DeiT or XViT."""
+    dense, tuned = f"{network.lower()}_dense", f"{network.lower()}_ats"
+    return [
+        Row("dense", network, dense, None),
+        *(Row(f"ATS untouched, blocks {first}-11", f"{network}_ATS", dense, first) for first in (6, 5, 3)),
+        *(Row(f"ATS fine-tuned, blocks {first}-11", f"{network}_ATS", tuned, first) for first in (6, 5, 3)),
+    ]
+
+
+ROWS = make_rows("DeiT")
 
 
 def row_config(row: Row, *, data: Path, output: Path) -> CfgNode:
     """The configuration of a row."""
-    name = "DeiT" if row.first_block is None else "DeiT_ATS"
     overrides = [] if row.first_block is None else ["ATS.BLOCKS", list(range(row.first_block, 12))]
-    weights = ROOT / "configs" / "Digits" / "weights" / f"{row.weights}.safetensors"
+    weights = WEIGHTS / f"{row.weights}.safetensors"
     overrides += ["TEST.CHECKPOINT_FILE_PATH", str(weights), "DATA.PATH_TO_DATA_DIR", str(data)]
-    return load_config(ROOT / "configs" / "Digits" / f"{name}.yaml", [*overrides, "OUTPUT_DIR", str(output)])
+    return load_config(CONFIGS / f"{row.config}.yaml", [*overrides, "OUTPUT_DIR", str(output)])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "digits", help="the Digits data set")
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help="where table and picture go")
+def load_model(cfg: CfgNode) -> tuple[nn.Module, torch.device]:
+    """The network with the weights of a row's configuration, on its device."""
+    from ats.checkpoint import load_weights
+    from ats.engine.device import select_device
+    from ats.models import build_model
+
+    model = build_model(cfg)
+    load_weights(model, cfg.TEST.CHECKPOINT_FILE_PATH)
+    device = select_device(cfg.DEVICE)
+    return model.to(device), device
+
+
+def run_demo(run: Callable[..., None], *, about: str, data: str, output: str, argv: list[str] | None) -> int:
+    """The command line of a demo, with the default names of its data set and results; returns the exit status."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / data, help="the data set")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / output, help="where table and picture go")
     args = parser.parse_args(argv)
     try:
         run(data=args.data, output=args.output)
@@ -68,15 +86,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    return run_demo(run, about=__doc__, data="digits", output="demo", argv=argv)
+
+
 def run(*, data: Path, output: Path) -> None:
     """Make the data, evaluate every row, write table and picture."""
     import simplejson
 
-    from ats.checkpoint import load_weights
     from ats.datasets import build_loader
-    from ats.engine.device import select_device
     from ats.engine.evaluate import evaluate, format_table
-    from ats.models import build_model
 
     made = make_digits(data)
     print(f"Digits data set: {data}{'' if made else ' (already there)'}", file=sys.stderr)
@@ -84,10 +104,8 @@ def run(*, data: Path, output: Path) -> None:
     for number, row in enumerate(ROWS, start=1):
         print(f"[{number}/{len(ROWS)}] {row.name}", file=sys.stderr)
         cfg = row_config(row, data=data, output=output)
-        model = build_model(cfg)
-        load_weights(model, cfg.TEST.CHECKPOINT_FILE_PATH)
-        device = select_device(cfg.DEVICE)
-        results[row.name] = evaluate(model.to(device), build_loader(cfg, "val"), device=device)
+        model, device = load_model(cfg)
+        results[row.name] = evaluate(model, build_loader(cfg, "val"), device=device)
     output.mkdir(parents=True, exist_ok=True)
     table = format_table(results)
     (output / "results.json").write_text(

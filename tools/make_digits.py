@@ -21,15 +21,9 @@ Each image depends on (seed, split, digit, copy, size) alone, whatever the numbe
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import json
 import math
-import multiprocessing
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,8 +34,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
+from generated_folder import Kind, make_folder, map_in_processes, run_tool  # beside this file
+
 from ats.errors import UserError
 
+KIND = Kind("Digits", "digits.json")
+SOURCE = "scikit-learn's load_digits(): optical recognition of handwritten digits, UCI (Alpaydin and Kaynak)"
 VERSION = 2  # of the pictures: raise it when they change, so that old folders are made anew
 VAL_FRACTION = 0.2
 NUM_CELLS = 8  # of the grid digits are placed on, per side: a patch of configs/Digits each
@@ -190,6 +188,78 @@ def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
     return tint + (np.asarray(shade) + noise)[..., None]
 
 
+def draw_digit(rng: np.random.Generator, glyph: np.ndarray, *, variation: Variation, size: int) -> np.ndarray:
+    """Draw a digit [8, 8] for a canvas of `size` pixels, as `draw_strokes` returns it."""
+    return draw_strokes(
+        glyph,
+        scale=rng.uniform(2.7, 3.2) * size / 60,  # everything scales with the canvas
+        angle=rng.uniform(-1, 1) * variation.angle,
+        shear=rng.uniform(-1, 1) * variation.shear,
+        stretch=rng.uniform(-1, 1) * variation.stretch,
+        threshold=0.3 + rng.uniform(-1, 1) * variation.weight,
+    )
+
+
+def draw_ink(rng: np.random.Generator) -> np.ndarray:
+    """The colour of a canvas's strokes, [3] in 0..1."""
+    return rng.uniform(0.7, 1.0, 3).astype(np.float32)
+
+
+def place(canvas: np.ndarray, strokes: np.ndarray, box: Box, *, ink: np.ndarray, opacity: float) -> None:
+    """Paint strokes into their box of the canvas."""
+    window = canvas[box.top : box.top + box.height, box.left : box.left + box.width]
+    window += (opacity * strokes)[..., None] * (ink - window)
+
+
+def box_at(strokes: np.ndarray, y: float, x: float, *, size: int) -> Box:
+    """The box of strokes whose place is y, x in 0..1 of those that the canvas has for them."""
+    height, width = strokes.shape
+    return Box(int(y * (size - height + 1)), int(x * (size - width + 1)), height, width)
+
+
+def scatter_fragments(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    fragments: list[Fragment],
+    *,
+    ink: np.ndarray,
+    taken: list[Box],
+    avoid: int,
+    max_distractors: int = MAX_DISTRACTORS,
+) -> int:
+    """Place up to `max_distractors` fragments where they meet neither a box of `taken` nor each other.
+
+    Args:
+        avoid: no fragment of this digit (a position in `Digits`).
+
+    Returns:
+        Their number.
+    """
+    size = len(canvas)
+    gap = round(size / 30)
+    boxes = list(taken)
+    num_distractors = rng.integers(max_distractors + 1)
+    choices = rng.integers(len(fragments), size=num_distractors)
+    opacities = rng.uniform(0.6, 1.0, num_distractors)
+    attempts = rng.random((num_distractors, NUM_ATTEMPTS, 2)).tolist()
+    for choice, opacity, corners in zip(choices, opacities, attempts, strict=True):
+        strokes, source = fragments[choice]
+        if source == avoid:
+            continue
+        for y, x in corners:
+            box = box_at(strokes, y, x, size=size)
+            if not box.meets_any(boxes, gap=gap):
+                boxes.append(box)
+                place(canvas, strokes, box, ink=ink, opacity=opacity)
+                break
+    return len(boxes) - len(taken)
+
+
+def to_pixels(canvas: np.ndarray) -> np.ndarray:
+    """A canvas in 0..1 as uint8."""
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
 def make_canvas(
     rng: np.random.Generator,
     digits: Digits,
@@ -204,45 +274,12 @@ def make_canvas(
     Returns:
         The RGB image [size, size], the number of distractors on it, and the digit's box.
     """
-    canvas = draw_background(rng, size)
-    ink = rng.uniform(0.7, 1.0, 3).astype(np.float32)
-
-    def place(strokes: np.ndarray, box: Box, opacity: float) -> None:
-        window = canvas[box.top : box.top + box.height, box.left : box.left + box.width]
-        window += (opacity * strokes)[..., None] * (ink - window)
-
-    def box_at(strokes: np.ndarray, y: float, x: float) -> Box:
-        height, width = strokes.shape
-        return Box(int(y * (size - height + 1)), int(x * (size - width + 1)), height, width)
-
-    strokes = draw_strokes(
-        digits.images[index],
-        scale=rng.uniform(2.7, 3.2) * size / 60,  # everything scales with the canvas
-        angle=rng.uniform(-1, 1) * variation.angle,
-        shear=rng.uniform(-1, 1) * variation.shear,
-        stretch=rng.uniform(-1, 1) * variation.stretch,
-        threshold=0.3 + rng.uniform(-1, 1) * variation.weight,
-    )
-    boxes = [snap(box_at(strokes, *rng.random(2)), size=size)]
-    place(strokes, boxes[0], rng.uniform(0.75, 1.0))
-
-    gap = round(size / 30)
-    num_distractors = rng.integers(MAX_DISTRACTORS + 1)
-    choices = rng.integers(len(fragments), size=num_distractors)
-    opacities = rng.uniform(0.6, 1.0, num_distractors)
-    attempts = rng.random((num_distractors, NUM_ATTEMPTS, 2)).tolist()
-    for choice, opacity, corners in zip(choices, opacities, attempts, strict=True):
-        strokes, source = fragments[choice]
-        if source == index:
-            continue
-        for y, x in corners:
-            box = box_at(strokes, y, x)
-            if not box.meets_any(boxes, gap=gap):
-                boxes.append(box)
-                place(strokes, box, opacity)
-                break
-    pixels = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return Image.fromarray(pixels), len(boxes) - 1, boxes[0]
+    canvas, ink = draw_background(rng, size), draw_ink(rng)
+    strokes = draw_digit(rng, digits.images[index], variation=variation, size=size)
+    box = snap(box_at(strokes, *rng.random(2), size=size), size=size)
+    place(canvas, strokes, box, ink=ink, opacity=rng.uniform(0.75, 1.0))
+    num_distractors = scatter_fragments(rng, canvas, fragments, ink=ink, taken=[box], avoid=index)
+    return Image.fromarray(to_pixels(canvas)), num_distractors, box
 
 
 def snap(box: Box, *, size: int) -> Box:
@@ -286,7 +323,7 @@ def _write_digit(
 
 
 def _write_split(
-    folder: Path, digits: Digits, *, seed: list[int], per_digit: int, size: int, num_workers: int
+    folder: Path, digits: Digits, *, seed: list[int], per_digit: int, size: int, num_workers: int | None
 ) -> dict[str, int]:
     """Write one split; returns the number of distractors of each file, by name, in order."""
     for label in range(10):
@@ -304,67 +341,14 @@ def _write_split(
     )
     num_distractors: dict[str, int] = {}
     with tqdm(total=len(digits.ids) * per_digit, desc=f"digits {folder.name}", unit="image", mininterval=0.5) as bar:
-        for written in _map(write, len(digits.ids), num_workers=num_workers):
+        for written in map_in_processes(write, len(digits.ids), num_workers=num_workers):
             num_distractors.update(written)
             bar.update(len(written))
     return dict(sorted(num_distractors.items()))
 
 
-def _map(function: Callable[[int], list], num_items: int, *, num_workers: int) -> Iterator[list]:
-    if num_workers <= 1:
-        yield from map(function, range(num_items))
-        return
-    with multiprocessing.Pool(num_workers, _keep, (function,)) as pool:
-        yield from pool.imap_unordered(_call, range(num_items), chunksize=8)
-
-
-def _keep(function: Callable[[int], list]) -> None:
-    global _function  # in the worker: sent once, not with every item
-    _function = function
-
-
-def _call(item: int) -> list:
-    return _function(item)
-
-
-def checksum(folder: Path) -> str:
-    """SHA-256 over the names (relative to `folder`) and bytes of all files below it, in sorted order."""
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    digest = hashlib.sha256()
-    for name, path in sorted((os.path.relpath(path, folder).replace(os.sep, "/"), path) for path in paths):
-        with open(path, "rb", buffering=0) as file:  # plain open: pathlib takes three times as long over 25,000 files
-            content = file.read()
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def _is_up_to_date(output: Path, settings: dict) -> bool:
-    """Whether `output` holds these settings' files, every byte of them."""
-    try:
-        if json.loads((output / "digits.json").read_text())["settings"] != settings:
-            return False
-        lines = (output / "SHA256SUMS").read_text().splitlines()
-    except (OSError, ValueError, KeyError):
-        return False
-    return lines == [f"{checksum(output / split)}  {split}" for split in ("train", "val")]
-
-
-def _check_output(output: Path) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UserError(
-            f"{output} is a file; --output needs a folder that does not exist yet, or an older Digits folder."
-        )
-    if any(output.iterdir()) and not (output / "digits.json").is_file():
-        raise UserError(
-            f"{output} is not empty and is not a Digits folder (it has no digits.json), so it is left as it is. "
-            "Give another folder with --output."
-        )
-
-
-def _check_settings(*, seed: int, train_per_digit: int, val_per_digit: int, size: int) -> None:
+def check_settings(*, seed: int, train_per_digit: int, val_per_digit: int, size: int) -> None:
+    """Refuse settings out of range, by their options' names."""
     if seed < 0:
         raise UserError(f"--seed must not be negative; got {seed}.")
     for name, value in (("--train-per-digit", train_per_digit), ("--val-per-digit", val_per_digit)):
@@ -372,29 +356,6 @@ def _check_settings(*, seed: int, train_per_digit: int, val_per_digit: int, size
             raise UserError(f"{name} must be at least 1; got {value}.")
     if size < MIN_SIZE:
         raise UserError(f"--size must be at least {MIN_SIZE} pixels; got {size}.")
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Remove what killed runs left beside `output`; a run that is still alive keeps its own."""
-    for folder in output.parent.glob(f".{output.name}.partial-*"):
-        pid = folder.name.rsplit("-", 1)[-1]
-        try:
-            os.kill(int(pid), 0)
-        except (ProcessLookupError, ValueError):
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:  # another user's live process
-            pass
-
-
-def _replace(output: Path, new: Path) -> None:
-    """Put `new` where `output` is; at every moment `output` is whole or absent."""
-    if output.exists():
-        old = new.with_name(new.name.replace(".partial-", ".partial-old-"))
-        output.rename(old)
-        new.rename(output)
-        shutil.rmtree(old)
-    else:
-        new.rename(output)
 
 
 def make_digits(
@@ -421,8 +382,7 @@ def make_digits(
     Raises:
         UserError: `output` is something else's folder, or a setting is out of range.
     """
-    _check_settings(seed=seed, train_per_digit=train_per_digit, val_per_digit=val_per_digit, size=size)
-    output = Path(output).absolute()
+    check_settings(seed=seed, train_per_digit=train_per_digit, val_per_digit=val_per_digit, size=size)
     settings = {
         "version": VERSION,
         "seed": seed,
@@ -430,44 +390,22 @@ def make_digits(
         "val_per_digit": val_per_digit,
         "size": size,
     }
-    _check_output(output)
-    _remove_leftovers(output)
-    if _is_up_to_date(output, settings):
-        return False
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial_folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial_folder, ignore_errors=True)  # of a killed run that had the same number
-    try:
-        splits = {}
+    def fill(folder: Path) -> dict:
+        splits: dict[str, dict[str, int]] = {}
         for split, digits in split_digits(seed=seed).items():
             splits[split] = _write_split(
-                partial_folder / split,
+                folder / split,
                 digits,
                 seed=[seed, 1 + len(splits)],
                 per_digit=train_per_digit if split == "train" else val_per_digit,
                 size=size,
                 num_workers=num_workers,
             )
-        _write_manifest(partial_folder, settings=settings, splits=splits)
-        _replace(output, partial_folder)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-    return True
+        num_images = {split: len(files) for split, files in splits.items()}
+        return {"source": SOURCE, "num_images": num_images, "num_distractors": splits}
 
-
-def _write_manifest(folder: Path, *, settings: dict, splits: dict[str, dict[str, int]]) -> None:
-    counts = {split: len(files) for split, files in splits.items()}
-    manifest = {
-        "source": "scikit-learn's load_digits(): optical recognition of handwritten digits, UCI (Alpaydin and Kaynak)",
-        "settings": settings,
-        "num_images": counts,
-        "num_distractors": splits,
-    }
-    (folder / "digits.json").write_text(json.dumps(manifest, separators=(",", ":")) + "\n")
-    (folder / "SHA256SUMS").write_text("".join(f"{checksum(folder / split)}  {split}\n" for split in splits))
+    return make_folder(output, kind=KIND, settings=settings, fill=fill)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -478,23 +416,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train-per-digit", type=int, default=16, metavar="N", help="canvases (default: %(default)s)")
     parser.add_argument("--val-per-digit", type=int, default=5, metavar="N", help="canvases (default: %(default)s)")
     parser.add_argument("--size", type=int, default=56, help="of the canvas in pixels (default: %(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    try:
-        made = make_digits(
-            args.output,
-            seed=args.seed,
-            train_per_digit=args.train_per_digit,
-            val_per_digit=args.val_per_digit,
-            size=args.size,
-        )
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.output}: {'made' if made else 'up to date'}")
-    return 0
+    return run_tool(parser, make_digits, argv)
 
 
 if __name__ == "__main__":

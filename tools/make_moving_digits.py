@@ -1,0 +1,288 @@
+"""Make the moving Digits data set: real handwritten digits that move over a cluttered canvas, as Kinetics-style video.
+
+    python tools/make_moving_digits.py --output data/moving_digits
+
+A clip is named after what moves and where to: "3_left", "7_up", ...: 10 digits x 4 directions, 40 classes. The digits,
+their split into training and validation and the fragments of others that clutter the canvas are make_digits.py's;
+nothing that is seen in validation, clutter included, was seen in training. Clutter stands still; the digit moves in
+front of it at constant speed, with a rim of background that keeps its strokes apart from what it passes.
+
+The class needs the digit and the motion. The frames of a clip are those of the opposite direction in reverse order, so
+no frame on its own, nor all of them without their order, tells one from the other; and the place of the digit has the
+same distribution along the motion and across it, so a frame does not tell the axis either.
+
+    <output>/train/<class>/<digit>_<copy>.mp4     h264; <digit> is the index in sklearn.datasets.load_digits()
+    <output>/val/<class>/<digit>_<copy>.mp4
+    <output>/{train,val,test}.csv                 `path label` per line, in SlowFast's contract; test is val
+    <output>/SHA256SUMS                           checksums of the files (encoders differ between versions of FFmpeg)
+    <output>/moving_digits.json                   settings, classes, counts, checksums of the frames before encoding
+
+Each clip depends on (seed, split, digit, copy, size, frames) alone. The copies of a digit take the directions in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
+
+from generated_folder import Kind, make_folder, map_in_processes, run_tool
+from make_digits import (
+    NUM_FRAGMENTS,
+    SOURCE,
+    VARIATION,
+    Box,
+    Digits,
+    Fragment,
+    Variation,
+    check_settings,
+    cut_fragments,
+    draw_background,
+    draw_digit,
+    draw_ink,
+    place,
+    scatter_fragments,
+    split_digits,
+    to_pixels,
+)
+
+from ats.errors import UserError
+
+KIND = Kind("moving Digits", "moving_digits.json")
+VERSION = 1  # of the clips: raise it when they change, so that old folders are made anew
+DIRECTIONS = ("left", "right", "up", "down")
+CLASSES = [f"{digit}_{direction}" for digit in range(10) for direction in DIRECTIONS]  # in the order of their labels
+FPS = 15
+RIM = 2  # pixels of background around the strokes
+MAX_DISTRACTORS = 8
+TRAVEL = (0.5, 0.9)  # of the way that the canvas leaves the digit
+
+
+class Clip(NamedTuple):
+    """Frames uint8 [T, size, size, 3] and the top left corners of the digit in them, int [T, 2] as y, x."""
+
+    frames: np.ndarray
+    corners: np.ndarray
+
+
+def draw_path(rng: np.random.Generator, direction: str, *, room: int, num_frames: int) -> np.ndarray:
+    """Where a square that can go from 0 to `room` pixels is in each frame, int [num_frames, 2] as y, x.
+
+    The same `rng` gives one set of places along an axis and across it; `direction` says which axis is which, and in
+    which order they are visited. Across, the place is that of a second, independent path at a random moment.
+    """
+    paths = []
+    for _ in range(2):
+        travel = rng.uniform(*TRAVEL) * room
+        start = rng.uniform(0, room - travel)
+        paths.append(np.rint(start + travel * np.linspace(0, 1, num_frames)).astype(int))
+    along, across = paths[0], np.full(num_frames, rng.choice(paths[1]))
+    if direction in ("left", "up"):
+        along = along[::-1]
+    return np.stack([across, along] if direction in ("left", "right") else [along, across], axis=1)
+
+
+def draw_clip(
+    rng: np.random.Generator,
+    digits: Digits,
+    index: int,
+    direction: str,
+    *,
+    fragments: list[Fragment],
+    variation: Variation,
+    size: int,
+    num_frames: int,
+) -> Clip:
+    """Move digit `index` of `digits` over a canvas with fragments of the others."""
+    background, ink = draw_background(rng, size), draw_ink(rng)
+    strokes = draw_digit(rng, digits.images[index], variation=variation, size=size)
+    opacity = rng.uniform(0.75, 1.0)
+    height, width = strokes.shape
+    side = max(height, width)  # of the square that moves: the same room in x and in y
+    corners = draw_path(rng, direction, room=size - side, num_frames=num_frames)
+    corners += [(side - height) // 2, (side - width) // 2]
+    clutter = background.copy()
+    scatter_fragments(
+        rng, clutter, fragments, ink=ink, taken=[], avoid=index, max_distractors=MAX_DISTRACTORS
+    )  # without regard to the digit's path, which it would betray
+
+    around = ((RIM, RIM), (RIM, RIM))
+    background, clutter = (np.pad(canvas, (*around, (0, 0)), mode="edge") for canvas in (background, clutter))
+    strokes = np.pad(strokes, around)
+    rim = np.asarray(Image.fromarray(strokes).filter(ImageFilter.MaxFilter(2 * RIM + 1)))
+    frames = np.empty((num_frames, size, size, 3), np.uint8)
+    for frame, (top, left) in zip(frames, corners.tolist(), strict=True):
+        canvas, box = clutter.copy(), Box(top, left, *strokes.shape)  # in the padded canvas: RIM further out
+        area = np.s_[box.top : box.top + box.height, box.left : box.left + box.width]
+        canvas[area] += rim[..., None] * (background[area] - canvas[area])
+        place(canvas, strokes, box, ink=ink, opacity=opacity)
+        frame[:] = to_pixels(canvas[RIM:-RIM, RIM:-RIM])
+    return Clip(frames, corners)
+
+
+def encode(path: Path, frames: np.ndarray) -> None:
+    """Write frames [T, H, W, 3] as h264."""
+    import av  # not needed to say "up to date"
+    from av.video.reformatter import VideoReformatter
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1  # the bytes depend on it
+        reformatter = VideoReformatter()  # one for all frames: making it takes longer than using it
+        for frame in frames:
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(stream.encode(reformatter.reformat(rgb, format=stream.pix_fmt)))
+        container.mux(stream.encode(None))
+
+
+def turns(digits: Digits) -> np.ndarray:
+    """How many digits of its class stand before each one: with which direction its copies begin, so that the
+    directions are equally frequent within a class.
+    """
+    result = np.zeros(len(digits.labels), int)
+    for label in range(10):
+        members = np.flatnonzero(digits.labels == label)
+        result[members] = np.arange(len(members))
+    return result
+
+
+def _write_digit(
+    index: int, *, digits: Digits, first: np.ndarray, folder: Path, per_digit: int, seed: list[int], **drawing
+) -> list[tuple[str, str]]:
+    """Write all clips of one digit; returns (name relative to `folder`, checksum of the frames) of each."""
+    digit_id, label = int(digits.ids[index]), int(digits.labels[index])
+    written = []
+    for copy in range(per_digit):
+        rng = np.random.default_rng([*seed, digit_id + 1, copy])  # 0 is the fragments' stream
+        direction = DIRECTIONS[(first[index] + copy) % len(DIRECTIONS)]
+        clip = draw_clip(rng, digits, index, direction, **drawing)
+        name = f"{label}_{direction}/{digit_id:04d}_{copy:02d}.mp4"
+        encode(folder / name, clip.frames)
+        written.append((name, hashlib.sha256(clip.frames).hexdigest()))
+    return written
+
+
+def _write_split(
+    folder: Path,
+    digits: Digits,
+    *,
+    seed: list[int],
+    per_digit: int,
+    size: int,
+    num_frames: int,
+    num_workers: int | None,
+) -> dict[str, str]:
+    """Write one split; returns the checksum of the frames of each file, by name, in order."""
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+    write = partial(
+        _write_digit,
+        digits=digits,
+        first=turns(digits),
+        folder=folder,
+        per_digit=per_digit,
+        seed=seed,
+        fragments=cut_fragments(digits, seed=[*seed, 0], num_fragments=NUM_FRAGMENTS, cell=size / 60),
+        variation=VARIATION[folder.name],
+        size=size,
+        num_frames=num_frames,
+    )
+    frames: dict[str, str] = {}
+    with tqdm(total=len(digits.ids) * per_digit, desc=f"clips {folder.name}", unit="clip", mininterval=0.5) as bar:
+        for written in map_in_processes(write, len(digits.ids), num_workers=num_workers):
+            frames.update(written)
+            bar.update(len(written))
+    return dict(sorted(frames.items()))
+
+
+def _write_csv(path: Path, split: str, names: list[str]) -> None:
+    path.write_text("".join(f"{split}/{name} {CLASSES.index(name.split('/')[0])}\n" for name in names))
+
+
+def make_moving_digits(
+    output: str | Path,
+    *,
+    seed: int = 0,
+    train_per_digit: int = 4,
+    val_per_digit: int = 2,
+    size: int = 56,
+    num_frames: int = 16,
+    num_workers: int | None = None,
+) -> bool:
+    """Make the moving Digits data set in `output`, unless the same files are there already.
+
+    Args:
+        output: a folder that does not exist, is empty, or holds an older data set of this kind (which is replaced).
+        seed: of the split, the paths and the clutter.
+        train_per_digit, val_per_digit: clips per source digit; a multiple of 4 has each digit in every direction
+            equally often.
+        size: of the square canvas, in pixels, an even number; the digits scale with it.
+        num_frames: of a clip.
+        num_workers: processes; default one per core. Does not change the result.
+
+    Returns:
+        True if the files were made, False if they were up to date.
+
+    Raises:
+        UserError: `output` is something else's folder, or a setting is out of range.
+    """
+    check_settings(seed=seed, train_per_digit=train_per_digit, val_per_digit=val_per_digit, size=size)
+    if size % 2:
+        raise UserError(f"--size must be even, which the colours of h264 need; got {size}.")
+    if num_frames < 2:
+        raise UserError(f"--num-frames must be at least 2, or nothing moves; got {num_frames}.")
+    settings = {
+        "version": VERSION,
+        "seed": seed,
+        "train_per_digit": train_per_digit,
+        "val_per_digit": val_per_digit,
+        "size": size,
+        "num_frames": num_frames,
+    }
+
+    def fill(folder: Path) -> dict:
+        frames_sha256, num_clips = {}, {}
+        for number, (split, digits) in enumerate(split_digits(seed=seed).items(), start=1):
+            sums = _write_split(
+                folder / split,
+                digits,
+                seed=[seed, number],
+                per_digit=train_per_digit if split == "train" else val_per_digit,
+                size=size,
+                num_frames=num_frames,
+                num_workers=num_workers,
+            )
+            for listing in ("train",) if split == "train" else ("val", "test"):
+                _write_csv(folder / f"{listing}.csv", split, list(sums))
+            text = "".join(f"{checksum}  {name}\n" for name, checksum in sums.items())
+            frames_sha256[split], num_clips[split] = hashlib.sha256(text.encode()).hexdigest(), len(sums)
+        return {"source": SOURCE, "classes": CLASSES, "num_clips": num_clips, "frames_sha256": frames_sha256}
+
+    return make_folder(output, kind=KIND, settings=settings, fill=fill)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="data/moving_digits", metavar="DIR", help="where to (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--train-per-digit", type=int, default=4, metavar="N", help="clips (default: %(default)s)")
+    parser.add_argument("--val-per-digit", type=int, default=2, metavar="N", help="clips (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=56, help="of the canvas in pixels (default: %(default)s)")
+    parser.add_argument("--num-frames", type=int, default=16, metavar="N", help="of a clip (default: %(default)s)")
+    return run_tool(parser, make_moving_digits, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
