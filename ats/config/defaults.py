@@ -27,7 +27,7 @@ NONE = type(None)
 
 KEYS: list[Key] = [
     # ---- what is built
-    Key("MODEL.NAME", "ViT", "Architecture; see ats.models.MODELS."),
+    Key("MODEL.NAME", "ViT", "Architecture; see ats.models.MODELS, or timm/<name>, see docs/PLUGIN.md."),
     Key("MODEL.NUM_CLASSES", 1000, "Classes of the head; must be the number of class folders of the data set."),
     Key("MODEL.DROPOUT_RATE", 0.0, "Dropout before the classification head, in training."),
     Key(
@@ -133,6 +133,13 @@ KEYS: list[Key] = [
     Key("MVIT.DROPPATH_RATE", 0.1, "Stochastic depth of the last block, in training; rises linearly from 0."),
     Key("MVIT.HEAD_INIT_SCALE", 1.0, "Factor on the initial weights of the head."),
     Key("MVIT.ZERO_DECAY_POS_CLS", True, "No weight decay on position tables and CLS, given SOLVER.ZERO_WD_1D_PARAM."),
+    Key("TIMM.PRETRAINED", False, "Of MODEL.NAME timm/<name>: start from the weights that timm downloads."),
+    Key(
+        "TIMM.KWARGS",
+        [],
+        "Of MODEL.NAME timm/<name>: further arguments of timm's constructor, [[name, value], ...], e.g. img_size, "
+        "drop_path_rate.",
+    ),
     # ---- adaptive token sampling
     Key("ATS.ENABLE", False, "Sample tokens. False gives the dense network."),
     Key("ATS.BLOCKS", [3, 4, 5, 6, 7, 8, 9, 10, 11], "Blocks that sample, counted from 0."),
