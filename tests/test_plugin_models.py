@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import timm
@@ -18,6 +21,8 @@ from ats.models.timm_blocks import BLOCKS
 from ats.models.timm_vit import MODELS, REASONS, refusal
 from ats.sampling import SAMPLERS
 
+PLUGIN_MD = Path(__file__).parents[1] / "docs" / "PLUGIN.md"
+
 
 @pytest.fixture
 def keep_all(monkeypatch: pytest.MonkeyPatch) -> str:
@@ -27,9 +32,9 @@ def keep_all(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def sweep() -> dict[str, tuple[str, set]]:
-    """Name -> (why it is refused, what it is made of) for all timm models that could be accepted; small, and without
-    the time that drawing weights takes.
+def sweep() -> dict[str, tuple[str, str, set]]:
+    """Name -> (class, why it is refused, what it is made of) for all timm models that could be accepted; small, and
+    without the time that drawing weights takes.
     """
     found = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -38,8 +43,21 @@ def sweep() -> dict[str, tuple[str, set]]:
         for name in candidates():
             model = timm.create_model(name, **small_settings(name))
             reason = refusal(model)
-            found[name] = (reason, set() if reason else kinds(model))
+            found[name] = (type(model).__name__, reason, set() if reason else kinds(model))
     return found
+
+
+def lists(sweep: dict[str, tuple[str, str, set]]) -> str:
+    """The lists of docs/PLUGIN.md: accepted models by class, refused ones of the same classes by reason."""
+    accepted, refused = defaultdict(list), defaultdict(list)
+    for name, (kind, reason, _) in sweep.items():
+        (refused[reason.split(";")[0]] if reason else accepted[kind]).append(f"`{name}`")
+    lines = []
+    for kind, names in sorted(accepted.items()):
+        lines.append(f"**{kind}** ({len(names)}): {', '.join(names)}.\n")
+    for reason, names in sorted(refused.items()):
+        lines.append(f"Refused, {reason} ({len(names)}): {', '.join(names)}.\n")
+    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("name", CONTRACT)
@@ -164,10 +182,21 @@ def test_multiply_adds_equal_the_counter(name, score):
 
 def test_every_accepted_model_is_of_a_tested_kind(sweep):
     """All timm models: whatever an accepted one is made of is in a model of the contract test."""
-    tested = set().union(*(sweep[name][1] for name in CONTRACT))
-    missing = {name: made_of - tested for name, (reason, made_of) in sweep.items() if not reason and made_of - tested}
+    tested = set().union(*(sweep[name][2] for name in CONTRACT))
+    missing = {name: made_of - tested for name, (_, _, made_of) in sweep.items() if made_of - tested}
     assert not missing
-    assert sum(not reason for reason, _ in sweep.values()) > 250
+    assert sum(not reason for _, reason, _ in sweep.values()) > 250
+
+
+def test_the_lists_in_the_docs_are_true(sweep):
+    """docs/PLUGIN.md, for the version of timm it was written with."""
+    text = PLUGIN_MD.read_text()
+    version = re.search(r"timm ([\d.]+)", text)[1]
+    if version != timm.__version__:
+        pytest.skip(f"docs/PLUGIN.md lists the models of timm {version}, this is {timm.__version__}")
+    assert lists(sweep) in text
+    for name, reason in REASONS.items():
+        assert f"| {name} | {reason} |" in text
 
 
 def test_no_other_module_of_timm_builds_an_accepted_class():
