@@ -9,8 +9,8 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"patch": "ats.plugin", "UserError": "ats.errors"}
-__all__ = ["UserError", "__version__", "patch"]
+_PUBLIC = {"patch": "ats.plugin", "unpatch": "ats.plugin", "UserError": "ats.errors"}
+__all__ = ["UserError", "__version__", "patch", "unpatch"]
 
 
 def __getattr__(name: str) -> object:

@@ -32,18 +32,22 @@ def ragged_attention(
     keys: Layout,
     scale: float,
     dropout_p: float = 0.0,
+    bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q k^T scale) v within each sequence.
+    """softmax(q k^T scale + bias) v within each sequence.
 
     Args:
         q: [Tq, H, D]. k, v: [Tk, H, D].
         queries, keys: layouts of q and of k, v; the same number of sequences.
         dropout_p: dropout on the attention weights.
+        bias: [S, H, Mq, Mk] in the padded layout; with it there is one backend, padded.
 
     Returns:
         [Tq, H, D].
     """
+    if bias is not None:
+        return _padded(q, k, v, queries, keys, scale, dropout_p, bias)
     if backend == "auto":
         backend = choose_backend(q, queries=queries, keys=keys, dropout_p=dropout_p)
     return _BACKENDS[backend](q, k, v, queries, keys, scale, dropout_p)
@@ -58,9 +62,20 @@ def choose_backend(q: Tensor, *, queries: Layout, keys: Layout, dropout_p: float
     return "loop"
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, dropout_p: float) -> Tensor:
+def _padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Layout,
+    keys: Layout,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None = None,
+) -> Tensor:
     q, k, v = (layout.pad(t).transpose(1, 2) for t, layout in ((q, queries), (k, keys), (v, keys)))
     mask = None if keys.uniform and keys.full else keys.mask[:, None, None]
+    if bias is not None:
+        mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return queries.unpad(out.transpose(1, 2))
 
@@ -95,11 +110,12 @@ def _has_varlen() -> bool:
 _BACKENDS = {"padded": _padded, "loop": _loop, "varlen": _varlen}
 
 
-def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float) -> Tensor:
+def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float, bias: Tensor | None = None) -> Tensor:
     """The row of the attention matrix that scores tokens: attention of one query per sequence to all its keys.
 
     Args:
         q: [S, H, D], e.g. of CLS. k: [Tk, H, D].
+        bias: [S, H, M], added to the logits.
 
     Returns:
         [S, H, M] float32 or better, 0 where there is no key.
@@ -110,11 +126,18 @@ def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float) -> Tensor
     else:  # padding the keys would cost more memory traffic than the rest of the scoring
         rows = [own.transpose(0, 1) @ query[..., None] for own, query in zip(k.split(keys.sizes), q, strict=True)]
         logits = keys.pad(torch.cat(rows, dim=1).squeeze(2).t()).transpose(1, 2)
-    return _softmax(logits, keys)
+    return _softmax(logits if bias is None else logits + bias, keys)
 
 
 def mean_attention(
-    q: Tensor, k: Tensor, *, layout: Layout, scale: float, queries: Layout | None = None, chunk: int = 256
+    q: Tensor,
+    k: Tensor,
+    *,
+    layout: Layout,
+    scale: float,
+    queries: Layout | None = None,
+    bias: Tensor | None = None,
+    chunk: int = 256,
 ) -> Tensor:
     """Attention each token receives, averaged over the tokens that attend; for networks without CLS.
 
@@ -123,6 +146,7 @@ def mean_attention(
     Args:
         q, k: [T, H, D].
         layout: where the sequences lie in k, and in q unless `queries` says otherwise.
+        bias: [S, H, Mq, M], added to the logits.
 
     Returns:
         [S, H, M] float32 or better.
@@ -132,6 +156,7 @@ def mean_attention(
     received = 0
     for start in range(0, queries.longest, chunk):
         rows = torch.einsum("sqhd,smhd->shqm", q[:, start : start + chunk], k)
+        rows = rows if bias is None else rows + bias[:, :, start : start + chunk]
         attention = _softmax(rows, layout) * queries.mask[:, None, start : start + chunk, None]
         received = received + attention.sum(dim=2)
     return received / queries.lengths[:, None, None]

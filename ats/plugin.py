@@ -1,105 +1,160 @@
 """ATS in a timm model you already have, with one line:
 
-    model = timm.create_model("deit_small_patch16_224", pretrained=True)
+    model = timm.create_model("deit3_small_patch16_224", pretrained=True)
     ats.patch(model, blocks=range(3, 12), num_tokens=197)
+    model.ats.num_tokens = 0.7      # re-tune at any time
+    model.ats.trace = True          # then model.ats.last says what the last batch kept
+    ats.unpatch(model)              # as if nothing had been
 
-The model keeps its class, weights and state-dict keys; its blocks compute on ragged tokens (`models/ats_block.py`).
-Only what is
-understood exactly is accepted: timm's `VisionTransformer` with plain pre-norm blocks and a CLS read-out (ViT, DeiT,
-    DeiT-III, DINO,
-DINOv2 with and without registers, CLIP's and MAE's encoders). Everything else is refused by name rather than computed
+The model stays the same object, with its weights, state-dict keys and methods; `models/timm_vit.py` says what changes
+inside, docs/PLUGIN.md which models are accepted. What is not understood exactly is refused by name rather than computed
 differently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
 
-from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-from ats.errors import UserError
-from ats.models.ats_block import ATSBlock, insert_ats, run_blocks
-from ats.sampling import plan_samplers
+from ats.errors import UserError, suggest
+from ats.models.timm_vit import HOSTS, adopt, default_score, has_cls, refusal, release
+from ats.sampling import BlockSampler, plan_samplers
 from ats.tokens import KeptTokens
-
-
-class RaggedBlocks(nn.Sequential):
-    """A model's blocks in a row, from the first ATS block on over ragged tokens.
-
-    Attributes:
-        last: the tokens each ATS block kept in the last forward pass.
-    """
-
-    def __init__(self, blocks: nn.Sequential, num_prefix_tokens: int) -> None:
-        super().__init__(*blocks)
-        self.num_prefix_tokens = num_prefix_tokens
-        self.last: list[KeptTokens] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> [B, N, C] with zeros where a token was dropped."""
-        tokens, self.last = run_blocks(self, x, num_prefix_tokens=self.num_prefix_tokens)
-        return tokens.to_grid()
 
 
 def patch(
     model: nn.Module,
     *,
-    blocks: Sequence[int],
-    num_tokens: int | float | Sequence[int | float] = 1.0,
+    blocks: Iterable[int],
+    num_tokens: int | float | Iterable[int | float] = 1.0,
     sampler: str = "inverse_transform",
-    score: str = "cls_attention_value_norm",
+    score: str | None = None,
     rule: str = "official",
     min_tokens: int = 8,
     seed: int = 0,
 ) -> nn.Module:
-    """Put ATS into `blocks` of a timm VisionTransformer, in place; `model.blocks.last` tells what the last batch kept.
+    """Put ATS into `blocks` of a timm vision transformer, in place.
 
     Args:
-        blocks, num_tokens, sampler, score, rule, min_tokens, seed: as the config keys ATS.*.
+        score: name in `ats.sampling.SCORES`; None: the paper's where CLS is read out, else "mean_attention".
+        blocks, num_tokens, sampler, rule, min_tokens, seed: as the config keys ATS.*.
 
     Returns:
-        The same model object.
+        The same model object, with a handle `model.ats` (`Handle`).
 
     Raises:
-        UserError: the model is not understood (class and reason), or a setting is out of range.
+        UserError: the model is not understood (class and reason), it has ATS already, or a setting is out of range.
     """
+    if type(model) in HOSTS:
+        raise UserError(
+            "This model has ATS already: change it by model.ats.num_tokens = ... (or .blocks, .sampler, .score), "
+            "or call ats.unpatch(model) first."
+        )
     reason = refusal(model)
     if reason:
-        raise UserError(f"ats.patch cannot take {type(model).__name__}: {reason}.")
-    samplers = plan_samplers(
-        depth=len(model.blocks),
-        blocks=blocks,
-        num_tokens=num_tokens,
-        num_prefix_tokens=model.num_prefix_tokens,
-        min_tokens=min_tokens,
-        sampler=sampler,
-        score=score,
-        rule=rule,
-        seed=seed,
-    )
-    insert_ats(model.blocks, samplers)
-    model.blocks = RaggedBlocks(model.blocks, model.num_prefix_tokens)
+        raise UserError(f"ats.patch cannot take {type(model).__name__}: {reason}. See docs/PLUGIN.md.")
+    settings = {
+        "blocks": blocks,
+        "num_tokens": num_tokens,
+        "sampler": sampler,
+        "score": default_score(model) if score is None else score,
+        "rule": rule,
+        "min_tokens": min_tokens,
+        "seed": seed,
+    }
+    _apply(model, settings)
     return model
 
 
-def refusal(model: nn.Module) -> str:
-    """Why `patch` does not take this model; "" if it does."""
-    if type(model) is not VisionTransformer:
-        return "only timm.models.vision_transformer.VisionTransformer is understood"
-    if any(isinstance(block, ATSBlock) for block in model.blocks):
-        return "it is patched already"
-    if model.cls_token is None or model.global_pool != "token":
-        return f"it reads out by global_pool={model.global_pool!r}, not by a CLS token"
-    if not isinstance(model.patch_drop, nn.Identity):
-        return "patch_drop removes tokens of its own"
-    for index, block in enumerate(model.blocks):
-        attn = getattr(block, "attn", None)
-        if type(block) is not Block or type(attn) is not Attention:
-            return f"block {index} is a {type(block).__name__} with {type(attn).__name__}"
-        if attn.gate is not None or not isinstance(attn.norm, nn.Identity):
-            return f"the attention of block {index} is gated or normalised after A v"
-        if type(attn.qkv) is not nn.Linear:
-            return f"blocks.{index}.attn.qkv is a {type(attn.qkv).__name__}, not a Linear"
-    return ""
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo `patch`, in place: class, blocks and attributes are those the model had before.
+
+    Returns:
+        The same model object, with the weights it has now.
+
+    Raises:
+        UserError: it is not patched.
+    """
+    if type(model) not in HOSTS:
+        raise UserError(f"This {type(model).__name__} has no ATS to take out: ats.patch(model, ...) was not called.")
+    release(model)
+    return model
+
+
+class Handle:
+    """`model.ats`: the settings of `patch`, each of which can be read and set, and the trace.
+
+    Attributes:
+        trace: remember what the blocks keep. Off by default: a trace holds on to memory.
+        last: with `trace`, a `KeptTokens` for each ATS block, of the last batch: `.block`, `.num_tokens` [B] (prefix
+            tokens counted) and `.patches`, the original indices of the patches kept by each image.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        object.__setattr__(self, "_model", model)
+
+    @property
+    def last(self) -> list[KeptTokens]:
+        """What the last batch kept, block by block."""
+        state = self._model.ats_state
+        if state.last is None:
+            raise UserError("No batch has been traced: set model.ats.trace = True and run the model on a batch.")
+        return state.last
+
+    def __getattr__(self, name: str) -> object:
+        state = self._model.ats_state
+        if name == "trace":
+            return state.trace
+        if name in state.settings:
+            return state.settings[name]
+        raise AttributeError(f"model.ats has no {name}.{suggest(name, [*state.settings, 'trace', 'last'])}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        state = self._model.ats_state
+        if name == "trace":
+            state.trace, state.last = bool(value), None
+        elif name in state.settings:
+            _apply(self._model, state.settings | {name: value})
+        else:
+            names = [*state.settings, "trace"]
+            raise UserError(f"model.ats has no setting {name}: choose from {', '.join(names)}.{suggest(name, names)}")
+
+    def __repr__(self) -> str:
+        return f"ats({', '.join(f'{name}={value!r}' for name, value in self._model.ats_state.settings.items())})"
+
+
+def _apply(model: nn.Module, settings: dict) -> None:
+    """Give the model's blocks the samplers that the settings describe; nothing changes if they are wrong."""
+    settings = settings | {"blocks": _block_list(settings["blocks"])}
+    num_tokens = settings["num_tokens"]
+    if not isinstance(num_tokens, (int, float)):
+        if not isinstance(num_tokens, Iterable) or isinstance(num_tokens, str):
+            raise UserError(f"num_tokens {num_tokens!r}: give a number, a ratio up to 1, or a list with one per block.")
+        settings["num_tokens"] = list(num_tokens)
+    adopt(model, _plan(model, settings))
+    model.ats_state.settings = settings
+
+
+def _plan(model: nn.Module, settings: dict) -> dict[int, BlockSampler]:
+    try:
+        return plan_samplers(
+            depth=len(model.blocks),
+            # Registers without CLS are prefix tokens, but none of them is one that scores.
+            num_prefix_tokens=model.num_prefix_tokens if has_cls(model) else 0,
+            **settings,
+        )
+    except UserError as error:  # speaks of config keys: ATS.NUM_TOKENS is num_tokens here
+        raise UserError(re.sub(r"\bATS\.([A-Z_]+)", lambda key: key[1].lower(), str(error))) from None
+
+
+def _block_list(blocks: object) -> list[int]:
+    if not isinstance(blocks, Iterable) or isinstance(blocks, str):
+        raise UserError(f"blocks {blocks!r}: give the indices of the blocks that sample, e.g. blocks=range(3, 12).")
+    blocks = list(blocks)
+    if not blocks:
+        raise UserError("blocks is empty: give the indices of the blocks that sample, e.g. blocks=range(3, 12).")
+    if not all(isinstance(block, int) for block in blocks):
+        raise UserError(f"blocks {blocks}: give whole numbers, e.g. blocks=range(3, 12).")
+    return blocks

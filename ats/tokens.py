@@ -115,6 +115,7 @@ class RaggedTokens:
         slots: token slots: N at first, min(K, slots) after an ATS block. A number of the configuration, not of the
             data.
         group: how many consecutive sequences belong together: the frames of a clip; 1 for images.
+        rotary: [N, h, 2D] sine and cosine of every original position, for blocks with rotary embedding; h is 1 or H.
     """
 
     x: Tensor
@@ -124,6 +125,7 @@ class RaggedTokens:
     num_positions: int
     slots: int
     group: int = 1
+    rotary: Tensor | None = None
 
     @classmethod
     def from_dense(cls, x: Tensor, num_prefix_tokens: int, *, group: int = 1, layout: str = "packed") -> RaggedTokens:

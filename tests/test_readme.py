@@ -12,7 +12,7 @@ from ats.config import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", README + (ROOT / "docs" / "PLUGIN.md").read_text(), re.DOTALL)
 BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("  #")[0] for block in BASH for line in block.splitlines()]
 

@@ -76,9 +76,10 @@ def part_seconds(model: nn.Module, x: torch.Tensor, *, rounds: int) -> dict[str,
     """
     timer = PartTimer(x.device)
     with ExitStack() as stack:
-        for method, name in (("project_q", "qkv"), ("project_kv", "qkv"), ("sample", "scoring and sampling")):
-            wrapped = timer.wrap(getattr(ATSBlock, method), name)
-            stack.enter_context(mock.patch.object(ATSBlock, method, wrapped))
+        for kind in {type(module) for module in model.modules() if isinstance(module, ATSBlock)}:
+            for method, name in (("project_q", "qkv"), ("project_kv", "qkv"), ("sample", "scoring and sampling")):
+                wrapped = timer.wrap(getattr(kind, method), name)
+                stack.enter_context(mock.patch.object(kind, method, wrapped))
         attention = timer.wrap(ats_block.ragged_attention, "attention")
         stack.enter_context(mock.patch.object(ats_block, "ragged_attention", attention))
         for name, module in model.named_modules():

@@ -27,7 +27,7 @@ NONE = type(None)
 
 KEYS: list[Key] = [
     # ---- what is built
-    Key("MODEL.NAME", "ViT", "Architecture; see ats.models.MODELS."),
+    Key("MODEL.NAME", "ViT", "Architecture; see ats.models.MODELS, or timm/<name>, see docs/PLUGIN.md."),
     Key(
         "MODEL.NUM_CLASSES",
         1000,
@@ -181,6 +181,13 @@ KEYS: list[Key] = [
     Key("PSVIT.DROP_RATE", 0.0, "Dropout after the attention projection and in the MLP, in training."),
     Key("PSVIT.ATTN_DROP_RATE", 0.0, "Dropout on the attention weights, in training."),
     Key("PSVIT.DROP_PATH_RATE", 0.1, "Stochastic depth of the last block, in training; rises linearly from 0."),
+    Key("TIMM.PRETRAINED", False, "Of MODEL.NAME timm/<name>: start from the weights that timm downloads."),
+    Key(
+        "TIMM.KWARGS",
+        [],
+        "Of MODEL.NAME timm/<name>: further arguments of timm's constructor, [[name, value], ...], e.g. img_size, "
+        "drop_path_rate.",
+    ),
     # ---- adaptive token sampling
     Key("ATS.ENABLE", False, "Sample tokens. False gives the dense network."),
     Key("ATS.BLOCKS", [3, 4, 5, 6, 7, 8, 9, 10, 11], "Blocks that sample, counted from 0."),

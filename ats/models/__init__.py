@@ -17,6 +17,7 @@ from ats.models.cvt import CvT, cvt_from_cfg
 from ats.models.mvit import MViT, mvit_from_cfg
 from ats.models.psvit import PSViT, psvit_from_cfg
 from ats.models.timesformer import TimeSformer, timesformer_from_cfg
+from ats.models.timm_config import PREFIX, timm_from_cfg
 from ats.models.vit import VisionTransformer, vit_from_cfg
 from ats.models.xvit import XViT, xvit_from_cfg
 
@@ -38,10 +39,13 @@ def build_model(cfg: CfgNode) -> nn.Module:
     Raises:
         UserError: unknown MODEL.NAME, or keys that do not fit together.
     """
-    if cfg.MODEL.NAME not in MODELS:
-        raise UserError(
-            f"MODEL.NAME {cfg.MODEL.NAME}: choose from {', '.join(MODELS)}.{suggest(cfg.MODEL.NAME, MODELS)}"
-        )
     if cfg.ATS.ENABLE and cfg.ATS.LAYOUT != "packed" and cfg.MODEL.NAME != "ViT":
         raise UserError(f"ATS.LAYOUT {cfg.ATS.LAYOUT}: MODEL.NAME {cfg.MODEL.NAME} has the layout packed only.")
+    if cfg.MODEL.NAME.startswith(PREFIX):
+        return timm_from_cfg(cfg)
+    if cfg.MODEL.NAME not in MODELS:
+        options = [*MODELS, f"{PREFIX}<name>"]
+        raise UserError(
+            f"MODEL.NAME {cfg.MODEL.NAME}: choose from {', '.join(options)}.{suggest(cfg.MODEL.NAME, MODELS)}"
+        )
     return MODELS[cfg.MODEL.NAME](cfg)

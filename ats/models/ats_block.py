@@ -44,13 +44,11 @@ class ATSBlock(nn.Module):
     def forward(self, tokens: RaggedTokens) -> RaggedTokens:
         """Tokens in, the kept ones out, both after a full block."""
         kept = self.attend(tokens)
-        x = kept.x
-        return kept.with_x(x + self.drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), kept.layout))
+        return kept.with_x(kept.x + self.drop_path(self.drop_path2, self.mlp_output(kept.x), kept.layout))
 
     def attend(self, tokens: RaggedTokens) -> RaggedTokens:
         """The first half of the block: score, sample, and the kept tokens' attention with its residual."""
-        attn = self.attn
-        x = self.norm1(tokens.x)
+        x = self.attention_input(tokens.x)
         k, v = self.project_kv(x, tokens)
         if self.sampler is None:
             kept, kept_x = tokens, x
@@ -59,19 +57,42 @@ class ATSBlock(nn.Module):
             kept, index = tokens.keep(mask, slots=min(self.sampler.budget(tokens.slots), tokens.slots))
             kept_x = x.index_select(0, index)
         out = ragged_attention(
-            self.project_q(kept_x),
+            self.project_q(kept_x, kept),
             k,
             v,
             queries=kept.layout,
             keys=tokens.layout,
-            scale=attn.scale,
-            dropout_p=attn.attn_drop.p if self.training else 0.0,
+            scale=self.attn.scale,
+            dropout_p=self.attn.attn_drop.p if self.training else 0.0,
+            bias=self.attention_bias(kept, tokens),
         )
-        out = attn.proj_drop(attn.proj(out.flatten(1)))
-        return kept.with_x(kept.x + self.drop_path(self.drop_path1, self.ls1(out), kept.layout))
+        out = self.attention_output(out.flatten(1), kept_x)
+        return kept.with_x(kept.x + self.drop_path(self.drop_path1, out, kept.layout))
 
-    def project_q(self, x: Tensor) -> Tensor:
-        """Queries [T, H, D] of tokens [T, C], from the first third of the host's joint projection."""
+    # What a block computes per token and where it looks up positions: the methods that hosts of other make override.
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """What the attention reads of tokens [T, C]."""
+        return self.norm1(x)
+
+    def attention_output(self, out: Tensor, x: Tensor) -> Tensor:
+        """The attention's branch [T, C] from its heads' joint output [T, H*D]; x [T, C] is the kept tokens' input."""
+        return self.ls1(self.attn.proj_drop(self.attn.proj(out)))
+
+    def mlp_output(self, x: Tensor) -> Tensor:
+        """The MLP's branch [T, C] of tokens [T, C]."""
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def attention_bias(self, queries: RaggedTokens | None, keys: RaggedTokens) -> Tensor | None:
+        """What is added to the attention's logits, [S, H, Mq, Mk], by position; None: nothing. No `queries`: of CLS
+        alone.
+        """
+        return None
+
+    def project_q(self, x: Tensor, tokens: RaggedTokens | None = None) -> Tensor:
+        """Queries [T, H, D] of tokens [T, C], from the first third of the host's joint projection; `tokens` says where
+        they are, None that they are CLS.
+        """
         qkv, size = self.attn.qkv, self.attn.proj.in_features
         q = F.linear(x, qkv.weight[:size], None if qkv.bias is None else qkv.bias[:size])
         return self.attn.q_norm(q.unflatten(-1, (self.attn.num_heads, -1)))
@@ -94,10 +115,10 @@ class ATSBlock(nn.Module):
         """
         sampler, layout, num_prefix = self.sampler, tokens.layout, tokens.num_prefix_tokens
         if sampler.score == "mean_attention":
-            q = self.project_q(x)
+            q, bias = self.project_q(x, tokens), self.attention_bias(tokens, tokens)
         else:
-            q = self.project_q(x.index_select(0, layout.start))
-        candidates = score_candidates(sampler.score, tokens, q, k, v, scale=self.attn.scale)
+            q, bias = self.project_q(x.index_select(0, layout.start)), self.attention_bias(None, tokens)
+        candidates = score_candidates(sampler.score, tokens, q, k, v, scale=self.attn.scale, bias=bias)
         group = tokens.group if sampler.share_frames else 1
         candidates = share_scores(candidates, group) if group > 1 else candidates
         keep = sampler(candidates, slots=tokens.slots, num_prefix_tokens=num_prefix).repeat_interleave(group, dim=0)
@@ -121,6 +142,7 @@ def score_candidates(
     *,
     scale: float,
     queries: Layout | None = None,
+    bias: Tensor | None = None,
 ) -> Candidates:
     """The tokens behind the keys as candidates, with their scores in float32 or better, also under autocast.
 
@@ -130,15 +152,16 @@ def score_candidates(
         q: of CLS [S, H, D]; of all queries [T_q, H, D] for the score mean_attention.
         k, v: [T, H, D].
         queries: layout of q for mean_attention, by default that of the keys.
+        bias: added to the logits, [S, H, Mq, M]; Mq is 1 for CLS.
     """
     layout, num_prefix = keys.layout, keys.num_prefix_tokens
     dtype = torch.promote_types(k.dtype, torch.float32)
     with torch.autocast(k.device.type, enabled=False):  # which token wins must not hang on half precision
         q, k = q.to(dtype), k.to(dtype)
         if score == "mean_attention":
-            attention = mean_attention(q, k, layout=layout, queries=queries, scale=scale)
+            attention = mean_attention(q, k, layout=layout, queries=queries, scale=scale, bias=bias)
         else:
-            attention = cls_attention(q, k, keys=layout, scale=scale)
+            attention = cls_attention(q, k, keys=layout, scale=scale, bias=None if bias is None else bias[:, :, 0])
         value_norm = None
         if score == "cls_attention_value_norm":
             value_norm = layout.pad(torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype))[:, num_prefix:]

@@ -27,20 +27,25 @@ def block_multiply_adds(
         num_scored: [S] side of the N x N matrix of the score mean_attention, by default `num_in`; frames of a clip are
             padded to their longest.
     """
-    dim = block.attn.qkv.in_features
-    attn_dim = block.attn.proj.in_features
-    hidden = block.mlp.fc1.out_features
+    attn, attn_dim = block.attn, block.attn.proj.in_features
+    if getattr(attn, "qkv", None) is not None:
+        q, kv = attn.qkv.in_features * attn_dim, 2 * attn.qkv.in_features * attn_dim
+    else:
+        q, kv = linear_multiply_adds(attn.q_proj), linear_multiply_adds(attn.k_proj) + linear_multiply_adds(attn.v_proj)
     n, m = num_in, num_out
-    after = m * attn_dim * dim + 2 * m * dim * hidden  # output projection and MLP
+    gate = getattr(attn, "gate", None)
+    after = m * (linear_multiply_adds(attn.proj) + linears_multiply_adds(block.mlp))
+    if gate is not None:
+        after = after + m * linear_multiply_adds(gate)
     sampler = block.sampler if isinstance(block, ATSBlock) else None
     if sampler is None or paper:
-        return 3 * n * dim * attn_dim + n * n * attn_dim + m * n * attn_dim + after
+        return n * (q + kv) + n * n * attn_dim + m * n * attn_dim + after
     if sampler.score == "mean_attention":
         scored = n if num_scored is None else num_scored
-        scoring = n * dim * attn_dim + scored * scored * attn_dim
+        scoring = n * q + scored * scored * attn_dim
     else:
-        scoring = dim * attn_dim + n * attn_dim
-    return 2 * n * dim * attn_dim + scoring + m * dim * attn_dim + 2 * m * n * attn_dim + after
+        scoring = q + n * attn_dim
+    return n * kv + scoring + m * q + 2 * m * n * attn_dim + after
 
 
 def blocks_multiply_adds(
@@ -76,6 +81,11 @@ def blocks_multiply_adds(
 def linear_multiply_adds(layer: nn.Linear, num_tokens: int = 1) -> int:
     """A linear layer on `num_tokens` tokens."""
     return num_tokens * layer.in_features * layer.out_features
+
+
+def linears_multiply_adds(module: nn.Module) -> int:
+    """Every linear layer of a module, once, on one token."""
+    return sum(linear_multiply_adds(layer) for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def conv_multiply_adds(layer: nn.Conv2d | nn.Conv3d, num_outputs: int) -> int:

@@ -76,7 +76,7 @@ class ConvATSBlock(nn.Module):
             kept, index = self.keep(tokens, cells, q, k, v, grid)
             q = q[index]
         else:
-            of_cls = self.heads("q", rows[tokens.layout.offsets[:-1].long()])
+            of_cls = self.heads("q", rows[tokens.layout.start])
             kept, index = self.keep(tokens, cells, of_cls, k, v, grid)
             q = self.heads("q", rows[index])
         out = ragged_attention(

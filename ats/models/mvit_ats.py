@@ -86,7 +86,7 @@ class MultiScaleATSBlock(nn.Module):
         if self.sampler is not None:
             scoring_q = matched_q
             if self.sampler.score != "mean_attention":
-                first = queries.layout.offsets[:-1].long()
+                first = queries.layout.start
                 scoring_q = self.project_q(x[first]) if q is None else matched_q[first]
             mask, slots = self.sample(queries, keys, scoring_q, matched_k, v, query_grid, key_grid)
             kept, index = queries.keep(queries.layout.pad(mask), slots=slots)

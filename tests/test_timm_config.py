@@ -1,0 +1,122 @@
+"""MODEL.NAME timm/<name>: what `ats.patch` accepts builds, loads, trains and evaluates by its config."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+
+import ats
+from ats.checkpoint import load_weights, save_safetensors
+from ats.config import get_cfg
+from ats.errors import UserError
+from ats.models import build_model
+
+SMALL = "[[img_size, 32], [patch_size, 8], [embed_dim, 48], [depth, 4], [num_heads, 3]]"
+
+
+def config(name: str = "deit3_small_patch16_224", *overrides: object, small: str = SMALL):
+    """A network of 4 blocks with ATS in two of them."""
+    cfg = get_cfg()
+    cfg.merge_from_list([
+        "MODEL.NAME", f"timm/{name}", "MODEL.NUM_CLASSES", 4, "TIMM.KWARGS", small, "DATA.TEST_CROP_SIZE", 32,
+        "ATS.ENABLE", True, "ATS.BLOCKS", [1, 3], "ATS.NUM_TOKENS", 12, *overrides,
+    ])  # fmt: skip
+    return cfg
+
+
+def test_is_timms_model_patched():
+    """The same object timm makes: its keys, and with its weights the numbers of `ats.patch`."""
+    torch.manual_seed(0)
+    model = build_model(config()).eval()
+    host = timm.create_model(
+        "deit3_small_patch16_224", num_classes=4, img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3
+    ).eval()
+    assert list(model.state_dict()) == list(host.state_dict())
+    host.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    dense = build_model(config("deit3_small_patch16_224", "ATS.ENABLE", False)).eval()
+    dense.load_state_dict(host.state_dict())
+    with torch.no_grad():
+        assert torch.equal(dense(x), host(x))
+        assert dense.forward_tokens(x)[1] == []
+        assert torch.equal(model(x), ats.patch(host, blocks=[1, 3], num_tokens=12)(x))
+
+
+def test_loads_files(tmp_path):
+    """timm's names from safetensors, and the release's (LayerScale as gamma_1, wrapped in "model", another grid)."""
+    source = build_model(config())
+    save_safetensors(tmp_path / "model.safetensors", source.state_dict())
+    target = build_model(config())
+    load_weights(target, tmp_path / "model.safetensors")
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in target.state_dict().items())
+
+    released = {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value + 1
+                for key, value in source.state_dict().items()}  # fmt: skip
+    torch.save({"model": released}, tmp_path / "release.pth")
+    load_weights(target, tmp_path / "release.pth")
+    assert torch.equal(target.blocks[2].ls1.gamma, source.blocks[2].ls1.gamma + 1)
+
+    larger = build_model(config("deit3_small_patch16_224", "DATA.TEST_CROP_SIZE", 48, small=SMALL.replace("32", "48")))
+    load_weights(larger, tmp_path / "model.safetensors")
+    assert larger.pos_embed.shape[1] == 36
+    with pytest.raises(UserError, match="does not belong to this model"):
+        load_weights(build_model(config("vit_small_patch14_reg4_dinov2")), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["MODEL.NAME", "timm/deit3_smal_patch16_224"], "timm has no deit3_smal_patch16_224. Did you mean deit3_small"),
+        (["MODEL.NAME", "timm/resnet10t", "TIMM.KWARGS", []], "a ResNet, is not understood"),
+        (["TIMM.KWARGS", [["img_sise", 32]]], "timm cannot build deit3_small_patch16_224 so"),
+        (["TIMM.KWARGS", ["img_size", 32]], "give pairs of name and value, e.g. [[img_size, 384]]"),
+        (["DATA.TEST_CROP_SIZE", 64], 'takes images of 32 x 32 pixels. Set DATA.TEST_CROP_SIZE 32, or TIMM.KWARGS "[['),
+        (["TRAIN.ENABLE", True], "DATA.TRAIN_CROP_SIZE 224"),
+        (["ATS.BLOCKS", [7]], "block 7 does not exist"),
+        (["MODEL.NAME", "timm/vit_base_patch16_siglip_gap_224"], "use ATS.SCORE mean_attention"),
+        (["MODEL.NAME", "timmy"], "choose from ViT"),
+    ],
+)
+def test_wrong_keys_say_what_to_type(overrides, text):
+    with pytest.raises(UserError) as error:
+        build_model(config("deit3_small_patch16_224", *overrides))
+    assert text in str(error.value)
+
+
+def test_nothing_is_downloaded_unless_asked(monkeypatch):
+    """TIMM.PRETRAINED reaches timm as it stands, and a download that fails says what else can be done."""
+    asked = []
+
+    def create_model(name, pretrained, **kwargs):
+        asked.append(pretrained)
+        if pretrained:
+            raise OSError("no network")
+        return original(name, pretrained=False, **kwargs)
+
+    original = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create_model)
+    build_model(config())
+    with pytest.raises(UserError, match=r"no network\n.*TEST\.CHECKPOINT_FILE_PATH"):
+        build_model(config("deit3_small_patch16_224", "TIMM.PRETRAINED", True))
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "vit_base_patch16_siglip_gap_224"])
+def test_trains_and_evaluates_by_run_net(name, tiny_config, tmp_path, capsys):
+    """The ordinary commands: training, evaluation with its exported weights, the same numbers; layer decay included."""
+    from run_net import main
+
+    common = [
+        "--cfg", str(tiny_config), f"MODEL.NAME=timm/{name}", f"TIMM.KWARGS={SMALL}", "ATS.BLOCKS=[1,3]",
+        "ATS.NUM_TOKENS=0.7", "DEVICE=cpu", *(["ATS.SCORE=mean_attention"] if "gap" in name else []),
+    ]  # fmt: skip
+    assert main([*common, "TRAIN.ENABLE=True", "SOLVER.LAYER_DECAY=0.8", "SOLVER.MAX_EPOCH=1"]) == 0
+    trained = json.loads((tmp_path / "out" / "result.json").read_text())
+    weights = tmp_path / "out" / "model.safetensors"
+    assert main([*common, f"TEST.CHECKPOINT_FILE_PATH={weights}", f"OUTPUT_DIR={tmp_path / 'again'}"]) == 0
+    again = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert again["top1"] == trained["top1"]
+    capsys.readouterr()
