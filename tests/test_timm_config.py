@@ -104,6 +104,17 @@ def test_nothing_is_downloaded_unless_asked(monkeypatch):
     assert asked == [False, True]
 
 
+def test_evaluates_what_timm_downloads(monkeypatch, tiny_config):
+    """TIMM.PRETRAINED stands in for a checkpoint file; without either there is nothing to evaluate."""
+    from run_net import main
+
+    original = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: original(name, **kwargs))
+    common = ["--cfg", str(tiny_config), "MODEL.NAME=timm/deit3_small_patch16_224", f"TIMM.KWARGS={SMALL}"]
+    assert main([*common, "DEVICE=cpu"]) == 1
+    assert main([*common, "DEVICE=cpu", "TIMM.PRETRAINED=True"]) == 0
+
+
 @pytest.mark.parametrize("name", ["deit3_small_patch16_224", "vit_base_patch16_siglip_gap_224"])
 def test_trains_and_evaluates_by_run_net(name, tiny_config, tmp_path, capsys):
     """The ordinary commands: training, evaluation with its exported weights, the same numbers; layer decay included."""

@@ -114,7 +114,8 @@ def _synchronize(device: torch.device) -> None:
 
 
 def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
-    """Evaluate `TEST.CHECKPOINT_FILE_PATH`, or `weights` where that is empty, on `TEST.DATASET`.
+    """Evaluate `TEST.CHECKPOINT_FILE_PATH`, or `weights` where that is empty (or with neither, those that timm has
+    downloaded for TIMM.PRETRAINED), on `TEST.DATASET`.
 
     Writes OUTPUT_DIR/result.json and prints the table.
 
@@ -122,7 +123,8 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
         UserError: no weights are given; weights or data do not fit the model or cannot be read.
     """
     weights = str(cfg.TEST.CHECKPOINT_FILE_PATH or weights)
-    if not weights:
+    downloaded = cfg.MODEL.NAME.startswith("timm/") and cfg.TIMM.PRETRAINED
+    if not weights and not downloaded:
         raise UserError(
             "TEST.CHECKPOINT_FILE_PATH is empty: there are no weights to evaluate. "
             "Type TEST.CHECKPOINT_FILE_PATH FILE, or TRAIN.ENABLE True to train first."
@@ -131,12 +133,13 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
     write_config(cfg, output_dir)
     device = select_device(cfg.DEVICE)
     model = build_model(cfg)
-    load_weights(model, weights)
+    if weights:
+        load_weights(model, weights)
     loader = build_loader(cfg, "test", rank=rank(), world_size=world_size())
     log_plan(
         {
             "test": describe_model(cfg, model),
-            "weights": weights,
+            "weights": weights or "timm's",
             "data": f"{cfg.TEST.DATASET} in {cfg.DATA.PATH_TO_DATA_DIR}: {len(loader.dataset)} samples",
             "device": f"{device_name(device)}, float32",
             "process": f"{world_size()} with {loader.num_workers} data workers each",
