@@ -44,8 +44,8 @@ def make_rows(network: str) -> list[Row]:
     dense, tuned = f"{network.lower()}_dense", f"{network.lower()}_ats"
     return [
         Row("dense", network, dense, None),
-        *(Row(f"ATS untouched, blocks {first}-11", f"{network}_ATS", dense, first) for first in (6, 5, 3)),
-        *(Row(f"ATS fine-tuned, blocks {first}-11", f"{network}_ATS", tuned, first) for first in (6, 5, 3)),
+        *(Row(f"ATS untouched, blocks {first}-11", f"{network}_ATS", dense, first) for first in (6, 5, 4)),
+        *(Row(f"ATS fine-tuned, blocks {first}-11", f"{network}_ATS", tuned, first) for first in (6, 5, 4)),
     ]
 
 
