@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -52,7 +54,7 @@ def encode(
         pytest.skip(f"this PyAV cannot encode {codec} ({CODECS[codec]})")
     quiet = {"hevc": {"x265-params": "log-level=none"}}.get(codec, {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options=container_options or {}) as container:
+    with _same_priority(), av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(CODECS[codec], rate=fps, options=quiet | (options or {}))
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.codec_context.gop_size = "yuv420p", gop_size
@@ -67,6 +69,21 @@ def encode(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+@contextmanager
+def _same_priority() -> Iterator[None]:
+    """SVT-AV1 puts the thread of a root user that encodes, and whatever it starts later, into the real-time class:
+    a test that then waits for its own processes on one core waits for ever.
+    """
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def noise(num_frames: int, *, height: int = 48, width: int = 64, seed: int = 0) -> list[np.ndarray]:

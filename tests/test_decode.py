@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import av
@@ -251,3 +252,10 @@ def test_files_that_are_no_videos(tmp_path):
     for name, text in texts.items():
         (tmp_path / f"{name}.mp4").write_text(text)
         assert "Invalid data" in reason(tmp_path / f"{name}.mp4")
+
+
+def test_encoding_leaves_the_priority_of_the_process(tmp_path):
+    """libsvtav1 makes a root process real-time; clips made by it must not."""
+    before = os.sched_getscheduler(0)
+    encode(tmp_path / "v.mp4", 4, codec="av1")
+    assert os.sched_getscheduler(0) == before
