@@ -20,6 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3)
 
 
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test():
+    yield
+    if "processes" in sys.modules:
+        sys.modules["processes"].kill_all()
+
+
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ImageNet layout, 4 classes: 32 x 32 PNGs, a coloured square on noise; per class 16 to train on, 8 in val."""

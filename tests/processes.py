@@ -22,6 +22,16 @@ CONTEXT.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.elastic.multiprocessing.errors", "torchvision", "timm", "fvcore"]
 )
 TIMEOUT = 300  # seconds after which a process counts as hanging
+_STARTED: list[BaseProcess] = []
+
+
+def kill_all() -> None:
+    """End the processes that a failed test has left behind."""
+    for process in _STARTED:
+        if process.is_alive():
+            process.kill()
+        process.join()
+    _STARTED.clear()
 
 
 class Run:
@@ -43,6 +53,12 @@ class Run:
             process = CONTEXT.Process(target=_child, args=(file, environment | ranks, START_METHOD, function, args))
             process.start()
             self.processes.append(process)
+        _STARTED.extend(self.processes)
+
+    @property
+    def pid(self) -> int:
+        """Of the first process."""
+        return self.processes[0].pid
 
     def wait(self) -> list[int]:
         """The processes' exit statuses (-9: killed by SIGKILL). None may hang."""

@@ -410,12 +410,18 @@ def test_out_of_memory_says_what_to_do(make_cfg, monkeypatch):
 
 def test_tensorboard(make_cfg):
     pytest.importorskip("tensorboard")
+    """Scalars per line of the log; per evaluation a histogram of token counts and a picture of what is kept."""
     cfg = make_cfg("TENSORBOARD.ENABLE", "True", "SOLVER.MAX_EPOCH", "1")
     train.train(cfg)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(Path(cfg.OUTPUT_DIR) / "tensorboard")).Reload()
-    assert {"train/loss", "train/lr", "train/tokens_per_block/1", "val/top1"} <= set(events.Tags()["scalars"])
+    scalars = {"train/loss", "train/lr", "train/data_wait_share", "train/tokens_per_block/1", "val/top1"}
+    assert scalars <= set(events.Tags()["scalars"])
+    (histogram,) = events.Histograms("val/tokens_kept/1")
+    assert (histogram.step, histogram.histogram_value.num) == (4, 32)
+    (picture,) = events.Images("val/kept_tokens")
+    assert (picture.width, picture.height) == (3 * 32, 4 * 32)  # the image and two ATS blocks; four images
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
 
 

@@ -264,7 +264,7 @@ def _slow_steps() -> None:
     train_step = train.train_step
 
     def slow(*args, **kwargs):
-        print("a slow step")
+        print("a slow step", flush=True)
         time.sleep(1000)
         return train_step(*args, **kwargs)
 
@@ -273,8 +273,7 @@ def _slow_steps() -> None:
 
 def test_second_interrupt_quits_at_once(tiny_config, tmp_path):
     run = run_net(tmp_path, ["--cfg", tiny_config, *FOREVER], setup=_slow_steps)
-    run.wait_for("output    ")
-    time.sleep(0.5)  # until the step has begun; an interrupt before ends the run in another way
+    run.wait_for("a slow step")
     os.kill(run.pid, signal.SIGINT)
     run.wait_for("SIGINT: stopping after this step, again to quit at once")
     os.kill(run.pid, signal.SIGINT)
@@ -314,7 +313,8 @@ def test_killed_data_worker(tiny_config, tmp_path):
     (worker, *_) = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(worker), signal.SIGKILL)
     assert run.wait() == [1]
-    assert f"error: DataLoader worker (pid {worker}) is killed by signal: Killed" in run.console()
+    assert "error: DataLoader worker " in run.console()  # and what became of it, in words that depend on the moment
+    assert "killed by signal: Killed" in run.console() or "exited unexpectedly" in run.console()
     assert "DATA_LOADER.NUM_WORKERS" in run.console()
     assert "Traceback" not in run.console()
 

@@ -43,19 +43,27 @@ def register_dataset(name: str) -> Callable:
 
 
 class Loader(DataLoader):
-    """A DataLoader that raises a worker's UserError as it is.
+    """A DataLoader that raises a worker's UserError as it is, and the death of a worker always as a RuntimeError.
 
     A plain DataLoader would raise it with the worker's traceback as its text. So the data set returns it in place of
     the batch (`__getitems__`), and it is raised here, when its batch is due.
     """
 
     def __iter__(self) -> Iterator[Sample]:
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                # A new one: raising `batch` itself would make a reference cycle with this frame, and an iterator that
-                # the garbage collector finds in a cycle waits five seconds for each of its workers.
-                raise type(batch)(*batch.args)
-            yield batch
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, UserError):
+                    # A new one: raising `batch` itself would make a reference cycle with this frame, and an iterator
+                    # that the garbage collector finds in a cycle waits five seconds for each of its workers.
+                    raise type(batch)(*batch.args)
+                yield batch
+        except (OSError, EOFError) as error:
+            if not self.num_workers:
+                raise
+            # A worker that dies while it hands a batch over does not always give PyTorch's own error.
+            raise RuntimeError(
+                f"DataLoader worker exited unexpectedly while a batch was read from it ({error!r})."
+            ) from error
 
 
 def collate(samples: list[Sample] | UserError) -> Sample | UserError:

@@ -47,8 +47,8 @@ def explain_lost_worker() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise UserError(
-            f"{str(error).strip()} If it was killed (dmesg says so), the machine had too little memory: lower "
-            "DATA_LOADER.NUM_WORKERS. The same command goes on from the last checkpoint."
+            f"{str(error).strip().rstrip('.')}. If it was killed (dmesg says so), the machine had too little memory: "
+            "lower DATA_LOADER.NUM_WORKERS. The same command goes on from the last checkpoint."
         ) from error
 
 
