@@ -72,34 +72,34 @@ EVERYTHING = [
 
 
 class Assassin:
-    """Kills a run at a moment of a kind: at a random time, as a checkpoint is being written, or after an evaluation."""
+    """Kills a run at a moment of a kind: so many lines of the log and some milliseconds after its start, while a
+    checkpoint is being written, or after an evaluation.
+    """
 
     KINDS = ("random", "writing", "evaluated", "random")
 
-    def __init__(self, seconds: float, seed: int) -> None:
-        self._random, self._seconds = random.Random(seed), seconds
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
         self.moments: list[str] = []
 
     def strike(self, run: Run, output_dir: Path) -> bool:
         """Wait for the moment and send SIGKILL; False if the run ended before."""
         kind = self.KINDS[len(self.moments) % len(self.KINDS)]
         process = run.processes[0]
-        while "output    " not in run.console() and process.is_alive():  # the last line before the first step
-            time.sleep(0.005)
-        end = time.monotonic() + self._random.uniform(0, self._seconds)
-        skip = self._random.randrange(3)  # so many checkpoints, or evaluations, pass before
-        was_there = False
-        while process.is_alive():
-            if kind == "random" and time.monotonic() >= end:
-                break
-            is_there = kind == "writing" and any((output_dir / "checkpoints").glob(".*.tmp"))
-            is_there |= kind == "evaluated" and run.console().count("reach top-1") > 0
-            if is_there and not was_there:
-                skip -= 1
-                if skip < 0 or kind == "evaluated":
-                    break
-            was_there = is_there
-            time.sleep(0.0005)
+
+        def is_moment() -> bool:
+            if kind == "writing":
+                return any((output_dir / "checkpoints").glob(".*.tmp"))
+            return run.console().count("reach top-1" if kind == "evaluated" else "gradient norm") >= num_lines
+
+        num_lines = 1 if kind == "evaluated" else self._random.randrange(4)
+        for _ in range(self._random.randint(1, 3) if kind == "writing" else 1):  # the second checkpoint, or the third
+            while process.is_alive() and is_moment() and kind == "writing":
+                time.sleep(0.0005)
+            while process.is_alive() and not is_moment():
+                time.sleep(0.0005)
+        if kind != "writing":
+            time.sleep(self._random.uniform(0, 0.3))
         if not process.is_alive():
             return False
         process.kill()
@@ -116,9 +116,8 @@ def test_killed_at_any_moment(tiny_config, tmp_path, pytestconfig):
     steps before and after the kill.
     """
     expected = tmp_path / "expected"
-    start = time.monotonic()
     run_net_well(expected, ["--cfg", tiny_config, *EVERYTHING, "OUTPUT_DIR", expected])
-    assassin = Assassin(seconds=(time.monotonic() - start) / 3, seed=pytestconfig.getoption("kills"))
+    assassin = Assassin(seed=pytestconfig.getoption("kills"))
     num_runs = 0
     while True:
         num_runs += 1

@@ -46,9 +46,10 @@ def explain_lost_worker() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
+        reason = str(error).strip().rstrip(".")
         raise UserError(
-            f"{str(error).strip().rstrip('.')}. If it was killed (dmesg says so), the machine had too little memory: "
-            "lower DATA_LOADER.NUM_WORKERS. The same command goes on from the last checkpoint."
+            f"{reason}. If it was killed (dmesg says so), the machine had too little memory: lower "
+            "DATA_LOADER.NUM_WORKERS. The same command goes on from the last checkpoint."
         ) from error
 
 
