@@ -197,3 +197,12 @@ def build_empty(*overrides: object) -> nn.Module:
     with torch.device("meta"):
         model = build_model(cfg)
     return model.to_empty(device="cpu")
+
+
+def readme_table(heading: str, names: list[str]) -> dict[str, list[str]]:
+    """Name -> the other cells of a table in the section of README.md that begins with the line `heading`."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    section = text.split(f"\n{heading}\n", 1)[1]
+    section = section.split("\n## ", 1)[0].split("\n### ", 1)[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()]
+    return {cells[0]: cells[1:] for cells in lines if cells[0] in names}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import demo
 import pytest
+from helpers import readme_table
 from make_digits import make_digits
 
 ROOT = Path(__file__).parents[1]
@@ -32,19 +33,9 @@ def results(tmp_path_factory):
     return results
 
 
-def readme_table() -> dict[str, list[str]]:
-    """Name -> cells of the README's Digits table."""
-    rows = {}
-    for line in (ROOT / "README.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[0] in {row.name for row in demo.ROWS}:
-            rows[cells[0]] = cells[1:]
-    return rows
-
-
 def test_readme_table(results):
     """Top-1 within 0.2 points (on another CPU a few of 1,795 images may turn), cost and tokens within 1 or 2 %."""
-    table = readme_table()
+    table = readme_table("## Measured here: Digits", [row.name for row in demo.ROWS])
     assert set(table) == set(results)
     for name, (top1, _, as_run, paper, dense, _, tokens) in table.items():
         result = results[name]
