@@ -79,7 +79,7 @@ def run(*, data: Path, output: Path) -> None:
     contents = {name: asdict(result) | {"shuffled": asdict(shuffled)} for name, (result, shuffled) in results.items()}
     (output / "results.json").write_text(simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
     (output / "table.md").write_text(format_table(results, style="pipe") + "\n")
-    pictures = draw_examples(cfg, batches, output)
+    pictures = draw_examples(row_config(ROWS[-2], data=data, output=output), batches, output)
     print(f"\n{format_table(results)}\n\nTokens that survive over time: {', '.join(map(str, pictures))}")
     print(f"Table and numbers: {output}")
 
