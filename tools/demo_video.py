@@ -5,7 +5,7 @@
 Makes the moving Digits data set if it is not there, evaluates the weights in configs/Digits/weights on its videos, as
 they are and with the frames of every clip shuffled, prints one table and writes output/demo_video/{table.md,
 results.json, kept_tokens.png, kept_tokens.gif}. A class is a digit and the direction it moves in: shuffled frames still
-show the digit and the axis, so a network that uses time falls to about half its accuracy, and one that does not stays
+show the digit and the axis, so a network that uses time falls to half its accuracy or less, and one that does not stays
 where it is. How the weights were trained is in README.md.
 """
 
