@@ -5,7 +5,7 @@
 Makes the moving Digits data set if it is not there, evaluates the weights in configs/Digits/weights on its videos, as
 they are and with the frames of every clip shuffled, prints one table and writes output/demo_video/{table.md,
 results.json, kept_tokens.png, kept_tokens.gif}. A class is a digit and the direction it moves in: shuffled frames still
-show the digit and the axis, so a network that uses time falls to about half its accuracy, and one that does not stays
+show the digit and the axis, so a network that uses time falls to half its accuracy or less, and one that does not stays
 where it is. How the weights were trained is in README.md.
 """
 
@@ -79,7 +79,7 @@ def run(*, data: Path, output: Path) -> None:
     contents = {name: asdict(result) | {"shuffled": asdict(shuffled)} for name, (result, shuffled) in results.items()}
     (output / "results.json").write_text(simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
     (output / "table.md").write_text(format_table(results, style="pipe") + "\n")
-    pictures = draw_examples(cfg, batches, output)
+    pictures = draw_examples(row_config(ROWS[-2], data=data, output=output), batches, output)
     print(f"\n{format_table(results)}\n\nTokens that survive over time: {', '.join(map(str, pictures))}")
     print(f"Table and numbers: {output}")
 
