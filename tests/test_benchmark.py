@@ -44,6 +44,16 @@ def test_imposed_counts_have_the_profiles_mean_and_spread():
     assert all(torch.equal(a.position, b.position) for a, b in zip(before, after, strict=True))
 
 
+def test_imposed_counts_go_by_the_networks_depth():
+    """A network that samples in blocks 3 and 4 alone keeps there what one that samples everywhere does."""
+    model = build_model(tiny("ATS.BLOCKS", [3, 4])).eval()
+    x = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), imposed_counts([model]) as counts:
+        counts.draw(len(x), seed=1, device=x.device)
+        kept = [entry.num_tokens.double().mean().item() for entry in model.forward_tokens(x)[1]]
+    assert kept == pytest.approx(PAPER_MEAN[:2], abs=1.5)
+
+
 def test_measure_reports_every_variant_beside_dense():
     """Times are there for every round, dense is 1 by definition, FLOPs and tokens are the variant's own."""
     cfg = tiny("ATS.NUM_TOKENS", 0.5, "DEVICE", "cpu")

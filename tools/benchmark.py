@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", help="config with ATS.ENABLE True")
-    parser.add_argument("--suite", help="a fixed list of measurements instead of --cfg: cpu, gpu, or quick (a minute)")
+    parser.add_argument("--suite", help="a fixed list of measurements instead of --cfg: cpu, gpu, quick")
     parser.add_argument("--decode", nargs="?", const="", metavar="FOLDER_OR_CSV", help="time the decoding of clips")
     parser.add_argument("--compare", default="ats", help="variants beside dense, by commas (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")

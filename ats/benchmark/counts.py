@@ -49,9 +49,9 @@ class ImposedCounts:
 
     def share_kept(self, block: int) -> Tensor:
         """[B] share of the network's patches that block `block` keeps."""
-        where = block * PAPER_DEPTH / self.depth
-        right = min(max(int(where) - PAPER_BLOCKS[0], 0), len(PAPER_MEAN) - 1)
-        count = PAPER_MEAN[right] + self.z * PAPER_STD[right]
+        same_depth = int(block * PAPER_DEPTH / self.depth)
+        index = min(max(same_depth - PAPER_BLOCKS[0], 0), len(PAPER_MEAN) - 1)
+        count = PAPER_MEAN[index] + self.z * PAPER_STD[index]
         return ((count - 1) / (PAPER_NUM_TOKENS - 1)).clamp(0.05, 1)
 
     def __call__(self, candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
@@ -70,7 +70,8 @@ def imposed_counts(models: list[nn.Module]) -> Iterator[ImposedCounts]:
     """Within it the ATS blocks of `models` that sample by inverse transform keep what the profile says."""
     blocks = [m for model in models for m in model.modules() if isinstance(getattr(m, "sampler", None), BlockSampler)]
     blocks = [block for block in blocks if block.sampler.sampler == "inverse_transform"]
-    counts = ImposedCounts(1 + max((block.sampler.block for block in blocks), default=0))
+    depth = 1 + max((block.sampler.block for block in blocks), default=0)  # CvT and PS-ViT sample to their last block
+    counts = ImposedCounts(max([len(model.blocks) for model in models if hasattr(model, "blocks")], default=depth))
     SAMPLERS["imposed"] = counts
     for block in blocks:
         block.sampler = replace(block.sampler, sampler="imposed")
