@@ -21,7 +21,7 @@ from torch import Tensor
 from ats.tokens import Layout
 
 BACKENDS = ("auto", "padded", "loop", "varlen")
-SMALL_SEQUENCE = 2**14  # elements of a sequence's keys below which calling once per sequence costs more than copying
+SMALL_SEQUENCE = 2**14  # elements of a sequence's keys below which a call for each costs more than copying them
 
 
 def ragged_attention(
@@ -122,7 +122,8 @@ def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float, bias: Ten
         [S, H, M] float32 or better, 0 where there is no key.
     """
     q = q * scale
-    if k.is_cuda or keys.kind != "packed" or keys.longest * k[0].numel() < SMALL_SEQUENCE:
+    small = keys.kind != "packed" or keys.longest * k[0].numel() < SMALL_SEQUENCE
+    if k.is_cuda or (keys.uniform and small):
         logits = torch.einsum("shd,smhd->shm", q, keys.pad(k))
     else:  # one batched product would first copy all keys, which takes longer than the rest of the scoring
         rows = [own.transpose(0, 1) @ query[..., None] for own, query in zip(k.split(keys.sizes), q, strict=True)]
