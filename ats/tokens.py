@@ -173,8 +173,9 @@ class RaggedTokens:
         kept = replace(self, x=self.x.index_select(0, index), layout=layout, position=position, slots=slots)
         return kept, index
 
-    def to_grid(self, x: Tensor | None = None) -> Tensor:
-        """Dense [S, N, ...] with every token at its original position and zeros where it was dropped.
+    def to_grid(self, x: Tensor | None = None, value: float = 0) -> Tensor:
+        """Dense [S, N, ...] with every token at its original position and `value` where it was dropped. A view if none
+        was.
 
         Args:
             x: [T, ...] values to place, by default the tokens themselves.
@@ -182,17 +183,32 @@ class RaggedTokens:
         x = self.x if x is None else x
         if not self.layout.full:
             raise ValueError(f"tokens in the layout {self.layout.kind} have no grid: padding has no position")
-        grid = x.new_zeros(len(self.layout.lengths) * self.num_positions, *x.shape[1:])
-        grid = grid.index_copy_(0, self.grid_index(), x)
-        return grid.reshape(len(self.layout.lengths), self.num_positions, *x.shape[1:])
+        num_sequences = len(self.layout.lengths)
+        size = num_sequences * self.num_positions
+        if self.layout.total == size:
+            grid = x
+        elif x.requires_grad:  # backward this is a plain gather
+            grid = x.new_full((size, *x.shape[1:]), value).index_copy(0, self.grid_index, x)
+        else:  # half the time, but backward all dropped positions would add to one row
+            grid = torch.cat([x, x.new_full((1, *x.shape[1:]), value)]).index_select(0, self.row_at_position)
+        return grid.unflatten(0, (num_sequences, self.num_positions))
 
     def from_grid(self, grid: Tensor) -> Tensor:
         """[S, N, ...] -> [T, ...], the values at the positions of the tokens."""
-        return grid.flatten(0, 1).index_select(0, self.grid_index())
+        return grid.flatten(0, 1).index_select(0, self.grid_index)
 
+    @cached_property
     def grid_index(self) -> Tensor:
         """[T] int64, the place of a token in the original dense layout, counted over S * N."""
         return self.layout.sequence * self.num_positions + self.position
+
+    @cached_property
+    def row_at_position(self) -> Tensor:
+        """[S * N] int64, the row of x that holds the token of a place in the original dense layout; T where it was
+        dropped.
+        """
+        rows = self.grid_index.new_full((len(self.layout.lengths) * self.num_positions,), self.layout.total)
+        return rows.index_copy(0, self.grid_index, torch.arange(self.layout.total, device=rows.device))
 
 
 @dataclass
