@@ -1,7 +1,7 @@
 """ATS in a timm model, step by step: patch it, see what it keeps and saves, draw it, take it out again.
 
     python examples/plug_into_timm.py       # random weights, scikit-learn's two photographs
-    python examples/plug_into_timm.py --model deit3_small_patch16_224 --checkpoint deit3_small.pth --image cat.jpg
+    python examples/plug_into_timm.py --checkpoint deit_tiny_patch16_224-a1311bcb.pth --image cat.jpg
 
 Nothing is fetched from a network. With random weights one sees how it works, not what a trained network looks at.
 """
@@ -31,7 +31,7 @@ from ats.visualize import draw_kept_tokens
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deit3_small_patch16_224", help="a timm model of docs/PLUGIN.md")
+    parser.add_argument("--model", default="deit_tiny_patch16_224", help="a timm model of docs/PLUGIN.md")
     parser.add_argument("--checkpoint", type=Path, help="its weights: timm's or the release's file; default: random")
     parser.add_argument("--image", type=Path, nargs="+", help="pictures; default: scikit-learn's two photographs")
     parser.add_argument("--blocks", type=int, nargs="+", default=list(range(3, 12)), help="the blocks that sample")
