@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import sys
+import threading
 
 import pytest
 import torch
@@ -385,6 +386,30 @@ def test_the_model_inside_a_classifier():
     ats.patch(model.vit, blocks=[1])
     with pytest.raises(UserError, match=r"its vit has ATS already; .* ats\.unpatch\(model\.vit\)"):
         ats.patch(model, blocks=[1])
+
+
+@torch.no_grad()
+def test_averaging_what_is_left_is_of_the_call():
+    """A DINOv2 classifier fills in dropped patches for its own average alone: a thread that runs the model inside it at
+    that moment, and a call after one that failed, see zeros.
+    """
+    model, x, seen = patched("dinov2 classifier"), images(), []
+    want = model(x).logits
+
+    def meanwhile(norm: nn.Module, args: tuple) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: seen.append(model.dinov2(x).last_hidden_state))
+            thread.start()
+            thread.join()
+
+    hook = model.dinov2.layernorm.register_forward_pre_hook(meanwhile)
+    assert torch.equal(model(x).logits, want)
+    hook.remove()
+    with pytest.raises(UserError):
+        model(x, output_attentions=True)
+    seen.append(model.dinov2(x).last_hidden_state)
+    assert len(seen) == 2
+    assert all((features == 0).all(dim=-1).any(dim=1).all() for features in seen)
 
 
 class Mine(transformers.ViTModel):

@@ -19,17 +19,12 @@ from ats.tokens import KeptTokens
 
 @dataclass
 class State:
-    """What a patched model knows beyond its host: settings (those of `ats.patch`), and the trace if it is wanted.
-
-    Attributes:
-        embedding_costs: see `timm_cost.py`. fill_dropped: see `transformers_blocks.FinalNorm`.
-    """
+    """What a patched model knows beyond its host: settings (those of `ats.patch`), and the trace if it is wanted."""
 
     settings: dict = field(default_factory=dict)
     trace: bool = False
     last: list[KeptTokens] | None = None
-    embedding_costs: dict = field(default_factory=dict)
-    fill_dropped: bool = False
+    embedding_costs: dict = field(default_factory=dict)  # see timm_cost.py
 
 
 class Patched:

@@ -12,6 +12,7 @@ losses and outputs are the host's own code. What the versions change in a host l
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -39,6 +40,8 @@ MLPS = (
 )
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NO_DROP_PATH = nn.Identity()
+# Whether FinalNorm is to fill in dropped patches: of a call, not of a model, which may run in several threads.
+FILL_DROPPED: ContextVar[bool] = ContextVar("FILL_DROPPED", default=False)
 
 
 @dataclass
@@ -165,7 +168,7 @@ class FinalNorm(nn.LayerNorm):
     ats_state: State
 
     def forward(self, tokens: Tensor | TracedTokens) -> Tensor:
-        """The normalised tokens. With `ats_state.fill_dropped` a dropped patch is the mean of the image's patches that
+        """The normalised tokens. With FILL_DROPPED a dropped patch is the mean of the image's patches that
         are left, so the mean over all of them is the mean over those.
         """
         if not isinstance(tokens, TracedTokens):
@@ -173,7 +176,7 @@ class FinalNorm(nn.LayerNorm):
         if self.ats_state.trace:
             self.ats_state.last = list(tokens.trace)
         x = tokens.to_grid(super().forward(tokens.x))
-        if not self.ats_state.fill_dropped:
+        if not FILL_DROPPED.get():
             return x
         present = tokens.to_grid(tokens.x.new_ones(tokens.layout.total, 1, dtype=torch.bool))
         num_prefix = tokens.num_prefix_tokens

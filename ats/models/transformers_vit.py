@@ -27,7 +27,7 @@ from ats.models import transformers_blocks
 from ats.models.ats_block import ATSBlock
 from ats.models.cost import blocks_multiply_adds, conv_multiply_adds, linear_multiply_adds
 from ats.models.host import Patched, State, with_sampler
-from ats.models.transformers_blocks import BLOCKS, FinalNorm, by_timms_names, refusal_of_block
+from ats.models.transformers_blocks import BLOCKS, FILL_DROPPED, FinalNorm, by_timms_names, refusal_of_block
 from ats.sampling import BlockSampler
 from ats.tokens import KeptTokens, RaggedTokens
 
@@ -56,11 +56,11 @@ def over_kept_patches(forward: Callable) -> Callable:
 
     @wraps(forward)
     def wrapped(self: nn.Module, *args: object, **kwargs: object) -> object:
-        self.ats_state.fill_dropped = True
+        before = FILL_DROPPED.set(True)
         try:
             return forward(self, *args, **kwargs)
         finally:
-            self.ats_state.fill_dropped = False
+            FILL_DROPPED.reset(before)
 
     return wrapped
 
