@@ -34,6 +34,16 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn", "matplotlib"],
-        "dev": ["scikit-learn", "matplotlib", "scipy", "pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "hf": ["transformers>=5.23"],
+        "dev": [
+            "transformers>=5.23",
+            "scikit-learn",
+            "matplotlib",
+            "scipy",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+        ],
     },
 )

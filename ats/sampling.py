@@ -269,6 +269,12 @@ def plan_samplers(
             raise UserError(
                 f"ATS.NUM_TOKENS {k} (block {block}): give a ratio in (0, 1] or a whole number of tokens from 2."
             )
+        if 1 < k < lowest:
+            why = "ATS.MIN_TOKENS" if lowest == min_tokens else f"{num_prefix_tokens} prefix tokens and two more"
+            raise UserError(
+                f"ATS.NUM_TOKENS {k} (block {block}): the least is {lowest} ({why}); give {lowest} or more, or a ratio "
+                "in (0, 1]."
+            )
         samplers[block] = BlockSampler(
             block=block,
             num_tokens=k,
