@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["ats", "ats.*"]),
+    package_data={"ats.visualize": ["report.html"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -34,6 +35,6 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn", "matplotlib"],
-        "dev": ["scikit-learn", "matplotlib", "scipy", "pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "dev": ["scikit-learn", "matplotlib", "scipy", "pytest", "pytest-xdist", "hypothesis", "playwright", "ruff"],
     },
 )

@@ -136,6 +136,30 @@ def test_points_are_drawn_where_they_are():
         assert not kept[0, 0]  # between the discs there is nothing
 
 
+def test_blocks_without_scores_are_grey():
+    """What drops tokens by other means than scores has a picture of what is kept, and none of scores."""
+
+    class Other:
+        """A sampler that is no BlockSampler."""
+
+        def __init__(self, sampler: BlockSampler) -> None:
+            self.sampler = sampler
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.__dict__["sampler"], name)
+
+        def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
+            return self.sampler(*args, **kwargs)
+
+    model = small_vit(num_tokens=20)
+    want = look(model, IMAGES)[2]
+    model.blocks[2].sampler = Other(model.blocks[2].sampler)
+    views = look(model, IMAGES)[2]
+    assert all(torch.equal(a.kept, b.kept) for a, b in zip(views, want, strict=True))
+    assert [bool(view.scores.isnan().all()) for view in views] == [False, True, False]
+    assert (heat(views[1].scores[0], (1, 32, 32)) == GONE).all()
+
+
 def test_unknown_networks_are_refused_by_name():
     class Mine(nn.Module):
         pass

@@ -138,6 +138,7 @@ def animate_view(path: Path, view: SampleView) -> Path:
 def report(cfg: CfgNode, networks: Networks, path: Path, *, config: str, names: Sequence[str]) -> None:
     """Write the page about the validation data."""
     from ats.datasets import build_loader
+    from ats.engine.device import explain_lost_worker
     from ats.engine.evaluate import describe_model, versions
     from ats.visualize.report import write_report
 
@@ -151,7 +152,8 @@ def report(cfg: CfgNode, networks: Networks, path: Path, *, config: str, names: 
         f"Data: {cfg.DATA.PATH_TO_DATA_DIR}, {len(loader.dataset)} samples.",
         ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
-    print(write_report(path, networks, loader, title=Path(config).stem, names=names, details=details))
+    with explain_lost_worker():
+        print(write_report(path, networks, loader, title=Path(config).stem, names=names, details=details))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,7 +41,7 @@ class BlockView(NamedTuple):
         num_tokens: how many there would be with nothing dropped.
         kept: [B, T, h, w] bool, the cells of the picture that are still there.
         scores: [B, T, h', w'] float32, the significance of what it could choose from; sums to 1 over a sequence, and is
-            NaN where there was nothing any more.
+            NaN where there was nothing any more, and everywhere in a block that merges tokens instead of scoring them.
 
     Of one sample (`sample`) they have no axis B.
     """
@@ -83,34 +83,42 @@ def look(model: nn.Module, x: Tensor) -> tuple[Tensor, list[KeptTokens], list[Bl
     grids = token_grids(model, tuple(x.shape))
     with recorded_candidates(model) as seen, recorded_points(model) as points:
         logits, trace = model.forward_tokens(x)
-    return logits, trace, [_view(entry, seen[entry.block], grids[entry.block], len(x), points) for entry in trace]
+    return logits, trace, [_view(entry, seen.get(entry.block), grids[entry.block], len(x), points) for entry in trace]
 
 
 def _view(
-    entry: KeptTokens, candidates: Candidates, grids: Grids, batch_size: int, points: list[PointMap]
+    entry: KeptTokens, candidates: Candidates | None, grids: Grids, batch_size: int, points: list[PointMap]
 ) -> BlockView:
-    num_prefix, num_sequences = entry.num_prefix_tokens, len(entry.num_tokens)
+    num_sequences = len(entry.num_tokens)
     num_tokens, num_cells = (torch.Size(grid).numel() for grid in (grids.tokens, grids.cells))
     kept = torch.zeros(num_sequences, num_tokens, dtype=torch.bool)
     for row, patches in zip(kept, entry.patches, strict=True):
         row[patches.cpu()] = True
 
-    valid, position = candidates.valid.cpu(), candidates.position.cpu() - num_prefix
-    weight = usable(candidates.scores, candidates.valid).float()
-    weight = (weight / weight.sum(dim=1, keepdim=True)).cpu()
-    scores = torch.full((len(weight), num_cells), torch.nan)
-    sequence = torch.arange(len(weight))[:, None].expand_as(position)
-    scores[sequence[valid], position[valid]] = weight[valid]
-    # With ATS.SHARE_FRAMES the frames of a clip are scored as one.
-    scores = scores.repeat_interleave(num_sequences // len(scores), dim=0)
+    scores = torch.full((num_sequences, num_cells), torch.nan)
+    if candidates is not None:
+        shares = _shares(candidates, entry.num_prefix_tokens, num_cells)
+        # With ATS.SHARE_FRAMES the frames of a clip are scored as one.
+        scores = shares.repeat_interleave(num_sequences // len(shares), dim=0)
 
     if points:
         kept, scores = points[-1].draw(kept, False), points[-1].draw(scores, torch.nan)
     else:
         kept, scores = _on_grid(kept, grids.tokens, grids), _on_grid(scores, grids.cells, grids)
         kept, scores = (t.reshape(batch_size, -1, *t.shape[-2:]) for t in (kept, scores))
-    num_kept = (entry.num_tokens.cpu() - num_prefix).reshape(batch_size, -1).sum(dim=1)
+    num_kept = (entry.num_tokens.cpu() - entry.num_prefix_tokens).reshape(batch_size, -1).sum(dim=1)
     return BlockView(entry.block, num_kept, num_tokens * num_sequences // batch_size, kept, scores)
+
+
+def _shares(candidates: Candidates, num_prefix_tokens: int, num_cells: int) -> Tensor:
+    """[S, n] each cell's share of its sequence's significance, NaN where there was nothing to score."""
+    valid, position = candidates.valid.cpu(), candidates.position.cpu() - num_prefix_tokens
+    weight = usable(candidates.scores, candidates.valid).float()
+    weight = (weight / weight.sum(dim=1, keepdim=True)).cpu()
+    shares = torch.full((len(weight), num_cells), torch.nan)
+    sequence = torch.arange(len(weight))[:, None].expand_as(position)
+    shares[sequence[valid], position[valid]] = weight[valid]
+    return shares
 
 
 def _on_grid(values: Tensor, grid: Grid, grids: Grids) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ats.datasets import Sample
+from ats.datasets import Loader, Sample
 from ats.errors import UserError
 from ats.flops import gflops
 from ats.visualize.compare import Guess, Networks, SampleView, class_label, guesses
@@ -47,11 +47,7 @@ class Row(NamedTuple):
 
 @torch.inference_mode()
 def run(networks: Networks, loader: Iterable[Sample]) -> tuple[list[Row], float]:
-    """A row for every sample of `loader`, by index, and the GFLOPs of the dense network.
-
-    Raises:
-        UserError: the loader is empty.
-    """
+    """A row for every sample of `loader`, by index, and the GFLOPs of the dense network."""
     rows, dense_gflops = [], 0.0
     for batch in tqdm(loader, desc="report", unit="batch", leave=False, disable=None):
         x = batch.x.to(networks.device)
@@ -71,15 +67,13 @@ def run(networks: Networks, loader: Iterable[Sample]) -> tuple[list[Row], float]
                 strict=True,
             )
         ]
-    if not rows:
-        raise UserError("There is nothing to report: the data set is empty.")
     return sorted(rows), dense_gflops
 
 
 def write_report(
     path: str | Path,
     networks: Networks,
-    loader: Iterable[Sample],
+    loader: Loader,
     *,
     title: str,
     names: Sequence[str] = (),
@@ -91,13 +85,18 @@ def write_report(
         path: of the HTML file.
         loader: with its data set as `loader.dataset`, from which the samples that are shown are read again.
         title: heading. names: of the classes. details: lines for the foot of the page.
+
+    Raises:
+        UserError: the data set is empty, or it is not known where the tokens of such a network lie.
     """
+    if not len(loader.dataset):
+        raise UserError("There is nothing to report: the data set is empty.")
+    blocks = networks.compare(loader.dataset[0].x[None])[0].blocks
     rows, dense_gflops = run(networks, loader)
     groups = []
     for heading, note, chosen in choose(rows):
         cards = [_card(networks, loader.dataset, row, names) for row in chosen]
         groups.append({"heading": heading, "note": note, "cards": cards})
-    blocks = networks.compare(loader.dataset[rows[0].index].x[None])[0].blocks
     content = {
         "title": title,
         "details": list(details),
@@ -138,7 +137,7 @@ def choose(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
         ("Most costly", "The samples with the most GFLOPs, the most first.", by_cost[::-1][:num_shown]),
         (
             "Where ATS changes the class",
-            f"{len(changed)} of {len(rows)}: {lost} were right and are not any more, {won} the other way round. "
+            f"{len(changed):,} of {len(rows):,}: {lost} were right and are not any more, {won} the other way round. "
             "The surest come first.",
             changed[:NUM_SHOWN],
         ),
@@ -199,7 +198,7 @@ def _card(networks: Networks, dataset: Dataset[Sample], row: Row, names: Sequenc
         "gflops": row.gflops,
         "size": list(view.picture.shape[1:]),
         "picture": _data_url(view),
-        "numKept": row.num_kept,
+        "numKept": [int(block.num_kept) for block in view.blocks],
         "kept": [_pack_kept(block.kept) for block in view.blocks],
         "scores": [_pack_scores(block.scores) for block in view.blocks],
     }
