@@ -254,6 +254,14 @@ def test_clips_have_a_second_slider(browser, clip_report):
     page.close()
 
 
+def test_fits_a_phone(browser, clip_report):
+    """Nothing is wider than the window."""
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(clip_report[0].as_uri())
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+    page.close()
+
+
 def test_dark_scheme(browser, report):
     """What fades a patch has the page's colour."""
     dark = browser.new_page(color_scheme="dark")

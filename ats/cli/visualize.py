@@ -10,7 +10,7 @@ what each block keeps of the least and most costly samples, histograms of tokens
 
 Weights come from TEST.CHECKPOINT_FILE_PATH, for example:
 
-    python tools/visualize.py --cfg configs/Digits/DeiT_ATS.yaml data/digits/val/7/0144_00.png -o output/look
+    python tools/visualize.py --cfg configs/Digits/DeiT_ATS.yaml data/digits/val/7/0017_00.png -o output/look
     python tools/visualize.py --cfg configs/Digits/DeiT_ATS.yaml --report output/digits.html
 """
 
