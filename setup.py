@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["ats", "ats.*"]),
+    package_data={"ats.visualize": ["report.html"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -43,6 +44,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "playwright",
             "ruff",
         ],
     },

@@ -76,6 +76,13 @@ def image_mean_std(cfg: CfgNode) -> tuple[Sequence[float], Sequence[float]]:
     return cfg.DATA.MEAN or IMAGENET_DEFAULT_MEAN, cfg.DATA.STD or IMAGENET_DEFAULT_STD
 
 
+def mean_std(cfg: CfgNode) -> tuple[Sequence[float], Sequence[float]]:
+    """Those of the evaluation's samples, be they images or clips."""
+    if len(input_shape(cfg)) == 3:
+        return image_mean_std(cfg)
+    return cfg.DATA.MEAN or CLIP_MEAN, cfg.DATA.STD or CLIP_STD
+
+
 def build_transform(cfg: CfgNode, split: Split) -> Transform:
     """The image transform of a split."""
     data, aug = cfg.DATA, cfg.AUG

@@ -1,0 +1,1 @@
+"""The command lines of the package, a module each with `main(argv)`; the files in `tools/` call them."""
