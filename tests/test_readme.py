@@ -25,7 +25,7 @@ def test_python_blocks_run(code):
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "run_net.py" in line])
 def test_commands_parse(line):
     """Every key and value of a command in the README is accepted."""
-    from run_net import make_parser, parse_overrides
+    from ats.cli.run_net import make_parser, parse_overrides
 
     words = shlex.split(line.replace("<dir>", "/data"))
     assert words[0] == "python"
