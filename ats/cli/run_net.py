@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 # Only what --help and config errors need; PyTorch is imported once the config is known to be right.
@@ -22,17 +22,20 @@ from ats.engine.logging import ROOT, process_prefix, setup_logging
 from ats.errors import Stopped, UserError, suggest
 
 EXAMPLE = "python tools/run_net.py --cfg configs/Digits/DeiT.yaml DATA.PATH_TO_DATA_DIR data/digits TRAIN.ENABLE True"
+OPTIONS = ("--cfg", "--opts", "--print-config", "--force", "--debug", "--help")
 SLOWFAST_OPTIONS = ("--init_method", "--shard_id", "--num_shards")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises a UserError where argparse would end the process."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options; whatever else stands on the command line is an override."""
-    parser = _Parser(
+    parser = Parser(
         prog="run_net.py",
         description=as_typed(__doc__),
         epilog=f"configuration keys:\n\n{describe()}",
@@ -54,8 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_overrides(words: list[str]) -> list[str]:
-    """`KEY VALUE` and `KEY=VALUE`, mixed, as [KEY, VALUE, KEY, VALUE, ...].
+def parse_overrides(words: list[str], *, options: Sequence[str] = OPTIONS) -> list[str]:
+    """`KEY VALUE` and `KEY=VALUE`, mixed, as [KEY, VALUE, KEY, VALUE, ...]; `options` are suggested for an unknown one.
 
     Raises:
         UserError: an unknown option, or a key without a value.
@@ -64,7 +67,6 @@ def parse_overrides(words: list[str]) -> list[str]:
     rest = iter(words)
     for word in rest:
         if word.startswith("-"):
-            options = ["--cfg", "--opts", "--print-config", "--force", "--debug", "--help"]
             raise UserError(f"Unknown option {word}.{suggest(word, options)} Keys are given without dashes: KEY VALUE.")
         key, equals, value = word.partition("=")
         if not equals:
