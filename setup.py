@@ -45,6 +45,15 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn", "matplotlib"],
-        "dev": ["scikit-learn", "matplotlib", "scipy", "pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "dev": [
+            "scikit-learn",
+            "matplotlib",
+            "scipy",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "setuptools>=70.1",
+        ],
     },
 )
