@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import benchmark as tool
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from ats.benchmark import report, suites
 from ats.benchmark.counts import PAPER_BLOCKS, PAPER_MEAN, PAPER_STD, imposed_counts
 from ats.benchmark.parts import PARTS, part_seconds
 from ats.benchmark.timing import Measured, Settings, measure
+from ats.cli import benchmark as tool
 from ats.config import get_cfg
 from ats.models import build_model
 
