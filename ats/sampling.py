@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from ats.errors import UserError, suggest
 
 RULES = ("official", "paper")
 SCORES = ("cls_attention_value_norm", "cls_attention", "mean_attention")
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def significance_score(attention: Tensor, value_norm: Tensor | None) -> Tensor:
@@ -143,6 +145,12 @@ def inverse_transform(candidates: Candidates, num_points: int, options: BlockSam
     CDF where nothing was dropped yet, so that it is not kept; points evenly from the smallest non-zero CDF value to 1.
     "paper" is the text: no sorting, no subtraction, points (2i + 1) / 2K.
     """
+    if candidates.scores.is_cuda and options.rule == "official" and _HAS_TRITON and not torch.compiler.is_compiling():
+        from ats.triton_sampling import try_official_rule
+
+        keep = try_official_rule(candidates.scores, candidates.valid, candidates.fills_slots, num_points)
+        if keep is not None:
+            return keep
     valid, scores = candidates.valid, usable(candidates.scores, candidates.valid)
     if options.rule == "paper":
         cdf = scores.cumsum(dim=1)

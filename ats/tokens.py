@@ -157,7 +157,7 @@ class RaggedTokens:
         """
         if self.layout.kind == "packed":
             layout = Layout.from_lengths(mask.sum(dim=1))
-            index = torch.nonzero(self.layout.unpad(mask)).squeeze(1)
+            index = torch.nonzero_static(self.layout.unpad(mask), size=layout.total).squeeze(1)  # no second wait
             position = self.position[index]
         else:
             lengths = mask.sum(dim=1)
