@@ -63,7 +63,7 @@ class ImposedCounts:
         """See `ats.sampling.Sampler`."""
         inverse_transform(candidates, num_points, options)  # paid for; its choice is not used
         share = self.share_kept(options.block).repeat_interleave(len(candidates.scores) // len(self.z))
-        wanted = (share * candidates.num_positions).round()
+        wanted = (share * candidates.num_positions).round().clamp(max=num_points)
         scores = candidates.scores.masked_fill(~candidates.valid, -1)
         order = scores.sort(dim=1, descending=True, stable=True).indices
         chosen = torch.arange(scores.shape[1], device=scores.device) < wanted[:, None]
