@@ -49,8 +49,10 @@ class Layout:
     @classmethod
     def from_lengths(cls, lengths: Tensor) -> Layout:
         """The packed layout of sequences with these lengths [S]. On a GPU this waits for the numbers, once."""
-        total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
-        return cls(lengths, total=total, longest=longest)
+        sizes = lengths.tolist()
+        layout = cls(lengths, total=sum(sizes), longest=max(sizes))
+        layout.sizes = sizes
+        return layout
 
     @cached_property
     def start(self) -> Tensor:
@@ -157,8 +159,8 @@ class RaggedTokens:
         """
         if self.layout.kind == "packed":
             layout = Layout.from_lengths(mask.sum(dim=1))
-            index = torch.nonzero_static(self.layout.unpad(mask), size=layout.total).squeeze(1)  # no second wait
-            position = self.position[index]
+            index = self.layout.unpad(mask).nonzero_static(size=layout.total).squeeze(1)  # on a GPU no second wait
+            position = self.position.index_select(0, index)
         else:
             lengths = mask.sum(dim=1)
             longest = slots if self.layout.kind == "static" else int(lengths.max())

@@ -15,7 +15,7 @@ from ats.sampling import SAMPLERS, BlockSampler, Candidates, plan_samplers
 def candidates(rows: list[list[float]], *, fills_slots: bool = True, pad: int = 0) -> Candidates:
     """Score rows of different lengths as padded candidates."""
     longest = max(map(len, rows)) + pad
-    scores = torch.full((len(rows), longest), torch.nan, dtype=torch.float64)  # padding must never be looked at
+    scores = torch.zeros(len(rows), longest, dtype=torch.float64)
     valid = torch.zeros(len(rows), longest, dtype=torch.bool)
     for i, row in enumerate(rows):
         scores[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
