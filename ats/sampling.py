@@ -120,6 +120,13 @@ def share_scores(candidates: Candidates, group: int) -> Candidates:
     )
 
 
+def kernels_may_run(x: Tensor) -> bool:
+    """Whether Triton's kernels may take the place of plain operations on tensors like `x`: on a GPU, if Triton is
+    installed, and not while a tracer wants to see PyTorch's own operations.
+    """
+    return x.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling()
+
+
 # A sampler: (candidates, number of sample points, options of the block) -> [S, M] bool, True where kept.
 Sampler = Callable[[Candidates, int, "BlockSampler"], Tensor]
 SAMPLERS: dict[str, Sampler] = {}
@@ -143,7 +150,7 @@ def inverse_transform(candidates: Candidates, num_points: int, options: BlockSam
     CDF where nothing was dropped yet, so that it is not kept; points evenly from the smallest non-zero CDF value to 1.
     "paper" is the text: no sorting, no subtraction, points (2i + 1) / 2K.
     """
-    if candidates.scores.is_cuda and options.rule == "official" and _HAS_TRITON and not torch.compiler.is_compiling():
+    if options.rule == "official" and kernels_may_run(candidates.scores):
         from ats.triton_sampling import try_official_rule
 
         keep = try_official_rule(candidates.scores, candidates.valid, candidates.fills_slots, num_points)

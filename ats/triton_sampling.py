@@ -40,12 +40,14 @@ def official_rule(scores: Tensor, valid: Tensor, fills_slots: Tensor, num_points
     num_sequences, num_candidates = scores.shape
     keep = torch.empty_like(valid, memory_format=torch.contiguous_format)
     block = triton.next_power_of_2(num_candidates)
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
     _official_rule[(num_sequences,)](
-        scores.contiguous(),
+        scores,
         valid,
         fills_slots,
         keep,
         num_candidates,
+        scores.stride(0),
         valid.stride(0),
         valid.stride(1),
         num_points,
@@ -74,9 +76,18 @@ def try_official_rule(scores: Tensor, valid: Tensor, fills_slots: Tensor, num_po
 
 
 # Numbers that change from batch to batch are plain arguments, not reasons to build the kernel anew.
-@triton.jit(do_not_specialize=["num_candidates", "valid_row", "num_points"])
+@triton.jit(do_not_specialize=["num_candidates", "score_row", "valid_row", "num_points"])
 def _official_rule(
-    scores, valid, fills_slots, keep, num_candidates, valid_row, valid_column, num_points, BLOCK: tl.constexpr
+    scores,
+    valid,
+    fills_slots,
+    keep,
+    num_candidates,
+    score_row,
+    valid_row,
+    valid_column,
+    num_points,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
@@ -85,7 +96,7 @@ def _official_rule(
     length = tl.sum(is_valid.to(tl.int32), axis=0)
 
     # `usable`: a sequence whose scores are not finite or have no mass counts all its tokens the same.
-    score = tl.where(is_valid, tl.load(scores + row * num_candidates + index, mask=there, other=0.0), 0.0)
+    score = tl.where(is_valid, tl.load(scores + row * score_row + index, mask=there, other=0.0), 0.0)
     total = tl.sum(score, axis=0)
     score = tl.where((total > 0) & (total < float("inf")), score, 1.0)  # false of NaN
 

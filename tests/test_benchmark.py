@@ -261,7 +261,8 @@ def test_half_precision_has_its_weights_in_it():
 
 
 def test_sampler_alone():
-    """A row per size; only the plain version runs on a CPU, so the two times are of the same thing."""
+    """A row per size; on a CPU there is the plain version alone."""
     rows = sampler_rows((16, 64), num_sequences=2, device=torch.device("cpu"), rounds=2)
     assert [row["patches"] for row in rows] == [16, 64]
-    assert all(row[key] > 0 for row in rows for key in ("sampling ms", "plain ms", "packing ms"))
+    assert all(row[key] > 0 for row in rows for key in ("sampling ms", "packing ms"))
+    assert "plain ms" not in rows[0]

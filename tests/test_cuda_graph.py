@@ -17,22 +17,27 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 
-from ats import cuda_graph, triton_sampling
+from ats import cuda_graph, triton_sampling, triton_scores
 from ats.errors import UserError
 from ats.tokens import Layout
 
 SAMPLED = (40, 25, 12)  # tokens kept, as if a GPU had said so
 
 
-@pytest.fixture
-def fake_gpu(monkeypatch):
-    """A mode in which tensors can be on a GPU that is not there. The sampling kernel is left out: it only launches."""
+@pytest.fixture(params=[True, False], ids=["kernels", "plain"])
+def fake_gpu(monkeypatch, request):
+    """A mode in which tensors can be on a GPU that is not there. The kernels are left out: they only launch."""
 
     def launch(scores, valid, *_):
         assert scores.is_cuda
-        return torch.empty_like(valid)
+        return torch.empty_like(valid) if request.param else None
+
+    def launch_scores(q, k, v, *, start, lengths, longest, scale):
+        assert k.is_cuda
+        return torch.empty(len(lengths), longest, device=k.device) if request.param else None
 
     monkeypatch.setattr(triton_sampling, "try_official_rule", launch)
+    monkeypatch.setattr(triton_scores, "try_cls_scores", launch_scores)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         yield mode
 

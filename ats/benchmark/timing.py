@@ -179,10 +179,10 @@ def _measure_batch(
 ) -> list[Measured]:
     _draw(counts, x, seed=0)
     runs = {name: _pass_of(name, model, x, settings) for name, model in models.items()}
-    seconds = _time_in_turn(runs, x, settings, counts)
+    seconds, seeds = _time_in_turn(runs, x, settings, counts)
     rows = []
     for name, model in models.items():
-        row = _describe(name, model, x, counts, len(seconds[name]))
+        row = _describe(name, model, x, counts, seeds)
         row.seconds = seconds[name]
         row.ratios = [dense / own for dense, own in zip(seconds["dense"], row.seconds, strict=True)]
         _draw(counts, x, seed=0)
@@ -200,18 +200,23 @@ def _measure_batch(
 
 def _time_in_turn(
     runs: dict[str, Callable[[], None]], x: Tensor, settings: Settings, counts: ImposedCounts | None
-) -> dict[str, list[float]]:
-    """Seconds of every counted round by variant."""
+) -> tuple[dict[str, list[float]], range]:
+    """Seconds of every counted round by variant, and the rounds' seeds."""
     names, start = list(runs), time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    warmup = NUM_WARMUP
     for index in tqdm(range(settings.rounds + NUM_WARMUP), desc=f"batch {len(x)}", leave=False, disable=None):
-        if index >= NUM_WARMUP + MIN_ROUNDS and time.perf_counter() - start > settings.max_seconds:
+        spent = time.perf_counter() - start
+        if index == 1 and spent > settings.max_seconds / 4:
+            warmup = 1  # passes this long are warm after one
+        if index >= warmup + MIN_ROUNDS and (spent > settings.max_seconds or index == settings.rounds + warmup):
             break
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
             _draw(counts, x, seed=index)
             seconds[name].append(pass_seconds(runs[name], x.device))
-    return {name: own[NUM_WARMUP:] for name, own in seconds.items()}
+    num_rounds = len(seconds[names[0]])
+    return {name: own[warmup:] for name, own in seconds.items()}, range(warmup, num_rounds)
 
 
 def _draw(counts: ImposedCounts | None, x: Tensor, *, seed: int) -> None:
@@ -219,17 +224,17 @@ def _draw(counts: ImposedCounts | None, x: Tensor, *, seed: int) -> None:
         counts.draw(len(x), seed=seed, device=x.device)
 
 
-def _describe(name: str, model: nn.Module, x: Tensor, counts: ImposedCounts | None, rounds: int) -> Measured:
+def _describe(name: str, model: nn.Module, x: Tensor, counts: ImposedCounts | None, seeds: range) -> Measured:
     """Parameters, GFLOPs and token counts: of every round's draw where the counts are imposed and few images make
     draws differ.
     """
     row = Measured(name, len(x), sum(parameter.numel() for parameter in model.parameters()) / 1e6)
-    differ = counts is not None and len(x) < 8 and not name.startswith("dense")
-    seeds = [NUM_WARMUP + index for index in range(rounds if differ else 1)]
-    for seed in seeds:
+    is_dense = name.startswith("dense")
+    differ = counts is not None and len(x) < 8 and not is_dense
+    for seed in seeds if differ else seeds[:1]:
         _draw(counts, x, seed=seed)
         with torch.inference_mode():
-            trace = model.forward_tokens(x)[1]
+            trace = [] if is_dense else model.forward_tokens(x)[1]
         cost = gflops(model, trace, x.shape)
         row.gflops += cost.as_run.tolist()
         row.gflops_paper += cost.paper.tolist()
@@ -237,7 +242,7 @@ def _describe(name: str, model: nn.Module, x: Tensor, counts: ImposedCounts | No
         row.flop_ratios.append(cost.dense / cost.as_run.mean().item())
         for entry in trace:
             row.tokens.setdefault(entry.block, []).extend(entry.num_tokens.tolist())
-    row.flop_ratios *= rounds // len(seeds)
+    row.flop_ratios *= len(seeds) // len(row.flop_ratios)
     return row
 
 
