@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from ats.errors import UserError, suggest
 
 RULES = ("official", "paper")
 SCORES = ("cls_attention_value_norm", "cls_attention", "mean_attention")
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def significance_score(attention: Tensor, value_norm: Tensor | None) -> Tensor:
@@ -118,6 +120,13 @@ def share_scores(candidates: Candidates, group: int) -> Candidates:
     )
 
 
+def kernels_may_run(x: Tensor) -> bool:
+    """Whether Triton's kernels may take the place of plain operations on tensors like `x`: on a GPU, if Triton is
+    installed, and not while a tracer wants to see PyTorch's own operations.
+    """
+    return x.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling()
+
+
 # A sampler: (candidates, number of sample points, options of the block) -> [S, M] bool, True where kept.
 Sampler = Callable[[Candidates, int, "BlockSampler"], Tensor]
 SAMPLERS: dict[str, Sampler] = {}
@@ -141,6 +150,12 @@ def inverse_transform(candidates: Candidates, num_points: int, options: BlockSam
     CDF where nothing was dropped yet, so that it is not kept; points evenly from the smallest non-zero CDF value to 1.
     "paper" is the text: no sorting, no subtraction, points (2i + 1) / 2K.
     """
+    if options.rule == "official" and kernels_may_run(candidates.scores):
+        from ats.triton_sampling import try_official_rule
+
+        keep = try_official_rule(candidates.scores, candidates.valid, candidates.fills_slots, num_points)
+        if keep is not None:
+            return keep
     valid, scores = candidates.valid, usable(candidates.scores, candidates.valid)
     if options.rule == "paper":
         cdf = scores.cumsum(dim=1)

@@ -159,7 +159,7 @@ class RaggedTokens:
         """
         if self.layout.kind == "packed":
             layout = Layout.from_lengths(mask.sum(dim=1))
-            index = self.layout.unpad(mask).nonzero().squeeze(1)
+            index = self.layout.unpad(mask).nonzero_static(size=layout.total).squeeze(1)  # on a GPU no second wait
             position = self.position.index_select(0, index)
         else:
             lengths = mask.sum(dim=1)

@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
-from ats.benchmark import report, suites
+from ats.benchmark import report, suite_items, suites
 from ats.benchmark.counts import PAPER_BLOCKS, PAPER_MEAN, PAPER_STD, imposed_counts
 from ats.benchmark.parts import PARTS, part_seconds
-from ats.benchmark.timing import Measured, Settings, measure
+from ats.benchmark.sampler import sampler_rows
+from ats.benchmark.timing import Measured, Settings, build_variant, measure
 from ats.cli import benchmark as tool
-from ats.config import get_cfg
+from ats.config import get_cfg, load_config
+from ats.errors import UserError
 from ats.models import build_model
 
 TINY = ["VIT.EMBED_DIM", 32, "VIT.NUM_HEADS", 2, "VIT.MLP_RATIO", 2, "MODEL.NUM_CLASSES", 5, "ATS.ENABLE", True]
@@ -42,6 +44,20 @@ def test_imposed_counts_have_the_profiles_mean_and_spread():
     torch.testing.assert_close(kept.std(dim=1), torch.tensor(PAPER_STD, dtype=torch.float64), atol=1.5, rtol=0)
     assert (torch.corrcoef(kept) > 0.99).all()
     assert all(torch.equal(a.position, b.position) for a, b in zip(before, after, strict=True))
+
+
+def test_imposed_counts_scale_and_stay_within_the_budget():
+    """Half the profile's tokens where asked for; never more than K."""
+    x = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    for overrides, scale, want in ((), 0.5, 0.5 * PAPER_MEAN[0]), (("ATS.NUM_TOKENS", 50), 1.0, 50):
+        model = build_model(tiny("ATS.BLOCKS", [3], *overrides)).eval()
+        with torch.inference_mode(), imposed_counts([model], scale=scale) as counts:
+            counts.draw(len(x), seed=1, device=x.device)
+            address = counts.z.data_ptr()
+            counts.draw(len(x), seed=2, device=x.device)
+            kept = model.forward_tokens(x)[1][0].num_tokens.double()
+        assert counts.z.data_ptr() == address  # where a CUDA graph goes on reading
+        assert kept.mean().item() == pytest.approx(want, abs=1.5)
 
 
 def test_imposed_counts_go_by_the_networks_depth():
@@ -130,8 +146,10 @@ def test_mistakes_get_one_message(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_suite_writes_its_section_and_keeps_the_rest(tmp_path):
-    """The quick suite runs every kind of measurement; text around its section stays, a second run replaces it."""
+def test_suite_writes_its_section_and_keeps_the_rest(tmp_path, capsys):
+    """The quick suite runs every kind of measurement and draws every plot; text around its section stays, a second run
+    replaces it.
+    """
     document = tmp_path / "BENCHMARKS.md"
     document.write_text("# Benchmarks\n\nWritten by hand.\n\n<!-- quick -->\nold\n<!-- /quick -->\n\nThe end.\n")
     suites.run_suite("quick", tool.read_batch, folder=tmp_path, document=document)
@@ -140,6 +158,112 @@ def test_suite_writes_its_section_and_keeps_the_rest(tmp_path):
     assert text.endswith("The end.\n")
     assert "old" not in text
     assert "Tiny ViT, training step" in text
-    assert len(json.loads((tmp_path / "quick.json").read_text())["measurements"]) == 3
+    assert " is the limit: " in text
+    results = json.loads((tmp_path / "quick.json").read_text())["measurements"]
+    assert len(results) == len(suite_items.quick())
+    assert not any(entry["errors"] for entry in results)
+    assert [(g["quantity"], g["batch"]) for g in results[0]["goals"]] == [
+        ("efficiency", 1), ("share of sampling", 1), ("efficiency", 2), ("share of sampling", 2),
+    ]  # fmt: skip
+    for family in ("batch", "image", "clip", "tokens", "sampler"):
+        assert (tmp_path / f"quick_{family}.png").stat().st_size > 5000
+        assert f"quick_{family}.png" in text
     report.replace_section(document, "another", "new")
     assert document.read_text().endswith("<!-- another -->\nnew\n<!-- /another -->\n")
+
+
+def test_a_failed_measurement_leaves_the_others(tmp_path, monkeypatch):
+    """One batch size does not fit and one table cannot be made: both are named, their tracebacks are in the JSON, the
+    rest is measured.
+    """
+    tiny_vit = ("VIT.EMBED_DIM", 32, "VIT.NUM_HEADS", 2)
+    item = suite_items.Measurement("Tiny", "ImageNet/DeiT_S.yaml", Settings(rounds=1, parts=False), (1, 2), tiny_vit)
+    broken = suite_items.Extra("Broken", "sampler", {"device": "cpu", "sizes": (0,), "num_sequences": 1})
+    monkeypatch.setitem(suites.SUITES, "quick", lambda: [broken, item])
+
+    def read(cfg, batch_size, side):
+        if batch_size == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tool.read_batch(cfg, batch_size, side)
+
+    with pytest.raises(UserError, match="Failed: Broken, sampler; Tiny, batch 1"):
+        suites.run_suite("quick", read, folder=tmp_path, document=tmp_path / "BENCHMARKS.md")
+    broken, tiny_entry = json.loads((tmp_path / "quick.json").read_text())["measurements"]
+    assert "Traceback" in broken["errors"]["sampler"]
+    assert "CUDA out of memory" in tiny_entry["errors"]["batch 1"]
+    assert [row["batch_size"] for row in tiny_entry["rows"]] == [2, 2]
+    assert "**Failed:** batch 1: torch.OutOfMemoryError" in (tmp_path / "BENCHMARKS.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_every_network_of_a_suite_can_be_built(name):
+    """Configs and overrides exist, variants are known, and dense networks are as large as those with ATS."""
+    seen = set()
+    for item in suites.SUITES[name]():
+        if isinstance(item, suite_items.Extra):
+            continue
+        key = str((item.cfg, item.overrides, item.settings.variants, item.settings.dense_keys))
+        if key in seen:
+            continue
+        seen.add(key)
+        cfg = load_config(f"configs/{item.cfg}", ["ATS.ENABLE", True, *item.overrides])
+        sizes = set()
+        for variant in ("dense", *item.settings.variants):
+            keys = item.settings.dense_keys if variant.startswith("dense") else ()
+            with torch.device("meta"):
+                model = build_variant(cfg, variant, torch.device("meta"), keys)
+            sizes.add(sum(parameter.numel() for parameter in model.parameters()))
+        assert max(sizes) < 1.01 * min(sizes), item.title  # timm's position embedding has the size of the images
+    assert len(seen) >= 8
+
+
+def test_goals_are_judged_by_what_was_measured():
+    """Bounds from below and above, for one batch size or all, and over the dense graph."""
+    goals = (
+        suite_items.Goal("ats", "efficiency", 0.85, batch_size=2),
+        suite_items.Goal("ats", "dense time / time", 1),
+        suite_items.Goal("ats", "share of sampling", 0.1, at_most=True),
+        suite_items.Goal("ats", "dense_graph time / time", 2),
+    )
+    item = suite_items.Measurement("x", "x", Settings(), (1, 2), goals=goals)
+    row = Measured("ats", 2, 1.0, seconds=[1.0], ratios=[2.0], flop_ratios=[2.5], parts={"scoring and sampling": 0.2})
+    graph = Measured("dense_graph", 2, 1.0, seconds=[1.5])
+    judged = suites._judge(item, row, [row, graph])
+    assert [(g["measured"], g["met"]) for g in judged] == [(0.8, False), (2.0, True), (0.2, False), (1.5, False)]
+    assert [g["goal"] for g in judged] == [">= 0.85", ">= 1", "<= 0.1", ">= 2"]
+    row.batch_size = 1
+    assert [g["quantity"] for g in suites._judge(item, row, [row, Measured("dense_graph", 1, 1.0, seconds=[1.0])])] == [
+        "dense time / time", "share of sampling", "dense_graph time / time",
+    ]  # fmt: skip
+
+
+def test_rounds_stop_when_the_time_is_up():
+    """At least three count, however little time there is."""
+    rows = measure(tiny("DEVICE", "cpu"), {1: torch.randn(1, 3, 224, 224)}, Settings(rounds=50, max_seconds=0))
+    assert [len(row.ratios) for row in rows] == [3, 3]
+    assert [len(row.efficiencies) for row in rows] == [3, 3]
+
+
+def test_half_precision_has_its_weights_in_it():
+    """Inference casts the network once, so that no pass pays for it; a graph needs a GPU and is not for training."""
+    cfg, x = tiny("DEVICE", "cpu"), {1: torch.randn(1, 3, 224, 224)}
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda _m, _a, out: seen.append(out))
+    try:
+        measure(cfg, x, Settings(dtype=torch.bfloat16, rounds=1, parts=False))
+    finally:
+        hook.remove()
+    assert {out.dtype for out in seen if isinstance(out, torch.Tensor)} == {torch.bfloat16}
+    with pytest.raises(UserError, match="are for inference"):
+        measure(cfg, x, Settings(("dense_graph",), train=True))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="PyTorch sees no GPU"):
+            measure(cfg, x, Settings(("dense_graph",)))
+
+
+def test_sampler_alone():
+    """A row per size; on a CPU there is the plain version alone."""
+    rows = sampler_rows((16, 64), num_sequences=2, device=torch.device("cpu"), rounds=2)
+    assert [row["patches"] for row in rows] == [16, 64]
+    assert all(row[key] > 0 for row in rows for key in ("sampling ms", "packing ms"))
+    assert "plain ms" not in rows[0]

@@ -33,10 +33,13 @@ class ImposedCounts:
 
     Attributes:
         z: [B], one per sample; `draw` fills it. The frames of a clip have the same.
+
+    Args:
+        depth: of the network. scale: of the shares kept, to see other budgets.
     """
 
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
+    def __init__(self, depth: int, scale: float = 1.0) -> None:
+        self.depth, self.scale = depth, scale
         self.z = torch.zeros(1, dtype=torch.float64)
 
     def draw(self, num_samples: int, *, seed: int, device: torch.device) -> None:
@@ -45,31 +48,35 @@ class ImposedCounts:
         quantiles = (torch.randperm(num_samples, generator=generator) + 0.5) / num_samples
         if num_samples == 1:
             quantiles = torch.rand(1, generator=generator) * 0.98 + 0.01
-        self.z = torch.special.ndtri(quantiles.double()).to(device)
+        z = torch.special.ndtri(quantiles.double()).to(device)
+        # In place where it fits: a CUDA graph goes on reading the memory it was captured with.
+        self.z = self.z.copy_(z) if (self.z.shape, self.z.device) == (z.shape, z.device) else z
 
     def share_kept(self, block: int) -> Tensor:
         """[B] share of the network's patches that block `block` keeps."""
         same_depth = int(block * PAPER_DEPTH / self.depth)
         index = min(max(same_depth - PAPER_BLOCKS[0], 0), len(PAPER_MEAN) - 1)
         count = PAPER_MEAN[index] + self.z * PAPER_STD[index]
-        return ((count - 1) / (PAPER_NUM_TOKENS - 1)).clamp(0.05, 1)
+        return (self.scale * (count - 1) / (PAPER_NUM_TOKENS - 1)).clamp(0.05, 1)
 
     def __call__(self, candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
         """See `ats.sampling.Sampler`."""
         inverse_transform(candidates, num_points, options)  # paid for; its choice is not used
         share = self.share_kept(options.block).repeat_interleave(len(candidates.scores) // len(self.z))
-        wanted = (share * candidates.num_positions).round()
+        wanted = (share * candidates.num_positions).round().clamp(max=num_points)
         rank = torch.arange(candidates.scores.shape[1], device=wanted.device)
         return (rank < wanted[:, None]) & candidates.valid  # which ones makes no difference to the time
 
 
 @contextmanager
-def imposed_counts(models: list[nn.Module]) -> Iterator[ImposedCounts]:
-    """Within it the ATS blocks of `models` that sample by inverse transform keep what the profile says."""
+def imposed_counts(models: list[nn.Module], *, scale: float = 1.0) -> Iterator[ImposedCounts]:
+    """Within it the ATS blocks of `models` that sample by inverse transform keep the profile's shares times `scale`."""
     blocks = [m for model in models for m in model.modules() if isinstance(getattr(m, "sampler", None), BlockSampler)]
     blocks = [block for block in blocks if block.sampler.sampler == "inverse_transform"]
     depth = 1 + max((block.sampler.block for block in blocks), default=0)  # CvT and PS-ViT sample to their last block
-    counts = ImposedCounts(max([len(model.blocks) for model in models if hasattr(model, "blocks")], default=depth))
+    counts = ImposedCounts(
+        max([len(model.blocks) for model in models if hasattr(model, "blocks")], default=depth), scale
+    )
     SAMPLERS["imposed"] = counts
     for block in blocks:
         block.sampler = replace(block.sampler, sampler="imposed")

@@ -1,4 +1,4 @@
-"""Benchmark results as a table, JSON and plots."""
+"""Benchmark results as tables and JSON."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+from ats.benchmark import plots
 from ats.benchmark.parts import PARTS
 from ats.benchmark.timing import Measured
 
@@ -58,6 +59,7 @@ def as_dict(row: Measured) -> dict:
         "peak_mb": row.peak_mb,
         "saved_for_backward_mb": row.saved_mb,
         "parts": row.parts,
+        "host_waits": row.host_waits,
     }
 
 
@@ -119,46 +121,19 @@ def parts_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
     return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True) if lines else ""
 
 
-def plot_efficiency(rows: list[Measured], path: Path, *, title: str) -> None:
-    """Speed-up of every variant over batch size, and what its FLOPs promise (dashed)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for index, name in enumerate(dict.fromkeys(row.variant for row in rows if row.variant != "dense")):
-        own = [row for row in rows if row.variant == name]
-        sizes, colour = [row.batch_size for row in own], f"C{index}"
-        spreads = [_spread(row.ratios) for row in own]
-        axes.plot(sizes, [row.flop_ratio for row in own], "--", color=colour, label=f"{name}: FLOPs")
-        axes.errorbar(
-            sizes,
-            [row.speedup for row in own],
-            yerr=[[s["p50"] - s["p5"] for s in spreads], [s["p95"] - s["p50"] for s in spreads]],
-            color=colour,
-            marker="o",
-            capsize=3,
-            label=f"{name}: seconds",
-        )
-    axes.axhline(1, color="0.6", linewidth=0.8)
-    axes.set(xlabel="batch size", ylabel="dense / variant", title=title, xscale="log")
-    axes.set_xticks(sorted({row.batch_size for row in rows}))
-    axes.get_xaxis().set_major_formatter("{x:.0f}")
-    axes.minorticks_off()
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def extra_table(table: Sequence[dict], *, tablefmt: str = "github") -> str:
+    """Rows of names and numbers as they are."""
+    return tabulate(table, headers="keys", tablefmt=tablefmt, floatfmt=".3g")
 
 
 def write(output: Path, rows: list[Measured], tables: str, *, command: Sequence[str], title: str) -> None:
     """results.json, table.md and speed.png in the folder `output`."""
     output.mkdir(parents=True, exist_ok=True)
-    about = {"machine": machine(), "command": " ".join(command), "rows": [as_dict(row) for row in rows]}
+    entry = {"title": title, "rows": [as_dict(row) for row in rows]}
+    about = {"machine": machine(), "command": " ".join(command), "rows": entry["rows"]}
     (output / "results.json").write_text(json.dumps(about, indent=1) + "\n")
     (output / "table.md").write_text(tables + "\n")
-    plot_efficiency(rows, output / "speed.png", title=title)
+    plots.by_batch([entry], output / "speed.png", title=title)
 
 
 def replace_section(document: Path, name: str, text: str) -> None:

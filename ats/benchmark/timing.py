@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ats.benchmark.counts import ImposedCounts, imposed_counts
+from ats.benchmark.meters import host_waits, pass_seconds, peak_memory, saved_for_backward
 from ats.benchmark.parts import part_seconds
 from ats.checkpoint import load_weights
+from ats.cuda_graph import capture
 from ats.engine.device import autocast, select_device
 from ats.errors import UserError, suggest
 from ats.flops import gflops
@@ -36,8 +38,12 @@ VARIANTS: dict[str, tuple[str, list]] = {
     "random": ("K tokens at random", ["ATS.SAMPLER", "random"]),
     "padded": ("ATS, sequences padded to the longest", ["ATS.LAYOUT", "padded"]),
     "static": ("ATS, sequences padded to their slots", ["ATS.LAYOUT", "static"]),
+    "static_graph": ("static as one CUDA graph", ["ATS.LAYOUT", "static"]),
+    "dense_graph": ("dense as one CUDA graph", ["ATS.ENABLE", False]),
 }
+GRAPHS = ("static_graph", "dense_graph")
 NUM_WARMUP = 2
+MIN_ROUNDS = 3
 
 
 @dataclass
@@ -51,9 +57,10 @@ class Measured:
         tokens: block -> tokens kept by each sequence.
         seconds: of each round. ratios: dense time / time of each round. flop_ratios: dense GFLOPs / mean GFLOPs of
             what each round computed.
-        peak_mb: peak memory of the pass on a GPU, the weights included; None on a CPU.
+        peak_mb: what the pass needs on a GPU at its peak beyond the weights; None on a CPU.
         saved_mb: activations kept for the backward pass, when training.
         parts: share of the time by part.
+        host_waits: how often a pass makes the host wait for the GPU; None on a CPU.
     """
 
     variant: str
@@ -69,6 +76,7 @@ class Measured:
     peak_mb: float | None = None
     saved_mb: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    host_waits: int | None = None
 
     @property
     def speedup(self) -> float:
@@ -97,8 +105,11 @@ class Settings:
 
     Attributes:
         variants: names in VARIANTS; dense is always measured too.
-        rounds: that count. dtype: None for float32, or what autocast computes in. compile: torch.compile all variants.
-        train: time forward and backward instead of inference. threads: of the CPU; None leaves them.
+        rounds: that count. dtype: None for float32; of weights and inputs for inference, of autocast in training.
+        compile: torch.compile all variants. train: time forward and backward instead of inference.
+        threads: of the CPU; None leaves them. parts: also say where the time goes.
+        max_seconds: begin no round after these, once MIN_ROUNDS are done. token_scale: of the imposed counts.
+        dense_keys: more keys of the dense network, e.g. those that make it timm's own.
     """
 
     variants: tuple[str, ...] = ("dense", "ats")
@@ -107,10 +118,15 @@ class Settings:
     compile: bool = False
     train: bool = False
     threads: int | None = None
+    parts: bool = True
+    max_seconds: float = float("inf")
+    token_scale: float = 1.0
+    dense_keys: tuple = ()
 
 
-def build_variant(cfg: CfgNode, name: str, device: torch.device) -> nn.Module:
-    """The variant's network in evaluation mode, with the weights of TEST.CHECKPOINT_FILE_PATH, or random ones.
+def build_variant(cfg: CfgNode, name: str, device: torch.device, keys: tuple = ()) -> nn.Module:
+    """The variant's network in evaluation mode, with the weights of TEST.CHECKPOINT_FILE_PATH, or random ones; `keys`
+    go over its own.
 
     Raises:
         UserError: no such variant.
@@ -119,7 +135,7 @@ def build_variant(cfg: CfgNode, name: str, device: torch.device) -> nn.Module:
         raise UserError(f"--compare {name}: choose from {', '.join(VARIANTS)}.{suggest(name, VARIANTS)}")
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.merge_from_list(VARIANTS[name][1])
+    cfg.merge_from_list([*VARIANTS[name][1], *keys])
     torch.manual_seed(cfg.RNG_SEED)
     model = build_model(cfg)
     if cfg.TEST.CHECKPOINT_FILE_PATH:
@@ -136,14 +152,23 @@ def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> lis
     Returns:
         One entry per variant and batch size.
     """
+    if settings.train and set(settings.variants) & set(GRAPHS):
+        raise UserError(f"--train: {' and '.join(GRAPHS)} are for inference.")
     device = select_device(cfg.DEVICE)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads or threads)
     try:
         names = ["dense", *(name for name in settings.variants if name != "dense")]
-        models = {name: build_variant(cfg, name, device) for name in names}
+        keys = {name: settings.dense_keys if name.startswith("dense") else () for name in names}
+        models = {name: build_variant(cfg, name, device, keys[name]) for name in names}
+        if settings.dtype is not None and not settings.train:
+            models = {name: model.to(settings.dtype) for name, model in models.items()}
+            batches = {size: x.to(settings.dtype) for size, x in batches.items()}
         trained = bool(cfg.TEST.CHECKPOINT_FILE_PATH)
-        with nullcontext() if trained else imposed_counts(list(models.values())) as counts:
+        imposed = nullcontext() if trained else imposed_counts(list(models.values()), scale=settings.token_scale)
+        # Blocks share their code, and each is compiled for its own numbers.
+        limit = torch._dynamo.config.patch(recompile_limit=64) if settings.compile else nullcontext()
+        with imposed as counts, limit:
             return [row for x in batches.values() for row in _measure_batch(models, x.to(device), settings, counts)]
     finally:
         torch.set_num_threads(threads)
@@ -152,29 +177,46 @@ def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> lis
 def _measure_batch(
     models: dict[str, nn.Module], x: Tensor, settings: Settings, counts: ImposedCounts | None
 ) -> list[Measured]:
-    rows = {name: _describe(name, model, x, counts, settings.rounds) for name, model in models.items()}
-    runs = {name: _pass_of(model, x, settings) for name, model in models.items()}
-    names = list(models)
+    _draw(counts, x, seed=0)
+    runs = {name: _pass_of(name, model, x, settings) for name, model in models.items()}
+    seconds, seeds = _time_in_turn(runs, x, settings, counts)
+    rows = []
+    for name, model in models.items():
+        row = _describe(name, model, x, counts, seeds)
+        row.seconds = seconds[name]
+        row.ratios = [dense / own for dense, own in zip(seconds["dense"], row.seconds, strict=True)]
+        _draw(counts, x, seed=0)
+        row.peak_mb = peak_memory(runs[name], x.device)
+        row.host_waits = host_waits(runs[name], x.device)
+        if settings.train:
+            row.saved_mb = saved_for_backward(runs[name])
+        elif settings.parts and not settings.compile and name not in GRAPHS:
+            parts = part_seconds(model, x, rounds=2)
+            total = sum(parts.values())
+            row.parts = {part: own / total for part, own in parts.items()}
+        rows.append(row)
+    return rows
+
+
+def _time_in_turn(
+    runs: dict[str, Callable[[], None]], x: Tensor, settings: Settings, counts: ImposedCounts | None
+) -> tuple[dict[str, list[float]], range]:
+    """Seconds of every counted round by variant, and the rounds' seeds."""
+    names, start = list(runs), time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    warmup = NUM_WARMUP
     for index in tqdm(range(settings.rounds + NUM_WARMUP), desc=f"batch {len(x)}", leave=False, disable=None):
+        spent = time.perf_counter() - start
+        if index == 1 and spent > settings.max_seconds / 4:
+            warmup = 1  # passes this long are warm after one
+        if index >= warmup + MIN_ROUNDS and (spent > settings.max_seconds or index == settings.rounds + warmup):
+            break
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
             _draw(counts, x, seed=index)
-            seconds[name].append(_seconds(runs[name], x.device))
-    for name, row in rows.items():
-        row.seconds = seconds[name][NUM_WARMUP:]
-        pairs = zip(seconds["dense"][NUM_WARMUP:], row.seconds, strict=True)
-        row.ratios = [dense / own for dense, own in pairs]
-        _draw(counts, x, seed=0)
-        row.peak_mb = _peak_memory(runs[name], x.device)
-        if settings.train:
-            row.saved_mb = _saved_for_backward(runs[name])
-        elif not settings.compile:
-            with autocast(x.device, settings.dtype):
-                parts = part_seconds(models[name], x, rounds=2)
-            total = sum(parts.values())
-            row.parts = {part: own / total for part, own in parts.items()}
-    return list(rows.values())
+            seconds[name].append(pass_seconds(runs[name], x.device))
+    num_rounds = len(seconds[names[0]])
+    return {name: own[warmup:] for name, own in seconds.items()}, range(warmup, num_rounds)
 
 
 def _draw(counts: ImposedCounts | None, x: Tensor, *, seed: int) -> None:
@@ -182,16 +224,17 @@ def _draw(counts: ImposedCounts | None, x: Tensor, *, seed: int) -> None:
         counts.draw(len(x), seed=seed, device=x.device)
 
 
-def _describe(name: str, model: nn.Module, x: Tensor, counts: ImposedCounts | None, rounds: int) -> Measured:
+def _describe(name: str, model: nn.Module, x: Tensor, counts: ImposedCounts | None, seeds: range) -> Measured:
     """Parameters, GFLOPs and token counts: of every round's draw where the counts are imposed and few images make
     draws differ.
     """
     row = Measured(name, len(x), sum(parameter.numel() for parameter in model.parameters()) / 1e6)
-    seeds = [NUM_WARMUP + index for index in range(rounds if counts is not None and len(x) < 8 else 1)]
-    for seed in seeds:
+    is_dense = name.startswith("dense")
+    differ = counts is not None and len(x) < 8 and not is_dense
+    for seed in seeds if differ else seeds[:1]:
         _draw(counts, x, seed=seed)
         with torch.inference_mode():
-            trace = model.forward_tokens(x)[1]
+            trace = [] if is_dense else model.forward_tokens(x)[1]
         cost = gflops(model, trace, x.shape)
         row.gflops += cost.as_run.tolist()
         row.gflops_paper += cost.paper.tolist()
@@ -199,17 +242,20 @@ def _describe(name: str, model: nn.Module, x: Tensor, counts: ImposedCounts | No
         row.flop_ratios.append(cost.dense / cost.as_run.mean().item())
         for entry in trace:
             row.tokens.setdefault(entry.block, []).extend(entry.num_tokens.tolist())
-    row.flop_ratios *= rounds // len(seeds)
+    row.flop_ratios *= len(seeds) // len(row.flop_ratios)
     return row
 
 
-def _pass_of(model: nn.Module, x: Tensor, settings: Settings) -> Callable[[], None]:
+def _pass_of(name: str, model: nn.Module, x: Tensor, settings: Settings) -> Callable[[], None]:
     """What is timed: inference, or forward and backward of a cross-entropy."""
-    forward = torch.compile(model) if settings.compile else model
+    if name in GRAPHS:
+        forward = capture(model, x)
+    else:
+        forward = torch.compile(model) if settings.compile else model
     if not settings.train:
 
         def infer() -> None:
-            with torch.inference_mode(), autocast(x.device, settings.dtype):
+            with torch.inference_mode():
                 forward(x)
 
         return infer
@@ -223,33 +269,3 @@ def _pass_of(model: nn.Module, x: Tensor, settings: Settings) -> Callable[[], No
         loss.backward()
 
     return train
-
-
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronise()
-    start = time.perf_counter()
-    run()
-    synchronise()
-    return time.perf_counter() - start
-
-
-def _peak_memory(run: Callable[[], None], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() / 1e6
-
-
-def _saved_for_backward(run: Callable[[], None]) -> float:
-    """Megabytes of the tensors that autograd keeps for the backward pass, weights included, each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values()) / 1e6

@@ -20,7 +20,9 @@ Reading videos is timed by itself, the loader against a bare PyAV loop over the 
     python tools/benchmark.py --decode [FOLDER_OR_CSV] [--cfg FILE] [KEY VALUE ...]
 
 Clips are as long as DATA.NUM_FRAMES and DATA.SAMPLING_RATE say. Without videos it makes some of Kinetics' size (h264,
-340 x 256 pixels, 10 seconds).
+340 x 256 pixels, 10 seconds). Reading images too, against a bare loop of Pillow and timm's transform, per core:
+
+    python tools/benchmark.py --loader [FOLDER] [--cfg FILE] [KEY VALUE ...]
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cfg", help="config with ATS.ENABLE True")
     parser.add_argument("--suite", help="a fixed list of measurements instead of --cfg: cpu, gpu, quick")
     parser.add_argument("--decode", nargs="?", const="", metavar="FOLDER_OR_CSV", help="time the decoding of clips")
+    parser.add_argument("--loader", nargs="?", const="", metavar="FOLDER", help="time the reading of images")
     parser.add_argument("--compare", default="ats", help="variants beside dense, by commas (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="random images of this size")
@@ -77,8 +80,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys")
     args = parser.parse_intermixed_args(argv)
-    if args.decode is None and (args.cfg is None) == (args.suite is None):
-        parser.error("give --cfg FILE, --suite NAME, or --decode")
+    if args.decode is None and args.loader is None and (args.cfg is None) == (args.suite is None):
+        parser.error("give --cfg FILE, --suite NAME, --decode or --loader")
     return args
 
 
@@ -109,6 +112,10 @@ def run_config(args: argparse.Namespace) -> None:
     tables = "\n\n".join(
         text for text in (report.table(rows), report.tokens_table(rows), report.parts_table(rows)) if text
     )
+    if cfg.DATA.PATH_TO_DATA_DIR and cfg.TEST.DATASET.lower() == "imagenet" and not args.train:
+        from ats.benchmark.loading import network_or_data
+
+        tables += "\n\n" + network_or_data(cfg, rows)
     print(tables)
     output = Path(cfg.OUTPUT_DIR)
     report.write(output, rows, tables, command=sys.argv[1:], title=Path(args.cfg).stem)
@@ -126,6 +133,13 @@ def main(argv: list[str] | None = None) -> int:
 
             row = benchmark_decoding(args.decode, load_config(args.cfg, args.overrides), rounds=args.rounds)
             print(tabulate([row], headers="keys", floatfmt=".4g"))
+        elif args.loader is not None:
+            from tabulate import tabulate
+
+            from ats.benchmark.loading import benchmark_loading
+
+            rows = benchmark_loading(args.loader, load_config(args.cfg, args.overrides), rounds=args.rounds)
+            print(tabulate(rows, headers="keys", floatfmt=".4g"))
         elif args.suite is None:
             run_config(args)
         else:

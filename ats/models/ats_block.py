@@ -23,7 +23,14 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from ats.attention import cls_attention, mean_attention, ragged_attention
-from ats.sampling import BlockSampler, Candidates, plan_samplers, share_scores, significance_score
+from ats.sampling import (
+    BlockSampler,
+    Candidates,
+    kernels_may_run,
+    plan_samplers,
+    share_scores,
+    significance_score,
+)
 from ats.tokens import KeptTokens, Layout, RaggedTokens
 
 
@@ -156,6 +163,45 @@ def score_candidates(
         bias: added to the logits, [S, H, Mq, M]; Mq is 1 for CLS.
     """
     layout, num_prefix = keys.layout, keys.num_prefix_tokens
+    valid = layout.mask[:, num_prefix:]
+    scores = _scores_by_kernels(score, layout, q, k, v, scale) if bias is None else None
+    if scores is not None:
+        scores = scores[:, num_prefix:]
+    else:
+        scores = _plain_scores(score, keys, q, k, v, scale=scale, queries=queries, bias=bias)
+        scores = scores if layout.full and layout.uniform else scores.masked_fill(~valid, 0)
+    return Candidates(
+        scores=scores,
+        valid=valid,
+        position=layout.pad(keys.position)[:, num_prefix:],
+        num_positions=keys.num_positions,
+        fills_slots=layout.lengths == keys.slots,
+    )
+
+
+def _scores_by_kernels(score: str, layout: Layout, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+    """[S, M] of all tokens, prefix tokens included; None where the GPU's kernels do not apply."""
+    if score == "mean_attention" or not kernels_may_run(k):
+        return None
+    from ats.triton_scores import try_cls_scores
+
+    value = v if score == "cls_attention_value_norm" else None
+    return try_cls_scores(q, k, value, start=layout.start, lengths=layout.lengths, longest=layout.longest, scale=scale)
+
+
+def _plain_scores(
+    score: str,
+    keys: RaggedTokens,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    queries: Layout | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """[S, M] of the candidates; anything behind the end of a sequence."""
+    layout, num_prefix = keys.layout, keys.num_prefix_tokens
     dtype = torch.promote_types(k.dtype, torch.float32)
     with torch.autocast(k.device.type, enabled=False):  # which token wins must not hang on half precision
         q, k = q.to(dtype), k.to(dtype)
@@ -166,14 +212,7 @@ def score_candidates(
         value_norm = None
         if score == "cls_attention_value_norm":
             value_norm = layout.pad(torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype))[:, num_prefix:]
-        scores, valid = significance_score(attention[:, :, num_prefix:], value_norm), layout.mask[:, num_prefix:]
-        return Candidates(
-            scores=scores if layout.full and layout.uniform else scores.masked_fill(~valid, 0),
-            valid=valid,
-            position=layout.pad(keys.position)[:, num_prefix:],
-            num_positions=keys.num_positions,
-            fills_slots=layout.lengths == keys.slots,
-        )
+        return significance_score(attention[:, :, num_prefix:], value_norm)
 
 
 def insert_ats(blocks: nn.ModuleList, samplers: dict[int, BlockSampler], block_type: type[ATSBlock] = ATSBlock) -> None:

@@ -1,0 +1,130 @@
+"""The sampling kernel keeps what the plain version keeps: by Triton's interpreter here, on the chip where there is one;
+and it builds for GPUs that are not here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ats.sampling import BlockSampler, Candidates, inverse_transform
+
+pytest.importorskip("triton", reason="Triton has no package for this platform")
+
+
+def cases(size: int, *, device: str = "cpu") -> list[tuple[Candidates, int]]:
+    """Random and degenerate scores of up to `size` candidates, with numbers of sample points."""
+    generator = torch.Generator().manual_seed(size)
+    scores = torch.rand(9, size, generator=generator) ** 4
+    scores[1], scores[2], scores[3] = torch.nan, 0, 0.25
+    scores[4, size // 2], scores[5, size // 2] = torch.nan, torch.inf
+    scores[6, : size // 2] = 0  # some tokens without mass
+    scores[7] = scores[7, :1].expand(size) * (torch.arange(size) % 3 + 1)  # ties
+    lengths = torch.randint(1, size + 1, (9,), generator=generator)
+    lengths[:2], lengths[8] = size, 1
+    valid = torch.arange(size) < lengths[:, None]
+    scores[~valid] = 0
+    fills = (lengths == size) & (torch.arange(9) % 2 == 0)
+    on_device = (scores.to(device), valid.to(device), torch.arange(size, device=device).expand(9, -1), size)
+    return [(Candidates(*on_device, fills.to(device)), points) for points in (1, size // 2 + 1, 2 * size)]
+
+
+def compare(sizes: tuple[int, ...], *, device: str = "cpu") -> None:
+    """The kernel on `device` against the plain version on the CPU, exactly."""
+    from ats.triton_sampling import official_rule
+
+    for size in sizes:
+        for (here, points), (there, _) in zip(cases(size), cases(size, device=device), strict=True):
+            want = inverse_transform(here, points, BlockSampler(block=0, num_tokens=points + 1))
+            # views, as behind prefix tokens
+            valid, scores = (torch.nn.functional.pad(t, (2, 0), value=1)[:, 2:] for t in (there.valid, there.scores))
+            kept = official_rule(scores, valid, there.fills_slots, points)
+            assert torch.equal(kept.cpu(), want), (size, points, (kept.cpu() != want).nonzero().tolist())
+            assert want.any(dim=1).all()
+
+
+def build(capability: int, block: int) -> None:
+    """The kernel as machine code for an NVIDIA GPU of that compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ats.triton_sampling import _official_rule
+
+    pointers = {"scores": "*fp32", "valid": "*i1", "fills_slots": "*i1", "keep": "*i1"}
+    numbers = {
+        "num_candidates": "i32",
+        "score_row": "i32",
+        "valid_row": "i32",
+        "valid_column": "constexpr",
+        "num_points": "i32",
+    }
+    source = ASTSource(
+        fn=_official_rule,
+        signature=pointers | numbers | {"BLOCK": "constexpr"},
+        constexprs={"BLOCK": block, "valid_column": 1},
+    )
+    options = {"num_warps": max(block // 64, 1), "enable_fp_fusion": False}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert len(built.asm["cubin"]) > 1000
+
+
+def run_python(code: str, tmp_path: Path, **environment: str) -> None:
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+def test_interpreted_kernels_agree_with_the_plain_versions(tmp_path):
+    """The sampler exactly: NaN, infinity, no mass, equal scores, ties, one candidate, padding, several sizes of block.
+    The scores to round-off (test_triton_scores.py; in one process, as most of its time is importing PyTorch).
+    """
+    code = "import test_triton_sampling as a, test_triton_scores as b; a.compare((1, 2, 6, 19)); b.compare()"
+    run_python(code, tmp_path, TRITON_INTERPRET="1")
+
+
+def test_kernels_build_for_a_gpu(tmp_path):
+    """For compute capability 9.0 and the sizes of DeiT-S: machine code comes out, on any machine."""
+    code = "import test_triton_sampling as a, test_triton_scores as b; a.build(90, 256); b.build()"
+    run_python(code, tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the sampling kernel needs a GPU; there is none")
+def test_kernel_keeps_the_same_tokens_on_a_gpu():
+    compare((1, 2, 7, 33, 196, 577, 4096), device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
+def test_without_a_gpu_the_plain_version_samples():
+    """Nothing of Triton is asked of tensors on a CPU."""
+    from ats.triton_sampling import try_official_rule
+
+    candidates, points = cases(8)[0]
+    assert try_official_rule(candidates.scores, candidates.valid, candidates.fills_slots, points) is None
+
+
+def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, caplog):
+    """Without a C compiler, say: a warning, and the plain version from then on."""
+    from ats import triton_sampling
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    def broken(*_args):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton_sampling, "official_rule", broken)
+    monkeypatch.setattr(triton_sampling, "_failed", False)
+    candidates, points = cases(8)[0]
+    scores = candidates.scores.as_subclass(OnGPU)
+    for _ in range(2):
+        arguments = (scores, candidates.valid, candidates.fills_slots, points)
+        assert triton_sampling.try_official_rule(*arguments) is None
+    assert caplog.text.count("Failed to find C compiler") == 1
