@@ -109,13 +109,16 @@ class RaggedTokens:
         x: [T, C] tokens; in each sequence the prefix tokens first, then patches by ascending position.
         layout: where the sequences lie in x.
         position: [T] int64, index of the token in the original sequence; prefix tokens are 0 .. P - 1. Of a row of
-            padding: N, which is no position.
+            padding: N, which is no position; of a fused token: -1; of merged tokens that of one of them.
         num_prefix_tokens: P.
         num_positions: length N of the original sequences.
         slots: token slots: N at first, min(K, slots) after an ATS block. A number of the configuration, not of the
             data.
         group: how many consecutive sequences belong together: the frames of a clip; 1 for images.
         rotary: [N, h, 2D] sine and cosine of every original position, for blocks with rotary embedding; h is 1 or H.
+        size: [T] how many original tokens each stands for where they are merged; patches are then in any order.
+        key_bias: [S, M] added to the logits of every key, for sequences of one length.
+        has_fused: some tokens are sums of others and stand nowhere.
     """
 
     x: Tensor
@@ -126,6 +129,9 @@ class RaggedTokens:
     slots: int
     group: int = 1
     rotary: Tensor | None = None
+    size: Tensor | None = None
+    key_bias: Tensor | None = None
+    has_fused: bool = False
 
     @classmethod
     def from_dense(cls, x: Tensor, num_prefix_tokens: int, *, group: int = 1, layout: str = "packed") -> RaggedTokens:
@@ -172,7 +178,8 @@ class RaggedTokens:
         return kept, index
 
     def to_grid(self, x: Tensor | None = None) -> Tensor:
-        """Dense [S, N, ...] with every token at its original position and zeros where it was dropped.
+        """Dense [S, N, ...] with every token at its original position and zeros where it was dropped; fused tokens have
+        none and are left out.
 
         Args:
             x: [T, ...] values to place, by default the tokens themselves.
@@ -181,7 +188,11 @@ class RaggedTokens:
         if not self.layout.full:
             raise ValueError(f"tokens in the layout {self.layout.kind} have no grid: padding has no position")
         grid = x.new_zeros(len(self.layout.lengths) * self.num_positions, *x.shape[1:])
-        grid = grid.index_copy_(0, self.grid_index(), x)
+        index = self.grid_index()
+        if self.has_fused:
+            placed = (self.position >= 0).nonzero().squeeze(1)
+            index, x = index[placed], x[placed]
+        grid = grid.index_copy_(0, index, x)
         return grid.reshape(len(self.layout.lengths), self.num_positions, *x.shape[1:])
 
     def from_grid(self, grid: Tensor) -> Tensor:
@@ -228,6 +239,6 @@ class KeptTokens:
         """For each sequence the indices of its kept patches in the original grid (row major, prefix tokens not
         counted), ascending.
         """
-        return [
-            p[self.num_prefix_tokens :] - self.num_prefix_tokens for p in self.position.split(self.num_tokens.tolist())
-        ]
+        num_prefix = self.num_prefix_tokens
+        positions = self.position.split(self.num_tokens.tolist())
+        return [p[p >= num_prefix].sort().values - num_prefix for p in positions]
