@@ -14,8 +14,14 @@ from torch import nn
 from ats.models import ats_block
 from ats.models.ats_block import ATSBlock
 
-SAMPLING = (("sample", "scoring and sampling"), ("reduce", "scoring and sampling"))
 PARTS = ("embedding", "qkv", "scoring and sampling", "attention", "mlp", "rest")
+# Methods of ATSBlock that are a part.
+METHODS = {
+    "project_q": "qkv",
+    "project_kv": "qkv",
+    "sample": "scoring and sampling",
+    "reduce": "scoring and sampling",
+}
 
 
 class PartTimer:
@@ -78,7 +84,7 @@ def part_seconds(model: nn.Module, x: torch.Tensor, *, rounds: int) -> dict[str,
     timer = PartTimer(x.device)
     with ExitStack() as stack:
         for kind in {type(module) for module in model.modules() if isinstance(module, ATSBlock)}:
-            for method, name in (("project_q", "qkv"), ("project_kv", "qkv"), *SAMPLING):
+            for method, name in METHODS.items():
                 wrapped = timer.wrap(getattr(kind, method), name)
                 stack.enter_context(mock.patch.object(kind, method, wrapped))
         attention = timer.wrap(ats_block.ragged_attention, "attention")

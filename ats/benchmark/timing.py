@@ -21,22 +21,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ats.benchmark.counts import ImposedCounts, imposed_counts
+from ats.benchmark.equal import MATCHED, describe_samplers, match_gflops
+from ats.benchmark.memory import peak_megabytes, saved_megabytes
 from ats.benchmark.parts import part_seconds
-from ats.checkpoint import load_weights
+from ats.benchmark.variants import build_variants, labelled_images
 from ats.engine.device import autocast, select_device
-from ats.errors import UserError, suggest
+from ats.engine.evaluate import evaluate
 from ats.flops import gflops
-from ats.models import build_model
 
-# name: (what it is, the keys that make it of a config with ATS)
-VARIANTS: dict[str, tuple[str, list]] = {
-    "dense": ("the network without ATS", ["ATS.ENABLE", False]),
-    "ats": ("the config as it is", []),
-    "topk": ("the K highest scores", ["ATS.SAMPLER", "topk"]),
-    "random": ("K tokens at random", ["ATS.SAMPLER", "random"]),
-    "padded": ("ATS, sequences padded to the longest", ["ATS.LAYOUT", "padded"]),
-    "static": ("ATS, sequences padded to their slots", ["ATS.LAYOUT", "static"]),
-}
 NUM_WARMUP = 2
 
 
@@ -46,12 +38,14 @@ class Measured:
 
     Attributes:
         params_m: parameters, millions.
+        setting: of the variant's samplers, e.g. the r that was found for ToMe.
+        top1: per cent of the images of `Settings.accuracy`, and their mean GFLOPs; None: not evaluated.
         gflops, gflops_paper: of each sample, as run and in the paper's accounting.
         gflops_dense: of a sample of the dense network.
         tokens: block -> tokens kept by each sequence.
         seconds: of each round. ratios: dense time / time of each round. flop_ratios: dense GFLOPs / mean GFLOPs of
             what each round computed.
-        peak_mb: peak memory of the pass on a GPU, the weights included; None on a CPU.
+        peak_mb: peak memory of the pass, the weights included; None on a CPU where it is compiled.
         saved_mb: activations kept for the backward pass, when training.
         parts: share of the time by part.
     """
@@ -59,6 +53,9 @@ class Measured:
     variant: str
     batch_size: int
     params_m: float
+    setting: str = ""
+    top1: float | None = None
+    top1_gflops: float | None = None
     gflops: list[float] = field(default_factory=list)
     gflops_paper: list[float] = field(default_factory=list)
     gflops_dense: float = 0.0
@@ -96,9 +93,11 @@ class Settings:
     """How to measure.
 
     Attributes:
-        variants: names in VARIANTS; dense is always measured too.
+        variants: names in VARIANTS; dense is always measured too, and ats where others are to cost the same.
         rounds: that count. dtype: None for float32, or what autocast computes in. compile: torch.compile all variants.
         train: time forward and backward instead of inference. threads: of the CPU; None leaves them.
+        equal_gflops: the variants of `equal.MATCHED` cost what ats costs; False: as configured.
+        accuracy: top-1 over so many images of the evaluation data, spread evenly; 0: over all; None: not.
     """
 
     variants: tuple[str, ...] = ("dense", "ats")
@@ -107,24 +106,8 @@ class Settings:
     compile: bool = False
     train: bool = False
     threads: int | None = None
-
-
-def build_variant(cfg: CfgNode, name: str, device: torch.device) -> nn.Module:
-    """The variant's network in evaluation mode, with the weights of TEST.CHECKPOINT_FILE_PATH, or random ones.
-
-    Raises:
-        UserError: no such variant.
-    """
-    if name not in VARIANTS:
-        raise UserError(f"--compare {name}: choose from {', '.join(VARIANTS)}.{suggest(name, VARIANTS)}")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list(VARIANTS[name][1])
-    torch.manual_seed(cfg.RNG_SEED)
-    model = build_model(cfg)
-    if cfg.TEST.CHECKPOINT_FILE_PATH:
-        load_weights(model, cfg.TEST.CHECKPOINT_FILE_PATH)
-    return model.to(device).eval()
+    equal_gflops: bool = True
+    accuracy: int | None = None
 
 
 def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> list[Measured]:
@@ -140,13 +123,39 @@ def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> lis
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads or threads)
     try:
-        names = ["dense", *(name for name in settings.variants if name != "dense")]
-        models = {name: build_variant(cfg, name, device) for name in names}
+        models = build_variants(cfg, settings.variants, device, equal_gflops=settings.equal_gflops)
         trained = bool(cfg.TEST.CHECKPOINT_FILE_PATH)
         with nullcontext() if trained else imposed_counts(list(models.values())) as counts:
-            return [row for x in batches.values() for row in _measure_batch(models, x.to(device), settings, counts)]
+            accuracy = _set_and_evaluate(cfg, models, batches[max(batches)].to(device), settings, counts)
+            rows = []
+            for x in batches.values():
+                for row in _measure_batch(models, x.to(device), settings, counts):
+                    row.setting = describe_samplers(models[row.variant])
+                    row.top1, row.top1_gflops = accuracy.get(row.variant, (None, None))
+                    rows.append(row)
+            return rows
     finally:
         torch.set_num_threads(threads)
+
+
+def _set_and_evaluate(
+    cfg: CfgNode, models: dict[str, nn.Module], x: Tensor, settings: Settings, counts: ImposedCounts | None
+) -> dict[str, tuple[float, float]]:
+    """Make the variants that can cost what ats costs, on average over the images it is evaluated on, or else over `x`.
+
+    Returns:
+        Name -> top-1 and mean GFLOPs, if `settings.accuracy` asks for them.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    loader = None if settings.accuracy is None else labelled_images(cfg, settings.accuracy)
+    for name in sorted(models, key=lambda name: name != "ats"):  # the target first
+        if settings.equal_gflops and name in MATCHED:
+            costs = [found["ats"][1]] if found else _describe("ats", models["ats"], x, counts, 8).gflops
+            match_gflops(models[name], x, statistics.fmean(costs))
+        if loader is not None:
+            result = evaluate(models[name], loader, device=x.device, amp_dtype=settings.dtype)
+            found[name] = result.top1, result.gflops["mean"]
+    return found
 
 
 def _measure_batch(
@@ -166,9 +175,10 @@ def _measure_batch(
         pairs = zip(seconds["dense"][NUM_WARMUP:], row.seconds, strict=True)
         row.ratios = [dense / own for dense, own in pairs]
         _draw(counts, x, seed=0)
-        row.peak_mb = _peak_memory(runs[name], x.device)
+        if x.is_cuda or not settings.compile:
+            row.peak_mb = peak_megabytes(runs[name], models[name], x.device)
         if settings.train:
-            row.saved_mb = _saved_for_backward(runs[name])
+            row.saved_mb = saved_megabytes(runs[name])
         elif not settings.compile:
             with autocast(x.device, settings.dtype):
                 parts = part_seconds(models[name], x, rounds=2)
@@ -232,24 +242,3 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
     run()
     synchronise()
     return time.perf_counter() - start
-
-
-def _peak_memory(run: Callable[[], None], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() / 1e6
-
-
-def _saved_for_backward(run: Callable[[], None]) -> float:
-    """Megabytes of the tensors that autograd keeps for the backward pass, weights included, each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values()) / 1e6
