@@ -167,6 +167,20 @@ def test_batch_makes_no_difference(keys, distilled):
     assert (logits - dense(x)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("keys", [["ATS.SAMPLER", "tome", "TOME.R", 9], ["ATS.SAMPLER", "evit"]], ids=["tome", "evit"])
+def test_trains_and_exports(keys):
+    """Every weight gets a finite gradient under stochastic depth and dropout; no shape depends on the image, so the
+    static layout exports, with the same logits.
+    """
+    model = tiny(*keys, "ATS.ENABLE", True, "VIT.DROP_PATH_RATE", 0.5, "VIT.ATTN_DROP_RATE", 0.1)
+    model.train()(pictures(3)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    static, x = tiny(*keys, "ATS.ENABLE", True, "ATS.LAYOUT", "static"), pictures(2)
+    exported = torch.export.export(static, (x,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x.flip(0)), model.eval()(x.flip(0)), atol=1e-12, rtol=0)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     num_patches=st.integers(2, 24), num_prefix=st.integers(0, 5), share=st.floats(0, 1), seed=st.integers(0, 2**16),
