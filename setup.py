@@ -15,12 +15,23 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["ats", "ats.*"]),
+    # `ats.configs` are the YAML files of configs/: with them the commands find `--cfg ImageNet/DeiT_S.yaml` anywhere.
+    packages=[*find_packages(include=["ats", "ats.*"]), "ats.configs"],
+    package_dir={"ats.configs": "configs"},
+    package_data={"ats": ["py.typed"], "ats.visualize": ["report.html"], "ats.configs": ["*/*.yaml"]},
+    entry_points={
+        "console_scripts": [
+            "ats-run = ats.cli.run_net:main",
+            "ats-benchmark = ats.cli.benchmark:main",
+            "ats-visualize = ats.cli.visualize:main",
+            "ats-calibrate = ats.cli.calibrate:main",
+        ]
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
-        "timm>=1.0.20",
+        "timm>=1.0.21",
         "av>=18",
         "fvcore>=0.1.5.post20221221",
         "simplejson",
@@ -34,6 +45,18 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn", "matplotlib"],
-        "dev": ["scikit-learn", "matplotlib", "scipy", "pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "hf": ["transformers>=5.23"],
+        "dev": [
+            "transformers>=5.23",
+            "scikit-learn",
+            "matplotlib",
+            "scipy",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "playwright",
+            "ruff",
+            "setuptools>=70.1",
+        ],
     },
 )

@@ -1,6 +1,7 @@
 """Adaptive Token Sampling (Fayyaz et al., ECCV 2022) for vision transformers.
 
     ats.patch(timm_model, blocks=range(3, 12), num_tokens=197)      # see ats/plugin.py
+    ats.calibrate(timm_model, images, gflops=2.9)                   # see ats/calibration.py
 
 Importing `ats` imports nothing heavy; what is named here is loaded when it is first used.
 """
@@ -9,8 +10,13 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"patch": "ats.plugin", "unpatch": "ats.plugin", "UserError": "ats.errors"}
-__all__ = ["UserError", "__version__", "patch", "unpatch"]
+_PUBLIC = {
+    "patch": "ats.plugin",
+    "unpatch": "ats.plugin",
+    "calibrate": "ats.calibration",
+    "UserError": "ats.errors",
+}
+__all__ = ["UserError", "__version__", "calibrate", "patch", "unpatch"]
 
 
 def __getattr__(name: str) -> object:

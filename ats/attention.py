@@ -21,6 +21,7 @@ from torch import Tensor
 from ats.tokens import Layout
 
 BACKENDS = ("auto", "padded", "loop", "varlen")
+SMALL_SEQUENCE = 2**14  # elements of a sequence's keys below which a call for each costs more than copying them
 
 
 def ragged_attention(
@@ -121,9 +122,10 @@ def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float, bias: Ten
         [S, H, M] float32 or better, 0 where there is no key.
     """
     q = q * scale
-    if keys.uniform or k.is_cuda:
+    small = keys.kind != "packed" or keys.longest * k[0].numel() < SMALL_SEQUENCE
+    if k.is_cuda or (keys.uniform and small):
         logits = torch.einsum("shd,smhd->shm", q, keys.pad(k))
-    else:  # padding the keys would cost more memory traffic than the rest of the scoring
+    else:  # one batched product would first copy all keys, which takes longer than the rest of the scoring
         rows = [own.transpose(0, 1) @ query[..., None] for own, query in zip(k.split(keys.sizes), q, strict=True)]
         logits = keys.pad(torch.cat(rows, dim=1).squeeze(2).t()).transpose(1, 2)
     return _softmax(logits if bias is None else logits + bias, keys)

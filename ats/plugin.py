@@ -1,4 +1,4 @@
-"""ATS in a timm model you already have, with one line:
+"""ATS in a model of timm or Hugging Face transformers you already have, with one line:
 
     model = timm.create_model("deit3_small_patch16_224", pretrained=True)
     ats.patch(model, blocks=range(3, 12), num_tokens=197)
@@ -6,20 +6,22 @@
     model.ats.trace = True          # then model.ats.last says what the last batch kept
     ats.unpatch(model)              # as if nothing had been
 
-The model stays the same object, with its weights, state-dict keys and methods; `models/timm_vit.py` says what changes
-inside, docs/PLUGIN.md which models are accepted. What is not understood exactly is refused by name rather than computed
-differently.
+The model stays the same object, with its weights, state-dict keys and methods; `models/timm_vit.py` and
+`models/transformers_vit.py` say what changes inside, docs/PLUGIN.md which models are accepted. What is not understood
+exactly is refused by name rather than computed differently.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from importlib import import_module
+from types import ModuleType
 
 from torch import nn
 
 from ats.errors import UserError, suggest
-from ats.models.timm_vit import HOSTS, adopt, default_score, has_cls, refusal, release
+from ats.models import timm_vit
 from ats.sampling import BlockSampler, TokenReducer, plan_samplers
 from ats.tokens import KeptTokens
 
@@ -41,7 +43,7 @@ def patch(
     keep_rate: float | Iterable[float] = 0.7,
     fuse_token: bool = True,
 ) -> nn.Module:
-    """Put ATS into `blocks` of a timm vision transformer, in place.
+    """Put ATS into `blocks` of a vision transformer of timm or transformers, in place.
 
     Args:
         score: name in `ats.sampling.SCORES`; None: the paper's where CLS is read out, else "mean_attention".
@@ -54,19 +56,20 @@ def patch(
     Raises:
         UserError: the model is not understood (class and reason), it has ATS already, or a setting is out of range.
     """
-    if type(model) in HOSTS:
+    library = library_of(model)
+    if type(model) in library.HOSTS:
         raise UserError(
             "This model has ATS already: change it by model.ats.num_tokens = ... (or .blocks, .sampler, .score), "
             "or call ats.unpatch(model) first."
         )
-    reason = refusal(model)
+    reason = _wrapped(model) or library.refusal(model)
     if reason:
         raise UserError(f"ats.patch cannot take {type(model).__name__}: {reason}. See docs/PLUGIN.md.")
     settings = {
         "blocks": blocks,
         "num_tokens": num_tokens,
         "sampler": sampler,
-        "score": default_score(model) if score is None else score,
+        "score": library.default_score(model) if score is None else score,
         "rule": rule,
         "min_tokens": min_tokens,
         "seed": seed,
@@ -88,10 +91,35 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         UserError: it is not patched.
     """
-    if type(model) not in HOSTS:
+    library = library_of(model)
+    if type(model) not in library.HOSTS:
         raise UserError(f"This {type(model).__name__} has no ATS to take out: ats.patch(model, ...) was not called.")
-    release(model)
+    library.release(model)
     return model
+
+
+def library_of(model: nn.Module) -> ModuleType:
+    """The module of `ats.models` that knows the library this model is of (`models/host.py`); timm's for any other."""
+    if not any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
+        return timm_vit
+    try:
+        return import_module("ats.models.transformers_vit")
+    except ImportError as error:
+        import transformers
+
+        raise UserError(
+            f"ats.patch does not understand the models of transformers {transformers.__version__} ({error}); it is "
+            "written for 5.23: pip install -U transformers."
+        ) from error
+
+
+def _wrapped(model: nn.Module) -> str:
+    """What to patch where this is a wrapper around a model that can have ATS; "" if it is not."""
+    for name in ("module", "_orig_mod", "model"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and type(inner) in (library := library_of(inner)).MODELS | library.HOSTS:
+            return f"it wraps a {type(inner).__name__}; patch that one: ats.patch(model.{name}, ...)"
+    return ""
 
 
 class Handle:
@@ -145,17 +173,17 @@ def _apply(model: nn.Module, settings: dict) -> None:
             if not isinstance(value, Iterable) or isinstance(value, str):
                 raise UserError(f"{name} {value!r}: give {number}, or a list with one per block.")
             settings[name] = list(value)
-    adopt(model, _plan(model, settings))
+    library_of(model).adopt(model, _plan(model, settings))
     model.ats_state.settings = settings
 
 
 def _plan(model: nn.Module, settings: dict) -> dict[int, BlockSampler | TokenReducer]:
+    library = library_of(model)
     sampling = {name: value for name, value in settings.items() if name not in REDUCER_OPTIONS}
     try:
         return plan_samplers(
-            depth=len(model.blocks),
-            # Registers without CLS are prefix tokens, but none of them is one that scores.
-            num_prefix_tokens=model.num_prefix_tokens if has_cls(model) else 0,
+            depth=library.num_blocks(model),
+            num_prefix_tokens=library.num_prefix_tokens(model),
             reducer_options={name: settings[name] for name in REDUCER_OPTIONS},
             **sampling,
         )

@@ -9,8 +9,11 @@ kept tokens then query all tokens of the block's input (A^s V): that is `ats_blo
 one sequence at a time, never at the rest of the batch.
 
 Shapes: S sequences, H heads, M longest number of candidate tokens, T tokens of all sequences together. A candidate is a
-token that may be dropped, i.e. not a prefix token (CLS, distillation). `scores [S, M]` are padded at the end;
-`valid [S, M]` marks candidates.
+token that may be dropped, i.e. not a prefix token (CLS, distillation). `scores [S, M]` are padded with zeros at the
+end; `valid [S, M]` marks candidates.
+
+On a CPU this is some twenty operations on a few hundred numbers, so it costs what calling them costs: each one that can
+be left out is.
 
 Degenerate scores never raise and never drop everything:
 * a NaN or infinite score, or all scores zero: nothing tells the tokens apart, all count the same (so K of them are
@@ -52,38 +55,33 @@ def significance_score(attention: Tensor, value_norm: Tensor | None) -> Tensor:
 
 
 def usable(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores in float32 or better, 0 where not valid; all ones where a sequence's scores are not finite or have no
-    mass.
-    """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~valid, 0)
+    """Scores in float32 or better; `valid`, i.e. ones, where a sequence's scores are not finite or have no mass."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     total = scores.sum(dim=1, keepdim=True)
-    return torch.where(torch.isfinite(total) & (total > 0), scores, valid.to(scores.dtype))
+    return torch.where((total > 0) & (total < torch.inf), scores, valid)
 
 
-def nearest_to_points(cdf: Tensor, valid: Tensor, *, first: Tensor, step: Tensor, num_points: int) -> Tensor:
+def nearest_to_points(cdf: Tensor, *, first: Tensor, step: Tensor, num_points: int) -> Tensor:
     """Which entries of a CDF are the nearest to at least one of the points `first + i * step`, i = 0 .. num_points - 1.
 
     Entry i takes the points between the midpoints to its two neighbours (a point on a midpoint goes to the lower
     entry), so it is picked if and only if the number of points below its upper midpoint exceeds that below its lower
-    one. With evenly spaced points
-    that number is one floor: no search, no sort, no `unique`, and fixed shapes.
+    one. With evenly spaced points that number is one floor: no search, no sort, no `unique`, and fixed shapes.
 
     Args:
-        cdf: [S, M], non-decreasing over the valid entries, which come first.
-        valid: [S, M] bool.
+        cdf: [S, M], non-decreasing. Entries of padding are zeros in front of all points, or infinite behind them:
+            neither is picked.
         first, step: [S, 1].
 
     Returns:
         [S, M] bool.
     """
     middle = (cdf[:, :-1] + cdf[:, 1:]) / 2
-    below = torch.floor((middle - first) / step.clamp_min(torch.finfo(cdf.dtype).tiny)) + 1
-    below = below.clamp(0, num_points)
-    # The last valid entry also takes every point above it.
-    below = below.masked_fill(~valid[:, 1:], num_points)
-    upper = torch.cat([below, below.new_full((len(cdf), 1), num_points)], dim=1)
-    lower = torch.cat([below.new_zeros(len(cdf), 1), below], dim=1)[:, : cdf.shape[1]]
-    return (upper > lower) & valid
+    below = ((middle - first) / step.clamp_min(torch.finfo(cdf.dtype).tiny)).floor().add(1).clamp(0, num_points)
+    # The first entry also takes every point below it, the last every point above it.
+    none = below.new_zeros(len(cdf), 1)
+    below = torch.cat([none, below, none + num_points], dim=1)
+    return below[:, 1:] > below[:, :-1]
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class Candidates:
     """The tokens one block may drop, S sequences padded to M.
 
     Attributes:
-        scores: [S, M] significance scores.
+        scores: [S, M] significance scores, 0 where not valid.
         valid: [S, M] bool; the valid entries of a sequence come first.
         position: [S, M] index of the token in the sequence the network began with, ascending.
         num_positions: length of that sequence.
@@ -181,19 +179,20 @@ def inverse_transform(candidates: Candidates, num_points: int, options: BlockSam
     valid, scores = candidates.valid, usable(candidates.scores, candidates.valid)
     if options.rule == "paper":
         cdf = scores.cumsum(dim=1)
-        cdf = cdf / cdf[:, -1:]
+        cdf = (cdf / cdf[:, -1:]).masked_fill(~valid, torch.inf)
         step = cdf.new_full((len(cdf), 1), 1 / num_points)
-        return nearest_to_points(cdf, valid, first=step / 2, step=step, num_points=num_points)
+        return nearest_to_points(cdf, first=step / 2, step=step, num_points=num_points)
 
-    ranked, order = scores.masked_fill(~valid, torch.inf).sort(dim=1, stable=True)  # invalid entries last
-    cdf = ranked.masked_fill(~valid, 0).cumsum(dim=1)
-    lowest = torch.where(candidates.fills_slots[:, None], cdf[:, :1], 0)
-    lowest = torch.where(cdf[:, -1:] > lowest, lowest, 0)  # a single candidate is its own lowest: keep it
-    cdf = (cdf - lowest) / (cdf[:, -1:] - lowest)
+    ranked, order = scores.sort(dim=1, stable=True)  # padding, being 0, to the front, where it adds nothing
+    cdf = ranked.cumsum(dim=1)
+    lowest = scores.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
+    subtract = candidates.fills_slots[:, None] & (lowest < cdf[:, -1:])  # a single candidate is its own lowest: keep it
+    lowest = torch.where(subtract, lowest, 0)
+    cdf = ((cdf - lowest) / (cdf[:, -1:] - lowest)).clamp_min(0)
     first = cdf.masked_fill(cdf <= 0, torch.inf).amin(dim=1, keepdim=True)
     step = (1 - first) / max(num_points - 1, 1)
-    picked = nearest_to_points(cdf, valid, first=first, step=step, num_points=num_points)
-    return torch.zeros_like(valid).scatter(1, order, picked)
+    picked = nearest_to_points(cdf, first=first, step=step, num_points=num_points)
+    return torch.empty_like(picked).scatter(1, order, picked)
 
 
 @register_sampler("topk")
@@ -313,6 +312,12 @@ def plan_samplers(
         if not (0 < k <= 1 or (k >= 2 and k == int(k))):
             raise UserError(
                 f"ATS.NUM_TOKENS {k} (block {block}): give a ratio in (0, 1] or a whole number of tokens from 2."
+            )
+        if 1 < k < lowest:
+            why = "ATS.MIN_TOKENS" if lowest == min_tokens else f"{num_prefix_tokens} prefix tokens and two more"
+            raise UserError(
+                f"ATS.NUM_TOKENS {k} (block {block}): the least is {lowest} ({why}); give {lowest} or more, or a ratio "
+                "in (0, 1]."
             )
         samplers[block] = BlockSampler(
             block=block,

@@ -49,8 +49,10 @@ class Layout:
     @classmethod
     def from_lengths(cls, lengths: Tensor) -> Layout:
         """The packed layout of sequences with these lengths [S]. On a GPU this waits for the numbers, once."""
-        total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
-        return cls(lengths, total=total, longest=longest)
+        sizes = lengths.tolist()
+        layout = cls(lengths, total=sum(sizes), longest=max(sizes))
+        layout.sizes = sizes
+        return layout
 
     @cached_property
     def start(self) -> Tensor:
@@ -163,8 +165,8 @@ class RaggedTokens:
         """
         if self.layout.kind == "packed":
             layout = Layout.from_lengths(mask.sum(dim=1))
-            index = torch.nonzero(self.layout.unpad(mask)).squeeze(1)
-            position = self.position[index]
+            index = self.layout.unpad(mask).nonzero().squeeze(1)
+            position = self.position.index_select(0, index)
         else:
             lengths = mask.sum(dim=1)
             longest = slots if self.layout.kind == "static" else int(lengths.max())
@@ -177,9 +179,9 @@ class RaggedTokens:
         kept = replace(self, x=self.x.index_select(0, index), layout=layout, position=position, slots=slots)
         return kept, index
 
-    def to_grid(self, x: Tensor | None = None) -> Tensor:
-        """Dense [S, N, ...] with every token at its original position and zeros where it was dropped; fused tokens have
-        none and are left out.
+    def to_grid(self, x: Tensor | None = None, value: float = 0) -> Tensor:
+        """Dense [S, N, ...] with every token at its original position and `value` where it was dropped. A view if none
+        was. Fused tokens have no position and are left out.
 
         Args:
             x: [T, ...] values to place, by default the tokens themselves.
@@ -187,21 +189,35 @@ class RaggedTokens:
         x = self.x if x is None else x
         if not self.layout.full:
             raise ValueError(f"tokens in the layout {self.layout.kind} have no grid: padding has no position")
-        grid = x.new_zeros(len(self.layout.lengths) * self.num_positions, *x.shape[1:])
-        index = self.grid_index()
+        num_sequences = len(self.layout.lengths)
+        size = num_sequences * self.num_positions
         if self.has_fused:
             placed = (self.position >= 0).nonzero().squeeze(1)
-            index, x = index[placed], x[placed]
-        grid = grid.index_copy_(0, index, x)
-        return grid.reshape(len(self.layout.lengths), self.num_positions, *x.shape[1:])
+            grid = x.new_full((size, *x.shape[1:]), value).index_copy(0, self.grid_index[placed], x[placed])
+        elif self.layout.total == size:
+            grid = x
+        elif x.requires_grad:  # backward this is a plain gather
+            grid = x.new_full((size, *x.shape[1:]), value).index_copy(0, self.grid_index, x)
+        else:  # half the time, but backward all dropped positions would add to one row
+            grid = torch.cat([x, x.new_full((1, *x.shape[1:]), value)]).index_select(0, self.row_at_position)
+        return grid.unflatten(0, (num_sequences, self.num_positions))
 
     def from_grid(self, grid: Tensor) -> Tensor:
         """[S, N, ...] -> [T, ...], the values at the positions of the tokens."""
-        return grid.flatten(0, 1).index_select(0, self.grid_index())
+        return grid.flatten(0, 1).index_select(0, self.grid_index)
 
+    @cached_property
     def grid_index(self) -> Tensor:
         """[T] int64, the place of a token in the original dense layout, counted over S * N."""
         return self.layout.sequence * self.num_positions + self.position
+
+    @cached_property
+    def row_at_position(self) -> Tensor:
+        """[S * N] int64, the row of x that holds the token of a place in the original dense layout; T where it was
+        dropped.
+        """
+        rows = self.grid_index.new_full((len(self.layout.lengths) * self.num_positions,), self.layout.total)
+        return rows.index_copy(0, self.grid_index, torch.arange(self.layout.total, device=rows.device))
 
 
 @dataclass

@@ -421,7 +421,7 @@ def test_tensorboard(make_cfg):
     (histogram,) = events.Histograms("val/tokens_kept/1")
     assert (histogram.step, histogram.histogram_value.num) == (4, 32)
     (picture,) = events.Images("val/kept_tokens")
-    assert (picture.width, picture.height) == (3 * 32, 4 * 32)  # the image and two ATS blocks; four images
+    assert (picture.width, picture.height) == (4 * 32, 4 * 32)  # image, significance, two ATS blocks; four images
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
 
 

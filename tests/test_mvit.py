@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.models import mvitv2
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -194,6 +195,25 @@ def test_keep_all_equals_dense(name, blocks, keep_all):
     assert all((entry.num_tokens == entry.num_tokens.max()).all() for entry in trace)
 
 
+def candidate_scores(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The scores [1, M] that each ATS block samples one input by."""
+    seen = []
+
+    def record(candidates, num_points, options):
+        seen.append(candidates.scores)
+        return original(candidates, num_points, options)
+
+    original = SAMPLERS["inverse_transform"]
+    with mock.patch.dict(SAMPLERS, inverse_transform=record):
+        model.forward_tokens(x)
+    return seen
+
+
+def has_ties(scores: torch.Tensor) -> bool:
+    ranked = scores.sort(dim=1).values
+    return bool((ranked.diff(dim=1) <= 1e-10 * ranked[:, 1:]).any())
+
+
 @given(
     st.integers(0, 10**6),
     st.lists(st.integers(0, 3), min_size=1, max_size=3),
@@ -203,9 +223,14 @@ def test_keep_all_equals_dense(name, blocks, keep_all):
 )
 @settings(max_examples=15, deadline=None)
 def test_kept_sets_do_not_depend_on_the_batch(seed, order, name, blocks, num_tokens):
-    """Any batch made of any clips in any order: each keeps the tokens and gets the logits it gets alone."""
+    """Any batch made of any clips in any order: each keeps the tokens and gets the logits it gets alone.
+
+    Neighbouring cells of a max-pooling that see one and the same token have equal scores; which of them ranks first is
+    a matter of round-off, so draws with ties are left out.
+    """
     model, pool = net(name, blocks=blocks, seed=seed % 5, NUM_TOKENS=num_tokens), inputs(name, 4, seed)
     with torch.no_grad():
+        assume(not any(has_ties(scores) for i in set(order) for scores in candidate_scores(model, pool[i : i + 1])))
         logits, trace = model.forward_tokens(pool[order])
         assert logits.isfinite().all()
         for place, i in enumerate(order):

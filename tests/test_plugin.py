@@ -370,6 +370,11 @@ def test_refused_by_name(make, text):
         ({"blocks": [1.5]}, "give whole numbers"),
         ({"blocks": [1, 1]}, "a block stands twice"),
         ({"num_tokens": 0}, "num_tokens 0 (block 1): give a ratio in (0, 1]"),
+        (
+            {"num_tokens": 5},
+            "num_tokens 5 (block 1): the least is 8 (min_tokens); give 8 or more, or a ratio",
+        ),
+        ({"num_tokens": 2, "min_tokens": 1}, "num_tokens 2 (block 1): the least is 3 (1 prefix tokens and two more)"),
         ({"num_tokens": [0.5, 0.5]}, "num_tokens has 2 entries, the network 4 blocks"),
         ({"num_tokens": None}, "num_tokens None: give a number"),
         ({"sampler": "inverse"}, "sampler inverse: choose from inverse_transform, topk, random"),

@@ -1,50 +1,134 @@
-"""What the README says is what the repository does: its code runs, its commands parse, its links lead somewhere."""
+"""What README.md and docs/*.md say is what the repository does: their code runs, their commands parse, their links lead
+somewhere.
+
+A code block is run unless a reader can see why not: it holds a placeholder for something of the reader's (`<dir>`), it
+begins with `# not run by the tests: <why>`, or it is nothing but make targets, which have to exist.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from ats.config import load_config
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README + (ROOT / "docs" / "PLUGIN.md").read_text(), re.DOTALL)
-BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.split("  #")[0] for block in BASH for line in block.splitlines()]
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+NOT_RUN = re.compile(r"(?:#!.*\n)?# not run by the tests: (.*)")  # where a block begins
+PLACEHOLDER = r"<[a-z][a-z_.]*>"
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_python_blocks_run(code):
-    exec(compile(code, "README.md", "exec"), {})
+class Block(NamedTuple):
+    """A fenced block of a document; `place` is where it begins, as file:line."""
+
+    place: str
+    language: str
+    code: str
+
+    @property
+    def is_run(self) -> bool:
+        """Whether this test runs it."""
+        if self.language == "bash" and re.search(PLACEHOLDER, self.code):
+            return False
+        return not NOT_RUN.match(self.code) and not self.has_only_make
+
+    @property
+    def has_only_make(self) -> bool:
+        """Whether all its commands are make targets."""
+        return all(line.startswith(("make ", "#")) for line in self.code.splitlines() if line.strip())
+
+    def commands(self) -> list[str]:
+        """Lines of a shell, joined where they go on, without comments."""
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "run_net.py" in line])
-def test_commands_parse(line):
-    """Every key and value of a command in the README is accepted."""
-    from run_net import make_parser, parse_overrides
+def blocks_of(path: str) -> list[Block]:
+    """The fenced blocks of a document."""
+    text = (ROOT / path).read_text()
+    return [
+        Block(f"{path}:{text[: match.start()].count(chr(10)) + 1}", match[1], match[2])
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    ]
 
-    words = shlex.split(line.replace("<dir>", "/data"))
-    assert words[0] == "python"
-    assert (ROOT / words[1]).is_file()
-    args, rest = make_parser().parse_known_args(words[2:])
+
+BLOCKS = [block for path in DOCUMENTS for block in blocks_of(path)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+BASH = [block for block in BLOCKS if block.language == "bash"]
+COMMANDS = [(block.place, line) for block in BASH for line in block.commands()]
+
+
+def each(blocks: list[Block]) -> pytest.MarkDecorator:
+    """A test for each of the blocks that are run."""
+    blocks = [block for block in blocks if block.is_run]
+    return pytest.mark.parametrize("block", blocks, ids=[block.place for block in blocks])
+
+
+@each(PYTHON)
+def test_python_blocks_run(block, monkeypatch, tmp_path):
+    """Each on its own, in an empty folder, as a reader would paste it."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.code, block.place, "exec"), {})
+
+
+@each(BASH)
+def test_bash_blocks_run(block, tmp_path):
+    """Each in the repository, with the interpreter that runs the tests."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | {"PATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_block_is_left_out_in_silence():
+    """Python and bash are all the code there is; a reason for not running a block is one."""
+    assert {block.language for block in BLOCKS} <= {"python", "bash", ""}
+    assert not [b.place for b in BLOCKS if not b.language and re.search(r"^(python|make|import|pip) ", b.code, re.M)]
+    assert all(len(match[1]) > 10 for block in BLOCKS if (match := NOT_RUN.match(block.code)))
+    assert not [block.place for block in PYTHON if not block.is_run]
+    ran = [block.place.split(":")[0] for block in BLOCKS if block.language and block.is_run]
+    assert {"README.md", "docs/PLUGIN.md", "docs/EXTENDING.md"} <= set(ran)
+
+
+@pytest.mark.parametrize(("place", "line"), [pair for pair in COMMANDS if "run_net.py" in pair[1]])
+def test_commands_parse(place, line):
+    """Every key and value of a run_net command is accepted, also where the command is not run."""
+    from ats.cli.run_net import make_parser, parse_overrides
+
+    line = re.sub(r"\$folder/my_run\.py", "tools/run_net.py", re.sub(PLACEHOLDER, "/data", line))
+    words = shlex.split(line.replace("CONFIG", "configs/Digits/DeiT.yaml"))
+    script = words.index("tools/run_net.py")
+    args, rest = make_parser().parse_known_args(words[script + 1 :])
     load_config(ROOT / args.cfg, parse_overrides(rest))
 
 
-@pytest.mark.parametrize("path", sorted({"README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))}))
+@pytest.mark.parametrize(("place", "line"), COMMANDS)
+def test_scripts_of_commands_exist(place, line):
+    for script in re.findall(r"(?:^|\s)((?:tools|tests|examples)/[\w/]+\.py)", line):
+        assert (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
 def test_links_and_files_exist(path):
     """Relative links and the files named in backticks are there."""
     text = (ROOT / path).read_text()
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-    targets += re.findall(r"`((?:ats|tools|tests|configs|docs)/[\w/.]+)(?:::\w+)?`", text)
+    targets += re.findall(r"`((?:ats|tools|tests|configs|docs|examples)/[\w/.]+)(?:::\w+)?`", text)
     missing = [t for t in targets if not (ROOT / t).exists() and not (ROOT / path).parent.joinpath(t).exists()]
     assert not missing
 
 
-def test_make_targets_in_the_readme_exist():
+def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:`|^)make ([\w-]+)", README, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in DOCUMENTS:
+        for target in re.findall(r"(?:`|^)make ([\w-]+)", (ROOT / path).read_text(), re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), (path, target)

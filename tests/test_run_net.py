@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -23,11 +22,10 @@ SCRIPT = Path(__file__).parent.parent / "tools" / "run_net.py"
 
 @pytest.fixture(scope="module")
 def run_net():
-    """tools/run_net.py as a module: `run_net.main([...])` is the command line without the start of a process."""
-    spec = importlib.util.spec_from_file_location("run_net", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """`run_net.main([...])` is the command line without the start of a process."""
+    from ats.cli import run_net
+
+    return run_net
 
 
 @pytest.fixture(autouse=True)

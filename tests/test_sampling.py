@@ -15,7 +15,7 @@ from ats.sampling import SAMPLERS, BlockSampler, Candidates, plan_samplers
 def candidates(rows: list[list[float]], *, fills_slots: bool = True, pad: int = 0) -> Candidates:
     """Score rows of different lengths as padded candidates."""
     longest = max(map(len, rows)) + pad
-    scores = torch.full((len(rows), longest), torch.nan, dtype=torch.float64)  # padding must never be looked at
+    scores = torch.zeros(len(rows), longest, dtype=torch.float64)
     valid = torch.zeros(len(rows), longest, dtype=torch.bool)
     for i, row in enumerate(rows):
         scores[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
@@ -196,6 +196,8 @@ def test_budget(num_tokens, slots, budget):
         ({"num_tokens": 0}, "NUM_TOKENS 0 (block 3)"),
         ({"num_tokens": -4}, "NUM_TOKENS -4"),
         ({"num_tokens": 1.5}, "NUM_TOKENS 1.5"),
+        ({"num_tokens": 7}, "NUM_TOKENS 7 (block 3): the least is 8 (ATS.MIN_TOKENS); give 8 or more, or a ratio"),
+        ({"num_tokens": 6, "min_tokens": 1, "num_prefix_tokens": 5}, "the least is 7 (5 prefix tokens and two more)"),
         ({"sampler": "inverse_transfrom"}, "Did you mean inverse_transform"),
         ({"score": "cls"}, "choose from cls_attention_value_norm"),
         ({"rule": "offical"}, "Did you mean official"),
@@ -206,3 +208,9 @@ def test_wrong_settings_are_named(changes, text):
     with pytest.raises(UserError) as error:
         plan_samplers(**{"depth": 12, "blocks": [3, 4], "num_tokens": 197} | changes)
     assert text in str(error.value)
+
+
+def test_only_the_sampled_blocks_need_a_possible_number():
+    """Entries of other blocks are not used; a ratio is raised to the least instead of refused."""
+    samplers = plan_samplers(depth=4, blocks=[1, 3], num_tokens=[2, 8, 0, 0.01])
+    assert {block: sampler.budget(197) for block, sampler in samplers.items()} == {1: 8, 3: 8}

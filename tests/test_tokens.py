@@ -41,7 +41,7 @@ def test_keep_remembers_where_tokens_come_from(num_sequences, length, num_prefix
         kept, index = tokens.keep(mask & tokens.layout.mask, slots=length)
         assert torch.equal(kept.x, tokens.x[index])
         tokens = kept
-    assert torch.equal(tokens.x, dense.flatten(0, 1)[tokens.grid_index()])
+    assert torch.equal(tokens.x, dense.flatten(0, 1)[tokens.grid_index])
     assert torch.equal(tokens.prefix(), dense[:, :num_prefix])
     grid = tokens.to_grid()
     assert torch.equal(tokens.from_grid(grid), tokens.x)
@@ -53,6 +53,23 @@ def test_keep_remembers_where_tokens_come_from(num_sequences, length, num_prefix
             tokens.x[tokens.layout.offsets[i] + num_prefix : tokens.layout.offsets[i + 1]],
             dense[i, num_prefix + patches],
         )
+
+
+@pytest.mark.parametrize("value", [0.0, -torch.inf])
+def test_grid_and_its_gradient(value):
+    """Placing tokens with and without a gradient gives the same grid, the value where none is; gradients come back."""
+    tokens = RaggedTokens.from_dense(torch.randn(2, 6, 3), 1)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    tokens = tokens.keep(mask, slots=6)[0]
+    grid = tokens.to_grid(value=value)
+    assert (grid[~mask] == value).all()
+    assert torch.equal(grid[mask], tokens.x)
+    x = tokens.x.clone().requires_grad_()
+    with_gradient = tokens.to_grid(x, value)
+    assert torch.equal(with_gradient, grid)
+    weight = torch.randn(2, 6, 3)
+    with_gradient.backward(weight)
+    assert torch.equal(x.grad, weight[mask])
 
 
 def reference_attention(q, k, v, q_sizes, k_sizes, scale):

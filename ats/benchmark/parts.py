@@ -1,4 +1,6 @@
-"""Where the time of a forward pass goes: embedding, projections, scoring and sampling, attention, MLP, the rest."""
+"""Where the time of a forward pass goes: embedding, projections, scoring and sampling, attention, MLP, scatter to the
+grid and gather from it, the rest.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from torch import nn
 
 from ats.models import ats_block
 from ats.models.ats_block import ATSBlock
+from ats.tokens import RaggedTokens
 
-PARTS = ("embedding", "qkv", "scoring and sampling", "attention", "mlp", "rest")
+PARTS = ("embedding", "qkv", "scoring and sampling", "attention", "mlp", "scatter and gather", "rest")
 # Methods of ATSBlock that are a part.
 METHODS = {
     "project_q": "qkv",
@@ -87,6 +90,9 @@ def part_seconds(model: nn.Module, x: torch.Tensor, *, rounds: int) -> dict[str,
             for method, name in METHODS.items():
                 wrapped = timer.wrap(getattr(kind, method), name)
                 stack.enter_context(mock.patch.object(kind, method, wrapped))
+        for method in ("to_grid", "from_grid"):
+            wrapped = timer.wrap(getattr(RaggedTokens, method), "scatter and gather")
+            stack.enter_context(mock.patch.object(RaggedTokens, method, wrapped))
         attention = timer.wrap(ats_block.ragged_attention, "attention")
         stack.enter_context(mock.patch.object(ats_block, "ragged_attention", attention))
         for name, module in model.named_modules():

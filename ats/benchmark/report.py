@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+from ats.benchmark.parts import PARTS
 from ats.benchmark.timing import Measured
 
 
@@ -128,11 +129,12 @@ def tokens_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
 
 
 def parts_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
-    """Share of the time by part, per cent; empty where it was not measured."""
+    """Share of the time by part, per cent, of the parts that some variant has; empty where it was not measured."""
+    rows = [row for row in rows if row.parts]
+    parts = [part for part in PARTS if any(row.parts[part] for row in rows)]
     lines = [
-        {"variant": row.variant, "batch": row.batch_size, **{part: f"{100 * s:.1f}" for part, s in row.parts.items()}}
+        {"variant": row.variant, "batch": row.batch_size, **{part: f"{100 * row.parts[part]:.1f}" for part in parts}}
         for row in rows
-        if row.parts
     ]
     return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True) if lines else ""
 

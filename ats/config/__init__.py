@@ -19,9 +19,12 @@ from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).resolve().parents[1]
+# The YAML files that come along: where `pip install` puts them, or a clone's.
+SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 _WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 
-__all__ = ["CfgNode", "describe", "get_cfg", "load_config", "load_yaml"]
+__all__ = ["CfgNode", "describe", "find_config", "get_cfg", "load_config", "load_yaml"]
 
 
 def get_cfg() -> CfgNode:
@@ -30,17 +33,30 @@ def get_cfg() -> CfgNode:
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> CfgNode:
-    """Defaults, then the YAML file, then the overrides `[KEY, VALUE, ...]`; returned frozen.
+    """Defaults, then the YAML file (`find_config`), then the overrides `[KEY, VALUE, ...]`; returned frozen.
 
     Raises:
         UserError: file not found or not YAML, unknown key, wrong value.
     """
     cfg = get_cfg()
     if path is not None:
-        cfg.merge_pairs(flatten(load_yaml(path)))
+        cfg.merge_pairs(flatten(load_yaml(find_config(path))))
     cfg.merge_from_list(list(overrides or []))
     cfg.freeze()
     return cfg
+
+
+def find_config(path: str | Path) -> Path:
+    """`path` if there is such a file, else the shipped config of that name: `ImageNet/DeiT_S.yaml`, also with
+    `configs/` in front, from any folder. If there is neither, `path` as it is.
+    """
+    path = Path(path)
+    if not path.is_file() and not path.is_absolute():
+        name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+        if (SHIPPED / name).is_file():
+            logger.info("%s is the shipped config %s", path, SHIPPED / name)
+            return SHIPPED / name
+    return path
 
 
 def load_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:

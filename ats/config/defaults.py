@@ -220,7 +220,11 @@ KEYS: list[Key] = [
         "Details of inverse transform sampling: as the official code with DROP_TOKENS False, or as the paper's text.",
         choices=("official", "paper"),
     ),
-    Key("ATS.MIN_TOKENS", 8, "Lower bound of K, also where it is a ratio; itself at least the prefix tokens + 2."),
+    Key(
+        "ATS.MIN_TOKENS",
+        8,
+        "Lower bound of K: ratios are raised to it, a number below it is an error; at least the prefix tokens + 2.",
+    ),
     Key("ATS.SEED", 0, "Seed of ATS.SAMPLER random."),
     Key(
         "ATS.SHARE_FRAMES",

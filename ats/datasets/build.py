@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from fvcore.common.config import CfgNode
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from ats.datasets.base import Sample
 from ats.datasets.imagenet import ImageNet
@@ -74,6 +74,13 @@ def collate(samples: list[Sample] | UserError) -> Sample | UserError:
 def image_mean_std(cfg: CfgNode) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation of the channels that images are normalised with."""
     return cfg.DATA.MEAN or IMAGENET_DEFAULT_MEAN, cfg.DATA.STD or IMAGENET_DEFAULT_STD
+
+
+def mean_std(cfg: CfgNode) -> tuple[Sequence[float], Sequence[float]]:
+    """Those of the evaluation's samples, be they images or clips."""
+    if len(input_shape(cfg)) == 3:
+        return image_mean_std(cfg)
+    return cfg.DATA.MEAN or CLIP_MEAN, cfg.DATA.STD or CLIP_STD
 
 
 def build_transform(cfg: CfgNode, split: Split) -> Transform:
@@ -210,6 +217,36 @@ def build_dataset(cfg: CfgNode, split: Split) -> Dataset:
     if name.lower() not in DATASETS:
         raise UserError(f"{key} {name!r} is not known.{suggest(name, DATASETS)} Choose one of: {', '.join(DATASETS)}.")
     return DATASETS[name.lower()](cfg, split)
+
+
+def build_sample_loader(cfg: CfgNode, split: Literal["train", "val"], *, num_samples: int) -> Loader:
+    """Some samples of a split, seen as evaluation sees them.
+
+    One is drawn from each of `num_samples` equal stretches of the split, so that all classes are there; the same ones
+    in every run of the same RNG_SEED.
+
+    Raises:
+        UserError: as `build_dataset`; fewer samples than none.
+    """
+    if num_samples < 1:
+        raise UserError(f"{num_samples} samples: give at least 1.")
+    dataset = build_dataset(cfg, split)
+    if isinstance(dataset, ImageNet):
+        dataset.transform = build_transform(cfg, "val")
+    elif isinstance(dataset, Kinetics):
+        dataset.split, dataset.transforms = "val", build_clip_transforms(cfg, "val")
+    elif split == "train":
+        logger.warning("TRAIN.DATASET %s: its training samples are taken as they come, augmented.", cfg.TRAIN.DATASET)
+    count = min(num_samples, len(dataset))
+    places = torch.rand(count, generator=torch.Generator().manual_seed(cfg.RNG_SEED)).tolist()
+    chosen = [int((index + place) * len(dataset) / count) for index, place in enumerate(places)]
+    return Loader(
+        Subset(dataset, chosen),
+        batch_size=cfg.TEST.BATCH_SIZE,
+        collate_fn=collate,
+        num_workers=min(cfg.DATA_LOADER.NUM_WORKERS, _num_cores()),
+        worker_init_fn=_ignore_stop_signals,
+    )
 
 
 def input_shape(cfg: CfgNode) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from ats.checkpoint import load_weights, save_safetensors
 from ats.config import CfgNode
 from ats.datasets import Sample, build_loader
-from ats.datasets.build import image_mean_std
+from ats.datasets.build import mean_std
 from ats.engine.checkpointing import Checkpoints, TrainState, newest, refuse_or_remove, resume
 from ats.engine.device import device_name, explain_lost_worker, seed_everything, select_device
 from ats.engine.distributed import data_parallel, gather, is_main, rank, sum_over_processes, wait_for_all, world_size
@@ -219,7 +219,7 @@ class Trainer:
             result = evaluate(state.eval_model, self.val_loader, device=self.device)
         self.log.evaluation(state.epoch - 1, result, is_ema=state.ema is not None)
         if self.log.wants_pictures:
-            mean, std = image_mean_std(self.cfg)
+            mean, std = mean_std(self.cfg)
             num_images = self.cfg.TENSORBOARD.NUM_IMAGES
             picture = draw_fixed_images(state.eval_model, self.val_loader.dataset, num_images, mean=mean, std=std)
             if picture is not None:

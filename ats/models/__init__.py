@@ -22,7 +22,7 @@ from ats.models.vit import VisionTransformer, vit_from_cfg
 from ats.models.xvit import XViT, xvit_from_cfg
 from ats.sampling import REDUCERS, SAMPLERS
 
-__all__ = ["MODELS", "CvT", "MViT", "PSViT", "TimeSformer", "VisionTransformer", "XViT", "build_model"]
+__all__ = ["MODELS", "CvT", "MViT", "PSViT", "TimeSformer", "VisionTransformer", "XViT", "build_model", "num_blocks"]
 
 MODELS: dict[str, Callable[[CfgNode], nn.Module]] = {
     "ViT": vit_from_cfg,
@@ -55,3 +55,12 @@ def build_model(cfg: CfgNode) -> nn.Module:
             f"MODEL.NAME {cfg.MODEL.NAME}: choose from {', '.join(options)}.{suggest(cfg.MODEL.NAME, MODELS)}"
         )
     return MODELS[cfg.MODEL.NAME](cfg)
+
+
+def num_blocks(model: nn.Module) -> int:
+    """Blocks of a network of this package, as ATS.BLOCKS counts them."""
+    if isinstance(model, CvT):
+        return sum(len(stage.blocks) for stage in model.stages)
+    if isinstance(model, PSViT):
+        return len(model.ps_layers) + len(model.trans_layers)
+    return len((model.base_model if isinstance(model, XViT) else model).blocks)

@@ -140,8 +140,9 @@ class ATSBlock(nn.Module):
         candidates = score_candidates(sampler.score, tokens, q, k, v, scale=self.attn.scale, bias=bias)
         group = tokens.group if sampler.share_frames else 1
         candidates = share_scores(candidates, group) if group > 1 else candidates
-        keep = sampler(candidates, slots=tokens.slots, num_prefix_tokens=num_prefix).repeat_interleave(group, dim=0)
-        return torch.cat([keep.new_ones(len(keep), num_prefix), keep], dim=1)
+        keep = sampler(candidates, slots=tokens.slots, num_prefix_tokens=num_prefix)
+        keep = keep.repeat_interleave(group, dim=0) if group > 1 else keep
+        return F.pad(keep, (num_prefix, 0), value=True)
 
     @staticmethod
     def drop_path(host: nn.Module, x: Tensor, layout: Layout) -> Tensor:
@@ -184,9 +185,10 @@ def score_candidates(
         value_norm = None
         if score == "cls_attention_value_norm":
             value_norm = layout.pad(torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype))[:, num_prefix:]
+        scores, valid = significance_score(attention[:, :, num_prefix:], value_norm), layout.mask[:, num_prefix:]
         return Candidates(
-            scores=significance_score(attention[:, :, num_prefix:], value_norm),
-            valid=layout.mask[:, num_prefix:],
+            scores=scores if layout.full and layout.uniform else scores.masked_fill(~valid, 0),
+            valid=valid,
             position=layout.pad(keys.position)[:, num_prefix:],
             num_positions=keys.num_positions,
             fills_slots=layout.lengths == keys.slots,

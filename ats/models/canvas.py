@@ -20,15 +20,6 @@ Grid = tuple[int, int, int]
 ONE: Grid = (1, 1, 1)
 
 
-def to_canvas(tokens: RaggedTokens, x: Tensor, value: float = 0) -> Tensor:
-    """[T, ...] -> [S, N, ...] with every token at its position and `value` where it was dropped. A view if none was."""
-    num_sequences = len(tokens.layout.lengths)
-    if tokens.layout.total == num_sequences * tokens.num_positions:
-        return x.unflatten(0, (num_sequences, -1))
-    canvas = x.new_full((num_sequences * tokens.num_positions, *x.shape[1:]), value)
-    return canvas.index_copy_(0, tokens.grid_index(), x).unflatten(0, (num_sequences, -1))
-
-
 def coarsen(tokens: RaggedTokens, grid: Grid, stride: Grid) -> RaggedTokens:
     """The cells of a grid coarser by `stride` that stand for at least one of the tokens on `grid`.
 
@@ -40,7 +31,7 @@ def coarsen(tokens: RaggedTokens, grid: Grid, stride: Grid) -> RaggedTokens:
         return tokens
     num_prefix = tokens.num_prefix_tokens
     there = torch.ones_like(tokens.position, dtype=torch.bool)
-    mask = present_cells(to_canvas(tokens, there)[:, num_prefix:].unflatten(1, grid), stride).flatten(1)
+    mask = present_cells(tokens.to_grid(there)[:, num_prefix:].unflatten(1, grid), stride).flatten(1)
     mask = F.pad(mask, (num_prefix, 0), value=True)
     position = mask.nonzero()[:, 1]
     return replace(

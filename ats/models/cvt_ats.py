@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ats.attention import ragged_attention
 from ats.errors import UserError
 from ats.models.ats_block import ATSBlock, score_candidates
-from ats.models.canvas import Grid, coarsen, to_canvas, tokens_of_cells
+from ats.models.canvas import Grid, coarsen, tokens_of_cells
 from ats.models.cvt_block import ConvBlock, StageSpec
 from ats.sampling import BlockSampler
 from ats.tokens import Layout, RaggedTokens
@@ -65,7 +65,7 @@ class ConvATSBlock(nn.Module):
         attn, sampler = self.attn, self.sampler
         cells = replace(coarsen(tokens, (1, *grid), self.key_stride), slots=tokens.slots)  # both count cells
         x = self.norm1(tokens.x)
-        canvas = to_canvas(tokens, x)
+        canvas = tokens.to_grid(x)
         k, v = (self.heads(name, self.convolved(name, x, canvas, tokens, cells, grid)) for name in "kv")
         rows = self.convolved("q", x, canvas, tokens, tokens, grid)
         kept = tokens
@@ -138,7 +138,7 @@ class ConvATSBlock(nn.Module):
         keep = sampler(candidates, slots=cells.slots, num_prefix_tokens=num_prefix)
         keep = cells.layout.unpad(torch.cat([keep.new_ones(len(keep), num_prefix), keep], dim=1))
         coarse = tuple(-(-size // step) for size, step in zip((1, *grid), self.key_stride, strict=True))
-        on_cells = to_canvas(cells, keep)[:, num_prefix:].unflatten(1, coarse)
+        on_cells = cells.to_grid(keep)[:, num_prefix:].unflatten(1, coarse)
         on_tokens = tokens_of_cells(on_cells, (1, *grid), self.key_stride).flatten(1)
         mask = tokens.from_grid(F.pad(on_tokens, (num_prefix, 0), value=True))
         return tokens.layout.pad(mask)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ats.attention import ragged_attention
 from ats.models.ats_block import ATSBlock, score_candidates
-from ats.models.canvas import ONE, Grid, coarsen, rescale, to_canvas, tokens_of_cells
+from ats.models.canvas import ONE, Grid, coarsen, rescale, tokens_of_cells
 from ats.models.mvit_block import MultiScaleBlock, pool_grid
 from ats.sampling import BlockSampler
 from ats.tokens import Layout, RaggedTokens
@@ -137,7 +137,7 @@ class MultiScaleATSBlock(nn.Module):
         The width is filled up to a multiple of 8, as fused kernels like it.
         """
         num_prefix, scale = queries.num_prefix_tokens, self.attn.scale
-        canvas = to_canvas(queries, q)[:, num_prefix:]
+        canvas = queries.to_grid(q)[:, num_prefix:]
         by_axis, coordinates = [], []
         terms = self.attn.relative_positions(canvas, query_grid, key_grid)
         for axis, (term, size) in enumerate(zip(terms, key_grid, strict=True)):
@@ -186,7 +186,7 @@ class MultiScaleATSBlock(nn.Module):
         candidates = score_candidates(sampler.score, keys, q, k, v, scale=self.attn.scale, queries=queries.layout)
         keep = sampler(candidates, slots=keys.slots, num_prefix_tokens=num_prefix)
         keep = layout.unpad(torch.cat([keep.new_ones(len(keep), num_prefix), keep], dim=1))
-        cells = to_canvas(keys, keep)[:, num_prefix:].unflatten(1, key_grid)
+        cells = keys.to_grid(keep)[:, num_prefix:].unflatten(1, key_grid)
         steps = tuple(num_q // num_k for num_q, num_k in zip(query_grid, key_grid, strict=True))
         cells = tokens_of_cells(cells, query_grid, steps)
         mask = torch.cat([cells.new_ones(len(cells), num_prefix), cells.flatten(1)], dim=1)
@@ -205,7 +205,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, queries: Layout, keys: Layout, sc
 def pool_ragged(pool: nn.Module, x: Tensor, tokens: RaggedTokens, cells: RaggedTokens, grid: Grid) -> Tensor:
     """Pool x [T, H, D] of `tokens` on a canvas of the whole `grid`; returns the values [T', H, D] of `cells`."""
     is_max = isinstance(pool, nn.MaxPool3d)
-    canvas = to_canvas(tokens, x, -torch.inf if is_max else 0)
+    canvas = tokens.to_grid(x, -torch.inf if is_max else 0)
     out = cells.from_grid(pool_grid(pool, canvas, grid, tokens.num_prefix_tokens))
     # With a stride above the kernel's reach a cell may be there by a token that the kernel does not see.
     return out.masked_fill(out == -torch.inf, 0) if is_max else out

@@ -35,10 +35,8 @@ def neighbours(tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
     """Where in the packed tensor the same patch of the next and of the previous frame lies, each [R]; R, one past the
     end, where there is none.
     """
-    place = tokens.grid_index()
-    table = place.new_full((len(tokens.layout.lengths) * tokens.num_positions,), len(place))
-    table[place] = torch.arange(len(place), device=place.device)
-    table = table.reshape(-1, tokens.group, tokens.num_positions)
+    place = tokens.grid_index
+    table = tokens.row_at_position.reshape(-1, tokens.group, tokens.num_positions)
     nothing = torch.full_like(table[:, :1], len(place))
     following = torch.cat([table[:, 1:], nothing], dim=1).flatten()
     preceding = torch.cat([nothing, table[:, :-1]], dim=1).flatten()

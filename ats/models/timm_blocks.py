@@ -1,7 +1,7 @@
 """timm's transformer blocks on ragged tokens: for every block class that is understood, a subclass with ATS.
 
-A host block becomes its ATS version by its `__class__` alone (`with_sampler`), so it stays the same object with the
-same children, parameters and hooks, and becomes itself again the same way. What the versions add to `ATSBlock`:
+A host block becomes its ATS version by its `__class__` alone (`host.with_sampler`), so it stays the same object with
+the same children, parameters and hooks, and becomes itself again the same way. What the versions add to `ATSBlock`:
 
 * projections that are joint, joint with separate biases (BEiT, EVA), or apart, also with fewer key than query heads;
 * norm and gate behind the attention, LayerScale as a module or as `gamma_1`, `gamma_2`, norms behind the branches;
@@ -24,7 +24,6 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from ats.models.ats_block import ATSBlock
-from ats.sampling import BlockSampler
 from ats.tokens import RaggedTokens
 
 # Classes whose forward pass is known, compared exactly: a subclass may compute something else.
@@ -34,7 +33,7 @@ NORMS = (nn.Identity, nn.LayerNorm, TimmLayerNorm, LayerNormFp32, RmsNorm, RmsNo
 
 
 class TimmBlock(ATSBlock):
-    """What the ATS versions of timm's blocks have in common; never instantiated, see `with_sampler`."""
+    """What the ATS versions of timm's blocks have in common; never instantiated, see `host.with_sampler`."""
 
     def attention_output(self, out: Tensor, x: Tensor) -> Tensor:
         """Heads' joint output [T, H*D] and attention input [T, C] -> the attention's branch [T, C]."""
@@ -148,21 +147,6 @@ BLOCKS: dict[type[nn.Module], type[TimmBlock]] = {
     eva.EvaBlock: ATSEvaBlock,
     eva.EvaBlockPostNorm: ATSEvaBlockPostNorm,
 }
-HOSTS = {version: host for host, version in BLOCKS.items()}
-
-
-def with_sampler(blocks: nn.Module, samplers: dict[int, BlockSampler]) -> None:
-    """Make timm's `blocks` those of a network with `samplers`: the first block with one and all behind it become their
-    ATS version, those before their own class again. Without samplers all blocks are as they were.
-    """
-    first = min(samplers, default=len(blocks))
-    for index, block in enumerate(blocks):
-        if index >= first:
-            block.__class__ = BLOCKS.get(type(block), type(block))
-            block.sampler = samplers.get(index)
-        elif type(block) in HOSTS:
-            block.__class__ = HOSTS[type(block)]
-            del block.sampler
 
 
 def refusal_of_block(block: nn.Module) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ats.errors import UserError, suggest
 from ats.models.ats_block import samplers_from_cfg
-from ats.models.timm_vit import adopt, has_cls, refusal
+from ats.models.timm_vit import adopt, num_prefix_tokens, refusal
 
 PREFIX = "timm/"
 
@@ -31,8 +31,7 @@ def timm_from_cfg(cfg: CfgNode) -> nn.Module:
             f"MODEL.NAME {cfg.MODEL.NAME}, a {type(model).__name__}, is not understood: {reason}. See docs/PLUGIN.md."
         )
     _check_image_size(model, cfg)
-    num_prefix_tokens = model.num_prefix_tokens if has_cls(model) else 0
-    adopt(model, samplers_from_cfg(cfg, depth=len(model.blocks), num_prefix_tokens=num_prefix_tokens))
+    adopt(model, samplers_from_cfg(cfg, depth=len(model.blocks), num_prefix_tokens=num_prefix_tokens(model)))
     return model
 
 

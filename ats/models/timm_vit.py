@@ -1,7 +1,7 @@
 """timm's vision transformers over ragged tokens: for every model class that is understood, a subclass with ATS.
 
-As with the blocks (`timm_blocks.py`), a model becomes its ATS version by its `__class__` alone: the same object, with
-the same modules, parameters and state-dict keys. What the versions change in the host:
+As with the blocks (`timm_blocks.py`), a model becomes its ATS version by its `__class__` alone (`host.py`). What the
+versions change in the host:
 
 * from the first ATS block on tokens are packed; `forward_features` and `forward_intermediates` give the host's dense
   layout [B, N, C] with exact zeros where a token was dropped;
@@ -14,7 +14,7 @@ Shapes: B images, N = P + grid tokens, P prefix tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -31,34 +31,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ats.errors import UserError
 from ats.models.ats_block import ATSBlock
-from ats.models.timm_blocks import NORMS, refusal_of_block, with_sampler
+from ats.models.host import Patched, State, with_sampler
+from ats.models.timm_blocks import BLOCKS, NORMS, refusal_of_block
 from ats.models.timm_cost import model_multiply_adds
 from ats.sampling import BlockSampler, TokenReducer
 from ats.tokens import KeptTokens, Layout, RaggedTokens
 
 
-@dataclass
-class State:
-    """What a patched model knows beyond its host: settings (those of `ats.patch`), and the trace if it is wanted."""
-
-    settings: dict = field(default_factory=dict)
-    trace: bool = False
-    last: list[KeptTokens] | None = None
-    embedding_costs: dict = field(default_factory=dict)  # see timm_cost.py
-
-
-class ATSModel:
+class ATSModel(Patched):
     """What the ATS versions of timm's models have in common; never instantiated, see `adopt`."""
 
-    ats_state: State
     head_keys: tuple[str, ...] = ("head",)
-
-    @property
-    def ats(self) -> object:
-        """The handle to re-tune and to look: `ats.plugin.Handle`."""
-        from ats.plugin import Handle
-
-        return Handle(self)
 
     # ---- the host's interface
 
@@ -256,7 +239,7 @@ def adopt(model: nn.Module, samplers: dict[int, BlockSampler | TokenReducer]) ->
     if type(model) in MODELS:
         model.ats_state = State()
         model.__class__ = MODELS[type(model)]
-    with_sampler(model.blocks, samplers)
+    with_sampler(model.blocks, samplers, BLOCKS)
 
 
 def refuse_reducers(model: nn.Module, samplers: dict[int, BlockSampler | TokenReducer]) -> None:
@@ -277,7 +260,7 @@ def refuse_reducers(model: nn.Module, samplers: dict[int, BlockSampler | TokenRe
 
 def release(model: nn.Module) -> None:
     """Make `model` its host again."""
-    with_sampler(model.blocks, {})
+    with_sampler(model.blocks, {}, BLOCKS)
     model.__class__ = HOSTS[type(model)]
     del model.ats_state
 
@@ -295,6 +278,16 @@ def rotary_table(rope: Tensor, num_prefix_tokens: int) -> Tensor:
 def has_cls(model: nn.Module) -> bool:
     """Whether the first token is a CLS token."""
     return model.cls_token is not None
+
+
+def num_blocks(model: nn.Module) -> int:
+    """Blocks of the network."""
+    return len(model.blocks)
+
+
+def num_prefix_tokens(model: nn.Module) -> int:
+    """Tokens that are always kept if the first of them is CLS; 0 if none of them is one that can score."""
+    return model.num_prefix_tokens if has_cls(model) else 0
 
 
 def attention_pool(model: nn.Module) -> nn.Module | None:
@@ -329,14 +322,13 @@ REASONS = {
 
 def refusal(model: nn.Module) -> str:
     """Why ATS cannot be put into this model; "" if it can."""
-    for name in ("module", "_orig_mod", "model"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, tuple(MODELS)):
-            return f"it wraps a {type(inner).__name__}; patch that one: ats.patch(model.{name}, ...)"
     if type(model) not in MODELS and type(model) not in HOSTS:
         known = ", ".join(host.__name__ for host in MODELS)
         reason = REASONS.get(type(model).__name__)
-        return f"{reason + '; ' if reason else ''}the classes understood are timm's {known}, themselves and no subclass"
+        return (
+            f"{reason + '; ' if reason else ''}the classes understood are timm's {known}, themselves and no subclass, "
+            "and of transformers ViT, DeiT, Dinov2 and Dinov2WithRegisters"
+        )
     if len(model.blocks) == 0:
         return "it has no blocks"
     if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):

@@ -1,0 +1,198 @@
+"""What `pip install` and torch.hub give: the package with its configs, types and commands; the entry points."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import randomise
+
+from ats.cli import COMMANDS, as_typed
+from ats.config import SHIPPED, load_config
+from ats.errors import UserError
+from ats.models import build_model
+
+ROOT = Path(__file__).parents[1]
+# tools/visualize.py and its command may come later than the others.
+WRITTEN = {command: script for command, script in COMMANDS.items() if (ROOT / script).is_file()}
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    """The output of a command that must succeed."""
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path, str]:
+    """(wheel, sdist, what setuptools said), built offline from a copy of the files that git has."""
+    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
+    if not any(names):  # not a clone
+        names = [
+            str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file() and ".venv" not in path.parts
+        ]
+    for name in names:
+        if name and not name.startswith(("tests/", "data/", "output/")) and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    said = run(sys.executable, "setup.py", "-q", "sdist", "-d", dist, "bdist_wheel", "-d", dist, cwd=source)
+    return *dist.glob("*.whl"), *dist.glob("*.tar.gz"), said
+
+
+@pytest.fixture(scope="module")
+def site(built, tmp_path_factory) -> Path:
+    """A folder with the wheel as pip would unpack it."""
+    folder = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile"]
+    run(*pip, "--disable-pip-version-check", "--target", folder, built[0], cwd=folder)
+    return folder
+
+
+def test_wheel_and_sdist_hold_everything_and_nothing_else(built):
+    wheel, sdist, said = built
+    assert "warning" not in said.lower()
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    with tarfile.open(sdist) as archive:
+        source = {name.partition("/")[2] for name in archive.getnames()}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ats").rglob("*.py")}
+    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
+    assert modules
+    assert configs
+    assert modules | {"ats/py.typed"} | {f"ats/{name}" for name in configs} <= inside
+    assert modules | configs | {"ats/py.typed", "hubconf.py", "LICENSE", "README.md", "tools/run_net.py"} <= source
+    other = {name for name in inside if not name.startswith("ats/") and ".dist-info/" not in name}
+    assert not other
+    assert not {name for name in inside | source if "__pycache__" in name or name.endswith((".safetensors", ".pyc"))}
+
+
+def test_commands_of_the_wheel_answer_help(site, tmp_path):
+    """Every console command starts from the installed package, away from any clone, and speaks of itself."""
+    assert set(WRITTEN) >= {"ats-run", "ats-benchmark", "ats-calibrate"}
+    for command in WRITTEN:
+        script = site / "bin" / command
+        said = run(sys.executable, script, "--help", cwd=tmp_path, PYTHONPATH=str(site))
+        assert command in said
+        assert "tools/" not in said
+
+
+def test_wheel_finds_its_configs_from_anywhere(site, tmp_path):
+    code = (
+        "import ats, ats.config as c; print(ats.__file__); "
+        "print([c.load_config(p).VIT.EMBED_DIM for p in ('ImageNet/DeiT_S.yaml', 'configs/ImageNet/DeiT_Ti.yaml')])"
+    )
+    said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).splitlines()
+    assert said == [str(site / "ats" / "__init__.py"), "[384, 192]"]
+
+
+def test_a_local_config_comes_before_a_shipped_one(tmp_path, monkeypatch):
+    """And a clone's are found from other folders too."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("ImageNet/DeiT_S.yaml").VIT.EMBED_DIM == 384
+    (tmp_path / "ImageNet").mkdir()
+    (tmp_path / "ImageNet" / "DeiT_S.yaml").write_text("VIT:\n  EMBED_DIM: 60\n")
+    assert load_config("ImageNet/DeiT_S.yaml").VIT.EMBED_DIM == 60
+    with pytest.raises(UserError, match=r"No config file ImageNet/DeiT_X\.yaml"):
+        load_config("ImageNet/DeiT_X.yaml")
+    assert SHIPPED == ROOT / "configs"
+
+
+def test_help_speaks_of_the_command_that_was_typed(monkeypatch):
+    text = "python tools/run_net.py --cfg X, then tools/benchmark.py"
+    monkeypatch.setattr(sys, "argv", ["tools/run_net.py"])
+    assert as_typed(text) == text
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ats-run"])
+    assert as_typed(text) == "ats-run --cfg X, then ats-benchmark"
+
+
+# ---- torch.hub
+
+
+def load(name: str, *args: object, **kwargs: object) -> torch.nn.Module:
+    return torch.hub.load(str(ROOT), name, *args, source="local", **kwargs)
+
+
+def test_hub_shows_entry_points_alone():
+    """What torch.hub would list: entry points, each with a text, of configs that are there; none of the imports."""
+    import hubconf
+
+    names = [name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")]
+    assert {"config", "timm_model", "deit_small", "xvit_b16", "timesformer", "cvt_13"} <= set(names)
+    for name in names:
+        text = getattr(hubconf, name).__doc__
+        config = re.search(r"configs/([\w/]+\.yaml)", text)
+        assert name in ("config", "timm_model") or load_config(config[1]).ATS.ENABLE
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("deit_tiny", "ImageNet/DeiT_Ti.yaml"), ("cvt_13", "ImageNet/CvT_13_ATS.yaml")],
+)
+def test_hub_model_is_the_configs(name, config):
+    """Same parameters, in evaluation mode, with ATS unless `dense`; the settings arrive."""
+    model = load(name)
+    want = build_model(load_config(config)).state_dict()
+    assert {key: value.shape for key, value in model.state_dict().items()} == {k: v.shape for k, v in want.items()}
+    assert not model.training
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        assert load(name, dense=True).forward_tokens(x)[1] == []
+        trace = load(name, blocks=[7, 9], num_tokens=30, overrides=["MODEL.NUM_CLASSES", 5]).forward_tokens(x)[1]
+    assert [entry.block for entry in trace] == [7, 9]
+
+
+def test_hub_weights_from_a_file_and_from_a_release(tmp_path, monkeypatch):
+    """`checkpoint` and `pretrained` load what the file holds; a download whose checksum is wrong is refused."""
+    import hubconf
+
+    model = randomise(build_model(load_config("ImageNet/DeiT_Ti.yaml")))
+    path = tmp_path / "weights.pth"
+    torch.save({"model": model.state_dict()}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        want = model.eval()(x)
+        assert torch.equal(load("deit_tiny", checkpoint=str(path))(x), want)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+        for stem in (digest, "00000000"):
+            released = shutil.copy(path, tmp_path / f"deit-{stem}.pth")
+            entry = hubconf._entry_point("ImageNet/DeiT_Ti.yaml", "test", Path(released).as_uri())
+            if stem == digest:
+                assert torch.equal(entry(pretrained=True)(x), want)
+            else:
+                with pytest.raises(RuntimeError, match="hash"):
+                    entry(pretrained=True)
+    assert [p.name for p in (tmp_path / "hub" / "checkpoints").iterdir()] == [f"deit-{digest}.pth"]
+
+
+def test_hub_timm_model():
+    model = load("timm_model", "deit3_small_patch16_224", blocks=[3, 5], num_tokens=0.5, depth=6, num_classes=3)
+    assert model.ats.blocks == [3, 5]
+    assert model(torch.randn(1, 3, 224, 224)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("cvt_13", {"pretrained": True}, "no weights that can be downloaded"),
+        ("deit_tiny", {"pretrained": True, "checkpoint": "x.pth"}, "not both"),
+        ("deit_tiny", {"checkpoint": "missing.pth"}, "No checkpoint file missing"),
+        ("deit_tiny", {"blocks": [12]}, "block 12 does not exist"),
+    ],
+)
+def test_hub_mistakes(name, arguments, message):
+    with pytest.raises(UserError, match=message):
+        load(name, **arguments)

@@ -1,0 +1,108 @@
+"""Hugging Face models made small, with random weights: every class that `ats.patch` accepts, and what differs in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ats.tokens import KeptTokens
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 5,
+}
+VIT = {"intermediate_size": 64}
+DINO = {"mlp_ratio": 2, "layerscale_value": 1.0}
+# Name -> (class, what its config has beside SIZES).
+CONTRACT: dict[str, tuple[str, dict]] = {
+    "vit": ("ViTModel", VIT),
+    "vit classifier": ("ViTForImageClassification", VIT),
+    "vit classifier, eager, no bias": (
+        "ViTForImageClassification",
+        VIT | {"attn_implementation": "eager", "qkv_bias": False},
+    ),
+    "deit": ("DeiTModel", VIT),
+    "deit classifier": ("DeiTForImageClassification", VIT),
+    "deit with teacher": ("DeiTForImageClassificationWithTeacher", VIT),
+    "dinov2": ("Dinov2Model", DINO),
+    "dinov2 classifier": ("Dinov2ForImageClassification", DINO),
+    "dinov2 giant": ("Dinov2ForImageClassification", DINO | {"use_swiglu_ffn": True}),
+    "registers": ("Dinov2WithRegistersModel", DINO | {"num_register_tokens": 3}),
+    "registers classifier": ("Dinov2WithRegistersForImageClassification", DINO | {"num_register_tokens": 3}),
+}
+# ViT's and DeiT's eager attention takes the softmax in float32, whatever the weights are in; ATS and the rest do not.
+TOLERANCE = {"vit classifier, eager, no bias": 1e-4}
+# What differs in everything: one prefix token, two with two heads, LayerScale and pooled patches, registers.
+LAWS = ["vit classifier", "deit with teacher", "dinov2 giant", "registers classifier"]
+
+
+def small_model(name: str, **settings: object) -> nn.Module:
+    """The model in float64 and evaluation mode, with weights that make tokens differ."""
+    kind, own = CONTRACT.get(name, (name, {}))
+    torch.manual_seed(0)
+    host = getattr(transformers, kind)
+    model = host(host.config_class(**SIZES | own | settings)).double().eval()
+    for key, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.2)
+        if parameter.ndim == 1 and not key.endswith("bias"):  # of a norm or LayerScale
+            parameter.data += 1
+    return model
+
+
+def images(count: int = 3, side: int = 32) -> Tensor:
+    """Random images."""
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def first_output(model: nn.Module, x: Tensor, **kwargs: object) -> Tensor:
+    """Logits, or the last hidden state of a base model."""
+    return model(x, **kwargs)[0]
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model in a classifier, or the model itself."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layers of the transformer."""
+    base = base_of(model)
+    return base.encoder.layer if hasattr(base, "encoder") else base.layers
+
+
+def masked_host(host: nn.Module, x: Tensor, trace: list[KeptTokens]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The same kept tokens by the host's own layers, which go on with all tokens but cannot see the dropped ones.
+
+    Returns:
+        Features [B, N, C] after the final norm; which tokens are left [B, N]; of the hidden states before and behind
+        every layer.
+    """
+    base = base_of(host)
+    x = base.embeddings(x)
+    present = torch.ones(x.shape[:2], dtype=torch.bool)
+    kept, states = {entry.block: entry for entry in trace}, [x]
+    for index, layer in enumerate(layers_of(host)):
+        mask = torch.zeros(present.shape, dtype=x.dtype).masked_fill(~present, -torch.inf)[:, None, None]
+        x = layer(x, mask)
+        if index in kept:
+            present = torch.zeros_like(present)
+            positions = kept[index].position.split(kept[index].num_tokens.tolist())
+            for row, columns in zip(present, positions, strict=True):
+                row[columns] = True
+        states.append(x.masked_fill(~present[..., None], 0))
+    return base.layernorm(x), present, states
+
+
+def head_on(host: nn.Module, tokens: Tensor) -> Tensor:
+    """The host's head on these tokens [N, C] of one image: logits [classes]."""
+    with pytest.MonkeyPatch.context() as patch:
+        out = BaseModelOutputWithPooling(last_hidden_state=tokens[None])
+        patch.setattr(base_of(host), "forward", lambda *args, **kwargs: out)
+        return host(images(1)).logits[0]

@@ -1,0 +1,103 @@
+"""Write docs/LEGACY_KEYS.md, what the keys of older releases become here:
+
+    python tools/legacy_keys.py
+
+Every row is what `ats/config/legacy.py` does with the key; a test compares the file with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed
+
+from ats.config import legacy, legacy_images
+from ats.config.schema import KEY
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = ROOT / "docs" / "LEGACY_KEYS.md"
+HEAD = """# Keys of older releases
+
+YAML files of the official ATS code, SlowFast's MViT, X-ViT, TimeSformer, CvT and PS-ViT load as they are. This is what
+becomes of their keys, written by `python tools/legacy_keys.py` from `ats/config/legacy.py`; a test compares the two. A
+key that does not stand here has its name and its meaning, or is an error that suggests the nearest one. Whatever is
+renamed or has no effect is said in the log when a file is read.
+"""
+# The keys of the official release's one config, DeiT_S.yaml, in its order.
+OFFICIAL = (
+    "TRAIN.ENABLE", "TEST.ENABLE", "TEST.DATASET", "TEST.BATCH_SIZE", "TEST.CHECKPOINT_FILE_PATH",
+    "TEST.NUM_ENSEMBLE_VIEWS", "TEST.NUM_SPATIAL_CROPS", "DATA.PATH_TO_DATA_DIR", "DATA.TEST_CROP_SIZE",
+    "DATA.TRAIN_CROP_SIZE", "VIT.IMG_SIZE", "VIT.PATCH_SIZE", "VIT.IN_CHANNELS", "VIT.NUM_CLASSES", "VIT.EMBED_DIM",
+    "VIT.DEPTH", "VIT.NUM_HEADS", "VIT.QK_SCALE", "VIT.REPRESENTATION_SIZE", "VIT.HYBRID_BACKBONE", "VIT.NORM_LAYER",
+    "VIT.ATS_BLOCKS", "VIT.NUM_TOKENS", "VIT.DROP_TOKENS", "NUM_GPUS",
+)  # fmt: skip
+# Values that a translation takes, where it does not take any.
+EXAMPLES = {
+    "VIT.ATS_BLOCKS": [3],
+    "MODEL.LOSS_FUNC": "smooth_cross_entropy",
+    "MODEL.MODEL_NAME": "XVIT",
+    "TEST.INTERPOLATION": 3,
+    "model": "ps_vit_b_18",
+}
+
+
+def becomes(key: str) -> str:
+    """The keys that replace a renamed one; "" for one that is only answered with what to type."""
+    pairs = legacy.RENAMED[key](EXAMPLES.get(key, 1))
+    return ", ".join(dict.fromkeys(f"`{new}`" for new, _ in pairs))
+
+
+def cell(key: str) -> str:
+    """What becomes of a key of the official release."""
+    if key in legacy.RENAMED:
+        return becomes(key) or "no effect: the log says what to type instead"
+    if key in legacy.FIXED:
+        return f"{values(key)} is how it is here; anything else is an error"
+    if key in legacy.IGNORED:
+        return f"no effect: {legacy.IGNORED[key]}"
+    if key not in KEY:
+        raise ValueError(f"{key} is neither a key nor translated")
+    return "the same"
+
+
+def values(key: str) -> str:
+    """The values that a fixed key may have."""
+    return " or ".join(f"`{value}`" for value in legacy.FIXED[key])
+
+
+def table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    """Markdown of two columns; the first holds code."""
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| `{key}` | {text} |" for key, text in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def render() -> str:
+    """The whole file."""
+    logging.disable(logging.WARNING)  # what the translations say to a user
+    try:
+        official = [(key, cell(key)) for key in OFFICIAL]
+        renamed = [(key, becomes(key) or "answered with the torchrun command to type") for key in legacy.RENAMED]
+    finally:
+        logging.disable(logging.NOTSET)
+    parts = [
+        HEAD,
+        "## The official ATS release, key by key\n",
+        table(("its `DeiT_S.yaml`", "here"), official),
+        "## Renamed, in any release\n",
+        table(("there", "here"), renamed),
+        "## Names of networks\n",
+        table(("`MODEL.NAME` or `MODEL.MODEL_NAME` there", "`MODEL.NAME` here"), list(legacy.NETWORKS.items())),
+        f"PS-ViT's `model` is one of {', '.join(f'`{name}`' for name in legacy_images.PSVIT_NETWORKS)}.\n",
+        "## One value only\n\nThese are read; any other value is an error that says so.\n",
+        table(("key", "value"), [(key, values(key)) for key in legacy.FIXED]),
+        "## Without effect\n\nNamed in a warning when they are read; `*` stands for anything.\n",
+        table(("key", "why"), list(legacy.IGNORED.items())),
+    ]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())
+    print(f"wrote {TARGET.relative_to(ROOT)}")
