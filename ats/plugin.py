@@ -22,8 +22,10 @@ from torch import nn
 
 from ats.errors import UserError, suggest
 from ats.models import timm_vit
-from ats.sampling import BlockSampler, plan_samplers
+from ats.sampling import BlockSampler, TokenReducer, plan_samplers
 from ats.tokens import KeptTokens
+
+REDUCER_OPTIONS = ("r", "prop_attn", "keep_rate", "fuse_token")
 
 
 def patch(
@@ -36,12 +38,17 @@ def patch(
     rule: str = "official",
     min_tokens: int = 8,
     seed: int = 0,
+    r: int | Iterable[int] = 8,
+    prop_attn: bool = True,
+    keep_rate: float | Iterable[float] = 0.7,
+    fuse_token: bool = True,
 ) -> nn.Module:
     """Put ATS into `blocks` of a vision transformer of timm or transformers, in place.
 
     Args:
         score: name in `ats.sampling.SCORES`; None: the paper's where CLS is read out, else "mean_attention".
         blocks, num_tokens, sampler, rule, min_tokens, seed: as the config keys ATS.*.
+        r, prop_attn: of sampler "tome", as TOME.*. keep_rate, fuse_token: of sampler "evit", as EVIT.*.
 
     Returns:
         The same model object, with a handle `model.ats` (`Handle`).
@@ -66,6 +73,10 @@ def patch(
         "rule": rule,
         "min_tokens": min_tokens,
         "seed": seed,
+        "r": r,
+        "prop_attn": prop_attn,
+        "keep_rate": keep_rate,
+        "fuse_token": fuse_token,
     }
     _apply(model, settings)
     return model
@@ -156,23 +167,28 @@ class Handle:
 def _apply(model: nn.Module, settings: dict) -> None:
     """Give the model's blocks the samplers that the settings describe; nothing changes if they are wrong."""
     settings = settings | {"blocks": _block_list(settings["blocks"])}
-    num_tokens = settings["num_tokens"]
-    if not isinstance(num_tokens, (int, float)):
-        if not isinstance(num_tokens, Iterable) or isinstance(num_tokens, str):
-            raise UserError(f"num_tokens {num_tokens!r}: give a number, a ratio up to 1, or a list with one per block.")
-        settings["num_tokens"] = list(num_tokens)
+    for name, number in (("num_tokens", "a number, a ratio up to 1"), ("r", "a number"), ("keep_rate", "a share")):
+        value = settings[name]
+        if not isinstance(value, (int, float)):
+            if not isinstance(value, Iterable) or isinstance(value, str):
+                raise UserError(f"{name} {value!r}: give {number}, or a list with one per block.")
+            settings[name] = list(value)
     library_of(model).adopt(model, _plan(model, settings))
     model.ats_state.settings = settings
 
 
-def _plan(model: nn.Module, settings: dict) -> dict[int, BlockSampler]:
+def _plan(model: nn.Module, settings: dict) -> dict[int, BlockSampler | TokenReducer]:
     library = library_of(model)
+    sampling = {name: value for name, value in settings.items() if name not in REDUCER_OPTIONS}
     try:
         return plan_samplers(
-            depth=library.num_blocks(model), num_prefix_tokens=library.num_prefix_tokens(model), **settings
+            depth=library.num_blocks(model),
+            num_prefix_tokens=library.num_prefix_tokens(model),
+            reducer_options={name: settings[name] for name in REDUCER_OPTIONS},
+            **sampling,
         )
     except UserError as error:  # speaks of config keys: ATS.NUM_TOKENS is num_tokens here
-        raise UserError(re.sub(r"\bATS\.([A-Z_]+)", lambda key: key[1].lower(), str(error))) from None
+        raise UserError(re.sub(r"\b(?:ATS|TOME|EVIT)\.([A-Z_]+)", lambda key: key[1].lower(), str(error))) from None
 
 
 def _block_list(blocks: object) -> list[int]:

@@ -24,14 +24,18 @@ Degenerate scores never raise and never drop everything:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ats.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from ats.tokens import RaggedTokens
 
 RULES = ("official", "paper")
 SCORES = ("cls_attention_value_norm", "cls_attention", "mean_attention")
@@ -138,6 +142,37 @@ def register_sampler(name: str) -> Callable[[Sampler], Sampler]:
     def register(sampler: Sampler) -> Sampler:
         SAMPLERS[name] = sampler
         return sampler
+
+    return register
+
+
+class TokenReducer(Protocol):
+    """What one block does to have fewer tokens where that is no mask over them: merge, fuse (`reducers.py`)."""
+
+    block: int
+
+    def reduce(self, tokens: RaggedTokens, q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None) -> RaggedTokens:
+        """The tokens that go on, of those behind the attention and its residual.
+
+        Args:
+            tokens: sequences of one length. q, k: [T, H, D], of the block's attention.
+            scale, bias: of its logits, bias [S, 1 or H, 1 or N, N].
+        """
+
+    def multiply_adds(self, num_tokens: Tensor, head_dim: int, num_heads: int) -> Tensor:
+        """What `reduce` costs, [S] for sequences of `num_tokens` [S]."""
+
+
+# Classes of reducers. `plan(block=, depth=, num_prefix_tokens=, options=)` makes the one of a block.
+REDUCERS: dict[str, type[TokenReducer]] = {}
+
+
+def register_reducer(name: str) -> Callable[[type[TokenReducer]], type[TokenReducer]]:
+    """Make a token reducer available as `ATS.SAMPLER name`."""
+
+    def register(reducer: type[TokenReducer]) -> type[TokenReducer]:
+        REDUCERS[name] = reducer
+        return reducer
 
     return register
 
@@ -249,19 +284,25 @@ def plan_samplers(
     rule: str = "official",
     seed: int = 0,
     share_frames: bool = False,
-) -> dict[int, BlockSampler]:
-    """A BlockSampler for each of the `blocks` of a network with `depth` blocks.
+    reducer_options: Mapping[str, object] | None = None,
+) -> dict[int, BlockSampler | TokenReducer]:
+    """A BlockSampler, or what `sampler` names in REDUCERS, for each of the `blocks` of a network with `depth` blocks.
 
     Args:
         num_tokens: K for all blocks, or one entry per block of the network (entries of other blocks are not used).
+        reducer_options: of the reducers, which use none of the settings of samplers: `r`, `keep_rate`, ...
 
     Raises:
         UserError: a block out of range or twice, K out of range, a list of the wrong length, an unknown name.
     """
-    for name, value, options in (("SAMPLER", sampler, SAMPLERS), ("SCORE", score, SCORES), ("RULE", rule, RULES)):
+    for name, value, options in (
+        ("SAMPLER", sampler, [*SAMPLERS, *REDUCERS]),
+        ("SCORE", score, SCORES),
+        ("RULE", rule, RULES),
+    ):
         if value not in options:
             raise UserError(f"ATS.{name} {value}: choose from {', '.join(options)}.{suggest(value, options)}")
-    if score != "mean_attention" and num_prefix_tokens == 0:
+    if sampler not in REDUCERS and score != "mean_attention" and num_prefix_tokens == 0:
         raise UserError(f"ATS.SCORE {score} needs a CLS token and this network has none; use ATS.SCORE mean_attention.")
     for block in blocks:
         if not 0 <= block < depth:
@@ -270,6 +311,9 @@ def plan_samplers(
             )
     if len(set(blocks)) < len(blocks):
         raise UserError(f"ATS.BLOCKS {list(blocks)}: a block stands twice.")
+    if sampler in REDUCERS:
+        plan, about = REDUCERS[sampler].plan, {"depth": depth, "num_prefix_tokens": num_prefix_tokens}
+        return {block: plan(block=block, options=reducer_options or {}, **about) for block in sorted(blocks)}
     if isinstance(num_tokens, (int, float)):
         num_tokens = [num_tokens] * depth
     if len(num_tokens) != depth:

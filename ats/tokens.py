@@ -111,13 +111,16 @@ class RaggedTokens:
         x: [T, C] tokens; in each sequence the prefix tokens first, then patches by ascending position.
         layout: where the sequences lie in x.
         position: [T] int64, index of the token in the original sequence; prefix tokens are 0 .. P - 1. Of a row of
-            padding: N, which is no position.
+            padding: N, which is no position; of a fused token: -1; of merged tokens that of one of them.
         num_prefix_tokens: P.
         num_positions: length N of the original sequences.
         slots: token slots: N at first, min(K, slots) after an ATS block. A number of the configuration, not of the
             data.
         group: how many consecutive sequences belong together: the frames of a clip; 1 for images.
         rotary: [N, h, 2D] sine and cosine of every original position, for blocks with rotary embedding; h is 1 or H.
+        size: [T] how many original tokens each stands for where they are merged; patches are then in any order.
+        key_bias: [S, M] added to the logits of every key, for sequences of one length.
+        has_fused: some tokens are sums of others and stand nowhere.
     """
 
     x: Tensor
@@ -128,6 +131,9 @@ class RaggedTokens:
     slots: int
     group: int = 1
     rotary: Tensor | None = None
+    size: Tensor | None = None
+    key_bias: Tensor | None = None
+    has_fused: bool = False
 
     @classmethod
     def from_dense(cls, x: Tensor, num_prefix_tokens: int, *, group: int = 1, layout: str = "packed") -> RaggedTokens:
@@ -175,7 +181,7 @@ class RaggedTokens:
 
     def to_grid(self, x: Tensor | None = None, value: float = 0) -> Tensor:
         """Dense [S, N, ...] with every token at its original position and `value` where it was dropped. A view if none
-        was.
+        was. Fused tokens have no position and are left out.
 
         Args:
             x: [T, ...] values to place, by default the tokens themselves.
@@ -185,7 +191,10 @@ class RaggedTokens:
             raise ValueError(f"tokens in the layout {self.layout.kind} have no grid: padding has no position")
         num_sequences = len(self.layout.lengths)
         size = num_sequences * self.num_positions
-        if self.layout.total == size:
+        if self.has_fused:
+            placed = (self.position >= 0).nonzero().squeeze(1)
+            grid = x.new_full((size, *x.shape[1:]), value).index_copy(0, self.grid_index[placed], x[placed])
+        elif self.layout.total == size:
             grid = x
         elif x.requires_grad:  # backward this is a plain gather
             grid = x.new_full((size, *x.shape[1:]), value).index_copy(0, self.grid_index, x)
@@ -246,6 +255,6 @@ class KeptTokens:
         """For each sequence the indices of its kept patches in the original grid (row major, prefix tokens not
         counted), ascending.
         """
-        return [
-            p[self.num_prefix_tokens :] - self.num_prefix_tokens for p in self.position.split(self.num_tokens.tolist())
-        ]
+        num_prefix = self.num_prefix_tokens
+        positions = self.position.split(self.num_tokens.tolist())
+        return [p[p >= num_prefix].sort().values - num_prefix for p in positions]

@@ -50,6 +50,25 @@ def weights_by_recipe(recipe: dict) -> dict[str, torch.Tensor]:
     return weights
 
 
+def rivals_weights(recipe: dict, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a case of ToMe or EViT for `model`, whose keys and shapes are the case's."""
+    rng, weights = np.random.default_rng(recipe["weights_seed"]), {}
+    for key, value in sorted(model.state_dict().items()):
+        z = rng.standard_normal(tuple(value.shape))
+        if "norm" in key and key.endswith("weight"):
+            z = 1 + 0.1 * z
+        elif key.endswith("bias"):
+            z = 0.1 * z
+        elif key in ("pos_embed", "cls_token"):
+            z = 0.3 * z
+        else:
+            z = z / np.sqrt(np.prod(value.shape[1:]))
+            if key.endswith("attn.qkv.weight"):
+                z[: 2 * value.shape[1]] *= recipe["qk_gain"]
+        weights[key] = torch.from_numpy(z.astype(np.float32))
+    return weights
+
+
 def write_deit_small(folder: Path, *, num_classes: int = 1000) -> Path:
     """Write case A4 as a DeiT checkpoint and an ImageNet tree of `num_classes` folders; returns the former."""
     case, golden = golden_case("A4_deit_small_recipe")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
 
 import pytest
 import torch
+from helpers import randomise
+from safetensors.torch import save_file
 
 from ats.benchmark import report, suite_items, suites
 from ats.benchmark.counts import PAPER_BLOCKS, PAPER_MEAN, PAPER_STD, imposed_counts
+from ats.benchmark.memory import peak_megabytes
 from ats.benchmark.parts import PARTS, part_seconds
 from ats.benchmark.sampler import sampler_rows
-from ats.benchmark.timing import Measured, Settings, build_variant, measure
+from ats.benchmark.timing import Measured, Settings, measure
+from ats.benchmark.variants import build_variant
 from ats.cli import benchmark as tool
 from ats.config import get_cfg, load_config
+from ats.datasets import build_dataset
 from ats.errors import UserError
 from ats.models import build_model
 
@@ -73,7 +80,9 @@ def test_imposed_counts_go_by_the_networks_depth():
 def test_measure_reports_every_variant_beside_dense():
     """Times are there for every round, dense is 1 by definition, FLOPs and tokens are the variant's own."""
     cfg = tiny("ATS.NUM_TOKENS", 0.5, "DEVICE", "cpu")
-    rows = measure(cfg, {2: torch.randn(2, 3, 224, 224)}, Settings(("ats", "topk", "padded"), rounds=3))
+    rows = measure(
+        cfg, {2: torch.randn(2, 3, 224, 224)}, Settings(("ats", "topk", "padded"), rounds=3, equal_gflops=False)
+    )
     by_name = {row.variant: row for row in rows}
     assert list(by_name) == ["dense", "ats", "topk", "padded"]
     dense, topk = by_name["dense"], by_name["topk"]
@@ -88,6 +97,57 @@ def test_measure_reports_every_variant_beside_dense():
         assert row.flop_ratio == pytest.approx(row.gflops_dense / torch.tensor(row.gflops).mean().item(), rel=0.05)
     assert by_name["ats"].parts["scoring and sampling"] > 0 == dense.parts["scoring and sampling"]
     assert by_name["ats"].gflops == by_name["padded"].gflops
+
+
+def test_other_methods_cost_what_ats_costs():
+    """Their samplers are set so that GFLOPs agree within 2 %, in the blocks where their authors work, and say how;
+    ats is measured though it was not asked for.
+    """
+    torch.manual_seed(0)
+    cfg = tiny("DEVICE", "cpu")
+    rows = measure(cfg, {8: torch.randn(8, 3, 224, 224)}, Settings(("tome", "evit", "topk", "random"), rounds=1))
+    by_name = {row.variant: row for row in rows}
+    assert list(by_name) == ["dense", "ats", "tome", "evit", "topk", "random"]
+    target = statistics.fmean(by_name["ats"].gflops)
+    assert target < 0.75 * by_name["ats"].gflops_dense
+    for name in ("tome", "evit", "topk", "random"):
+        assert statistics.fmean(by_name[name].gflops) == pytest.approx(target, rel=0.02)
+    assert list(by_name["tome"].tokens) == list(range(12))
+    assert list(by_name["evit"].tokens) == [3, 6, 9]
+    assert re.fullmatch(r"r (\d+, )+\d+ in blocks 0-11|r \d+ in blocks 0-11", by_name["tome"].setting)
+    assert re.fullmatch(r"keep rate 0\.\d+ in blocks 3, 6, 9", by_name["evit"].setting)
+    assert by_name["ats"].setting == "K 1 in blocks 3-11"
+
+
+def test_accuracy_is_that_of_the_images_asked_for(tiny_config, tmp_path, capsys):
+    """Six images spread over the evaluation data: the share of them that the variant's network gets right."""
+    cfg = load_config(str(tiny_config))
+    torch.manual_seed(1)
+    save_file(randomise(build_model(cfg)).state_dict(), tmp_path / "w.safetensors")
+    keys = ["TEST.CHECKPOINT_FILE_PATH", str(tmp_path / "w.safetensors"), "DEVICE", "cpu"]
+    keys += ["OUTPUT_DIR", str(tmp_path / "out")]
+    command = ["--cfg", str(tiny_config), "--compare", "tome,evit,topk", "--accuracy", "6", "--batch-size", "2"]
+    assert tool.main([*command, "--rounds", "1", *keys]) == 0
+    assert "top-1 %" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["dense", "ats", "tome", "evit", "topk"]
+
+    cfg = load_config(str(tiny_config), ["ATS.ENABLE", False, *keys])
+    dataset = build_dataset(cfg, "test")
+    samples = [dataset[index * len(dataset) // 6] for index in range(6)]
+    dense = randomise(build_model(cfg)).eval()
+    right = dense(torch.stack([s.x for s in samples])).argmax(1) == torch.tensor([s.label for s in samples])
+    assert rows[0]["top1"] == pytest.approx(100 * right.double().mean().item())
+    assert rows[0]["top1_gflops"] == rows[0]["gflops_dense"]
+    assert all(0 <= row["top1"] <= 100 for row in rows)
+
+
+def test_peak_memory_counts_what_is_alive():
+    """Weights, and two of the three activations of 1 MB each: the first is freed before the third is made."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000, bias=False) for _ in range(3))).requires_grad_(False)
+    x = torch.zeros(250, 1000)
+    peak = peak_megabytes(lambda: model(x), model, torch.device("cpu"))
+    assert peak == pytest.approx(3 * 4 + 2)
 
 
 def test_training_reports_what_backward_keeps():
@@ -138,6 +198,8 @@ def test_command_writes_json_table_and_plot(tmp_path, capsys):
         (["--cfg", "configs/ImageNet/DeiT_S.yaml", "--compare", "topq"], "topk"),
         (["--cfg", "configs/ImageNet/DeiT_S_dense.yaml"], "ATS.ENABLE"),
         (["--suite", "cpus"], "Did you mean"),
+        (["--cfg", "configs/ImageNet/DeiT_S.yaml", "--accuracy"], "TEST.CHECKPOINT_FILE_PATH"),
+        (["--cfg", "configs/ImageNet/MViTv2_T_ATS.yaml", "--compare", "tome"], "not for MODEL.NAME MViT"),
     ],
 )
 def test_mistakes_get_one_message(arguments, message, capsys):

@@ -14,23 +14,29 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Each row of the demo, evaluated. The val images do not depend on how many training images are made."""
+def folder(tmp_path_factory):
+    """With the data set in digits/. The val images do not depend on how many training images are made."""
+    folder = tmp_path_factory.mktemp("demo")
+    make_digits(folder / "digits", train_per_digit=1, num_workers=2)
+    return folder
+
+
+def evaluate_config(cfg):
     from ats.checkpoint import load_weights
     from ats.datasets import build_loader
     from ats.engine.device import select_device
     from ats.engine.evaluate import evaluate
     from ats.models import build_model
 
-    folder = tmp_path_factory.mktemp("demo")
-    make_digits(folder / "digits", train_per_digit=1, num_workers=2)
-    results = {}
-    for row in demo.ROWS:
-        cfg = demo.row_config(row, data=folder / "digits", output=folder)
-        model = build_model(cfg)
-        load_weights(model, cfg.TEST.CHECKPOINT_FILE_PATH)
-        results[row.name] = evaluate(model, build_loader(cfg, "val"), device=select_device("cpu"))
-    return results
+    model = build_model(cfg)
+    load_weights(model, cfg.TEST.CHECKPOINT_FILE_PATH)
+    return evaluate(model, build_loader(cfg, "val"), device=select_device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """Each row of the demo, evaluated."""
+    return {row.name: evaluate_config(demo.row_config(row, data=folder / "digits", output=folder)) for row in demo.ROWS}
 
 
 def test_readme_table(results):
@@ -44,6 +50,24 @@ def test_readme_table(results):
             assert result.gflops[value] == pytest.approx(float(text), rel=0.01)
         for block, count in re.findall(r"(\d+): ([\d.]+)", tokens):
             assert result.tokens_per_block[int(block)] == pytest.approx(float(count), rel=0.02)
+
+
+def test_table_of_other_methods(folder, results):
+    """The row at 0.53 of the dense GFLOPs, by the settings that docs/BENCHMARKS.md gives."""
+    cells = readme_table("### Beside other methods without parameters", ["0.0243 (0.53)"])["0.0243 (0.53)"]
+    row = next(row for row in demo.ROWS if row.name == "ATS untouched, blocks 5-11")
+    settings = {
+        "tome": ["ATS.BLOCKS", list(range(12)), "TOME.R", [4, 5, 5, 5, 5, 5, 5, 5, 5, 5, 4, 5], "ATS.NUM_TOKENS", 1],
+        "evit": ["ATS.BLOCKS", [3, 6, 9], "EVIT.KEEP_RATE", 0.5161, "ATS.NUM_TOKENS", 1],
+    }
+    assert results[row.name].top1 == pytest.approx(float(cells[0]), abs=0.2)
+    for (sampler, keys), top1 in zip(settings.items(), cells[1:3], strict=True):
+        cfg = demo.row_config(row, data=folder / "digits", output=folder).clone()
+        cfg.defrost()
+        cfg.merge_from_list(["ATS.SAMPLER", sampler, *keys])
+        result = evaluate_config(cfg)
+        assert result.top1 == pytest.approx(float(top1), abs=0.2)
+        assert result.gflops["mean"] == pytest.approx(results[row.name].gflops["mean"], rel=0.01)
 
 
 def test_weights_are_small_and_rows_enough():

@@ -1,4 +1,4 @@
-"""What is read off one pass: its time, its memory, how often the host waits in it."""
+"""What is read off one pass: its time, and how often the host waits in it. Memory: `memory.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 
 def pass_seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -18,16 +17,6 @@ def pass_seconds(run: Callable[[], None], device: torch.device) -> float:
     run()
     synchronise()
     return time.perf_counter() - start
-
-
-def peak_memory(run: Callable[[], None], device: torch.device) -> float | None:
-    """Megabytes of a GPU's memory that a pass needs at its peak, beyond what is there before it; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def host_waits(run: Callable[[], None], device: torch.device) -> int | None:
@@ -42,16 +31,3 @@ def host_waits(run: Callable[[], None], device: torch.device) -> int | None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in said)
-
-
-def saved_for_backward(run: Callable[[], None]) -> float:
-    """Megabytes of the tensors that autograd keeps for the backward pass, weights included, each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values()) / 1e6

@@ -18,6 +18,13 @@ from ats.models.ats_block import ATSBlock
 from ats.tokens import RaggedTokens
 
 PARTS = ("embedding", "qkv", "scoring and sampling", "attention", "mlp", "scatter and gather", "rest")
+# Methods of ATSBlock that are a part.
+METHODS = {
+    "project_q": "qkv",
+    "project_kv": "qkv",
+    "sample": "scoring and sampling",
+    "reduce": "scoring and sampling",
+}
 
 
 class PartTimer:
@@ -80,7 +87,7 @@ def part_seconds(model: nn.Module, x: torch.Tensor, *, rounds: int) -> dict[str,
     timer = PartTimer(x.device)
     with ExitStack() as stack:
         for kind in {type(module) for module in model.modules() if isinstance(module, ATSBlock)}:
-            for method, name in (("project_q", "qkv"), ("project_kv", "qkv"), ("sample", "scoring and sampling")):
+            for method, name in METHODS.items():
                 wrapped = timer.wrap(getattr(kind, method), name)
                 stack.enter_context(mock.patch.object(kind, method, wrapped))
         for method in ("to_grid", "from_grid"):

@@ -47,6 +47,9 @@ def as_dict(row: Measured) -> dict:
         "variant": row.variant,
         "batch_size": row.batch_size,
         "params_m": row.params_m,
+        "setting": row.setting,
+        "top1": row.top1,
+        "top1_gflops": row.top1_gflops,
         "gflops": _spread(row.gflops),
         "gflops_paper": _spread(row.gflops_paper),
         "gflops_dense": row.gflops_dense,
@@ -86,6 +89,7 @@ def table(rows: list[Measured], *, tablefmt: str = "github") -> str:
             {
                 "variant": row.variant,
                 "batch": row.batch_size,
+                **({} if row.top1 is None else {"top-1 %": f"{row.top1:.2f}"}),
                 "GFLOPs": f"{statistics.fmean(row.gflops):.3g}",
                 "paper": f"{statistics.fmean(row.gflops_paper):.3g}",
                 "ms p50": f"{latency['p50']:.4g}",
@@ -94,19 +98,35 @@ def table(rows: list[Measured], *, tablefmt: str = "github") -> str:
                 "dense time / time": f"{speedup['p50']:.2f} ({speedup['p5']:.2f} - {speedup['p95']:.2f})",
                 "dense FLOPs / FLOPs": f"{row.flop_ratio:.2f}",
                 "efficiency": f"{row.efficiency:.3f}",
-                **({} if memory is None else {"MB": f"{memory:.0f}"}),
+                **({} if memory is None else {"MB": f"{memory:.4g}"}),
             }
         )
     return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True)
 
 
+def variants_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
+    """One line per variant: what its samplers are set to, and top-1 with the GFLOPs of the images it was taken on;
+    empty if all there is is ATS as it is configured.
+    """
+    first = {row.variant: row for row in reversed(rows)}
+    if set(first) <= {"dense", "ats"} and all(row.top1 is None for row in rows):
+        return ""
+    lines = []
+    for name in dict.fromkeys(row.variant for row in rows):
+        row = first[name]
+        cells = {} if row.top1 is None else {"top-1 %": f"{row.top1:.2f}", "mean GFLOPs": f"{row.top1_gflops:.4g}"}
+        lines.append({"variant": name, **cells, "setting": row.setting})
+    return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True)
+
+
 def tokens_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
     """Tokens kept by each block, mean and standard deviation; empty if no variant samples."""
-    lines = []
+    lines, blocks = [], sorted({block for row in rows for block in row.tokens})
     for row in rows:
         if row.tokens and row.variant not in {line["variant"] for line in lines}:
-            cells = {f"block {b}": f"{_spread(n)['mean']:.0f} ({_spread(n)['std']:.0f})" for b, n in row.tokens.items()}
-            lines.append({"variant": row.variant, **cells})
+            spreads = {block: _spread(counts) for block, counts in row.tokens.items()}
+            cells = {b: f"{spreads[b]['mean']:.0f} ({spreads[b]['std']:.0f})" if b in spreads else "" for b in blocks}
+            lines.append({"variant": row.variant, **{f"block {b}": cell for b, cell in cells.items()}})
     return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True) if lines else ""
 
 

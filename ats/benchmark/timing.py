@@ -21,27 +21,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ats.benchmark.counts import ImposedCounts, imposed_counts
-from ats.benchmark.meters import host_waits, pass_seconds, peak_memory, saved_for_backward
+from ats.benchmark.equal import MATCHED, describe_samplers, match_gflops
+from ats.benchmark.memory import peak_megabytes, saved_megabytes
+from ats.benchmark.meters import host_waits, pass_seconds
 from ats.benchmark.parts import part_seconds
-from ats.checkpoint import load_weights
+from ats.benchmark.variants import GRAPHS, build_variants, labelled_images
 from ats.cuda_graph import capture
 from ats.engine.device import autocast, select_device
-from ats.errors import UserError, suggest
+from ats.engine.evaluate import evaluate
+from ats.errors import UserError
 from ats.flops import gflops
-from ats.models import build_model
 
-# name: (what it is, the keys that make it of a config with ATS)
-VARIANTS: dict[str, tuple[str, list]] = {
-    "dense": ("the network without ATS", ["ATS.ENABLE", False]),
-    "ats": ("the config as it is", []),
-    "topk": ("the K highest scores", ["ATS.SAMPLER", "topk"]),
-    "random": ("K tokens at random", ["ATS.SAMPLER", "random"]),
-    "padded": ("ATS, sequences padded to the longest", ["ATS.LAYOUT", "padded"]),
-    "static": ("ATS, sequences padded to their slots", ["ATS.LAYOUT", "static"]),
-    "static_graph": ("static as one CUDA graph", ["ATS.LAYOUT", "static"]),
-    "dense_graph": ("dense as one CUDA graph", ["ATS.ENABLE", False]),
-}
-GRAPHS = ("static_graph", "dense_graph")
 NUM_WARMUP = 2
 MIN_ROUNDS = 3
 
@@ -52,12 +42,14 @@ class Measured:
 
     Attributes:
         params_m: parameters, millions.
+        setting: of the variant's samplers, e.g. the r that was found for ToMe.
+        top1: per cent of the images of `Settings.accuracy`, and their mean GFLOPs; None: not evaluated.
         gflops, gflops_paper: of each sample, as run and in the paper's accounting.
         gflops_dense: of a sample of the dense network.
         tokens: block -> tokens kept by each sequence.
         seconds: of each round. ratios: dense time / time of each round. flop_ratios: dense GFLOPs / mean GFLOPs of
             what each round computed.
-        peak_mb: what the pass needs on a GPU at its peak beyond the weights; None on a CPU.
+        peak_mb: peak memory of the pass, the weights included; None on a CPU where it is compiled.
         saved_mb: activations kept for the backward pass, when training.
         parts: share of the time by part.
         host_waits: how often a pass makes the host wait for the GPU; None on a CPU.
@@ -66,6 +58,9 @@ class Measured:
     variant: str
     batch_size: int
     params_m: float
+    setting: str = ""
+    top1: float | None = None
+    top1_gflops: float | None = None
     gflops: list[float] = field(default_factory=list)
     gflops_paper: list[float] = field(default_factory=list)
     gflops_dense: float = 0.0
@@ -104,12 +99,14 @@ class Settings:
     """How to measure.
 
     Attributes:
-        variants: names in VARIANTS; dense is always measured too.
+        variants: names in VARIANTS; dense is always measured too, and ats where others are to cost the same.
         rounds: that count. dtype: None for float32; of weights and inputs for inference, of autocast in training.
         compile: torch.compile all variants. train: time forward and backward instead of inference.
         threads: of the CPU; None leaves them. parts: also say where the time goes.
         max_seconds: begin no round after these, once MIN_ROUNDS are done. token_scale: of the imposed counts.
         dense_keys: more keys of the dense network, e.g. those that make it timm's own.
+        equal_gflops: the variants of `equal.MATCHED` cost what ats costs; False: as configured.
+        accuracy: top-1 over so many images of the evaluation data, spread evenly; 0: over all; None: not.
     """
 
     variants: tuple[str, ...] = ("dense", "ats")
@@ -122,25 +119,8 @@ class Settings:
     max_seconds: float = float("inf")
     token_scale: float = 1.0
     dense_keys: tuple = ()
-
-
-def build_variant(cfg: CfgNode, name: str, device: torch.device, keys: tuple = ()) -> nn.Module:
-    """The variant's network in evaluation mode, with the weights of TEST.CHECKPOINT_FILE_PATH, or random ones; `keys`
-    go over its own.
-
-    Raises:
-        UserError: no such variant.
-    """
-    if name not in VARIANTS:
-        raise UserError(f"--compare {name}: choose from {', '.join(VARIANTS)}.{suggest(name, VARIANTS)}")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list([*VARIANTS[name][1], *keys])
-    torch.manual_seed(cfg.RNG_SEED)
-    model = build_model(cfg)
-    if cfg.TEST.CHECKPOINT_FILE_PATH:
-        load_weights(model, cfg.TEST.CHECKPOINT_FILE_PATH)
-    return model.to(device).eval()
+    equal_gflops: bool = True
+    accuracy: int | None = None
 
 
 def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> list[Measured]:
@@ -158,9 +138,9 @@ def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> lis
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads or threads)
     try:
-        names = ["dense", *(name for name in settings.variants if name != "dense")]
-        keys = {name: settings.dense_keys if name.startswith("dense") else () for name in names}
-        models = {name: build_variant(cfg, name, device, keys[name]) for name in names}
+        models = build_variants(
+            cfg, settings.variants, device, equal_gflops=settings.equal_gflops, dense_keys=settings.dense_keys
+        )
         if settings.dtype is not None and not settings.train:
             models = {name: model.to(settings.dtype) for name, model in models.items()}
             batches = {size: x.to(settings.dtype) for size, x in batches.items()}
@@ -169,9 +149,36 @@ def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> lis
         # Blocks share their code, and each is compiled for its own numbers.
         limit = torch._dynamo.config.patch(recompile_limit=64) if settings.compile else nullcontext()
         with imposed as counts, limit:
-            return [row for x in batches.values() for row in _measure_batch(models, x.to(device), settings, counts)]
+            accuracy = _set_and_evaluate(cfg, models, batches[max(batches)].to(device), settings, counts)
+            rows = []
+            for x in batches.values():
+                for row in _measure_batch(models, x.to(device), settings, counts):
+                    row.setting = describe_samplers(models[row.variant])
+                    row.top1, row.top1_gflops = accuracy.get(row.variant, (None, None))
+                    rows.append(row)
+            return rows
     finally:
         torch.set_num_threads(threads)
+
+
+def _set_and_evaluate(
+    cfg: CfgNode, models: dict[str, nn.Module], x: Tensor, settings: Settings, counts: ImposedCounts | None
+) -> dict[str, tuple[float, float]]:
+    """Make the variants that can cost what ats costs, on average over the images it is evaluated on, or else over `x`.
+
+    Returns:
+        Name -> top-1 and mean GFLOPs, if `settings.accuracy` asks for them.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    loader = None if settings.accuracy is None else labelled_images(cfg, settings.accuracy)
+    for name in sorted(models, key=lambda name: name != "ats"):  # the target first
+        if settings.equal_gflops and name in MATCHED:
+            costs = [found["ats"][1]] if found else _describe("ats", models["ats"], x, counts, range(8)).gflops
+            match_gflops(models[name], x, statistics.fmean(costs))
+        if loader is not None:
+            result = evaluate(models[name], loader, device=x.device, amp_dtype=settings.dtype)
+            found[name] = result.top1, result.gflops["mean"]
+    return found
 
 
 def _measure_batch(
@@ -186,10 +193,11 @@ def _measure_batch(
         row.seconds = seconds[name]
         row.ratios = [dense / own for dense, own in zip(seconds["dense"], row.seconds, strict=True)]
         _draw(counts, x, seed=0)
-        row.peak_mb = peak_memory(runs[name], x.device)
+        if x.is_cuda or not settings.compile:
+            row.peak_mb = peak_megabytes(runs[name], model, x.device)
         row.host_waits = host_waits(runs[name], x.device)
         if settings.train:
-            row.saved_mb = saved_for_backward(runs[name])
+            row.saved_mb = saved_megabytes(runs[name])
         elif settings.parts and not settings.compile and name not in GRAPHS:
             parts = part_seconds(model, x, rounds=2)
             total = sum(parts.values())

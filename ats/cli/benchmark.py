@@ -3,11 +3,16 @@
     python tools/benchmark.py --cfg configs/ImageNet/DeiT_S.yaml                  # random images
     python tools/benchmark.py --cfg X.yaml TEST.CHECKPOINT_FILE_PATH w.pth DATA.PATH_TO_DATA_DIR <data>
     python tools/benchmark.py --cfg X.yaml --compare ats,topk,padded --batch-size 1 8 32 --threads 1 --train
+    python tools/benchmark.py --cfg configs/Digits/DeiT_ATS.yaml --compare dense,ats,tome,evit,topk --accuracy
     python tools/benchmark.py --suite cpu                                         # what docs/BENCHMARKS.md shows
 
 Weights decide how many tokens survive. Without TEST.CHECKPOINT_FILE_PATH every image keeps as many as a draw from the
 paper's histograms says (DeiT-S on ImageNet); scoring and sampling are still computed and paid for. Only
-inverse transform sampling is imposed upon: topk and random keep K.
+inverse transform sampling is imposed upon.
+
+topk, random, tome (ToMe) and evit (EViT) keep a number of tokens that the configuration says. It is searched so that
+they cost what ats costs on average, over the images of --accuracy or else of the largest batch; --as-configured takes
+ATS.NUM_TOKENS, TOME.R and EVIT.KEEP_RATE in ATS.BLOCKS as they are.
 
 Printed, written to OUTPUT_DIR and compared by medians over rounds of the ratio to the dense run of the same round:
 
@@ -76,6 +81,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
     parser.add_argument("--train", action="store_true", help="forward and backward instead of inference")
+    parser.add_argument("--accuracy", nargs="?", type=int, const=0, metavar="N", help="top-1 over N images (all)")
+    parser.add_argument("--as-configured", action="store_true", help="no search for what costs the same as ats")
     parser.add_argument("--synthetic", action="store_true", help="random inputs though DATA.PATH_TO_DATA_DIR is set")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys")
@@ -95,8 +102,8 @@ def run_config(args: argparse.Namespace) -> None:
     cfg = load_config(args.cfg, args.overrides)
     if not cfg.ATS.ENABLE:
         raise UserError(f"{args.cfg} has ATS.ENABLE False: there is nothing to compare. Add ATS.ENABLE True.")
-    if min(args.batch_size) < 1 or args.rounds < 1:
-        raise UserError("--batch-size and --rounds must be at least 1.")
+    if min(args.batch_size) < 1 or args.rounds < 1 or (args.accuracy or 0) < 0:
+        raise UserError("--batch-size and --rounds must be at least 1, the N of --accuracy too.")
     settings = Settings(
         variants=tuple(args.compare.split(",")),
         rounds=args.rounds,
@@ -104,13 +111,22 @@ def run_config(args: argparse.Namespace) -> None:
         compile=args.compile,
         train=args.train,
         threads=args.threads,
+        equal_gflops=not args.as_configured,
+        accuracy=args.accuracy,
     )
     side = cfg.DATA.TEST_CROP_SIZE if args.synthetic and args.image_size is None else args.image_size
     rows = measure(cfg, {size: read_batch(cfg, size, side) for size in args.batch_size}, settings)
     if not cfg.TEST.CHECKPOINT_FILE_PATH:
         print("No checkpoint: token counts drawn from the paper's histograms (DeiT-S on ImageNet).")
     tables = "\n\n".join(
-        text for text in (report.table(rows), report.tokens_table(rows), report.parts_table(rows)) if text
+        text
+        for text in (
+            report.variants_table(rows),
+            report.table(rows),
+            report.tokens_table(rows),
+            report.parts_table(rows),
+        )
+        if text
     )
     if cfg.DATA.PATH_TO_DATA_DIR and cfg.TEST.DATASET.lower() == "imagenet" and not args.train:
         from ats.benchmark.loading import network_or_data

@@ -203,7 +203,9 @@ KEYS: list[Key] = [
     Key(
         "ATS.SAMPLER",
         "inverse_transform",
-        "How kept tokens are chosen: inverse_transform (the paper), topk (highest scores), random, or one of yours.",
+        "How kept tokens are chosen: inverse_transform (the paper), topk (highest scores), random, or one of yours. "
+        "For comparison, two other methods instead of sampling: tome (ToMe, merges tokens, see TOME) and evit (EViT, "
+        "fuses those it drops, see EVIT), both in ATS.BLOCKS, for ViT and timm's VisionTransformer.",
     ),
     Key(
         "ATS.SCORE",
@@ -239,6 +241,22 @@ KEYS: list[Key] = [
         "All give the same logits. MODEL.NAME ViT only, the others are packed.",
         choices=("packed", "padded", "static"),
     ),
+    Key(
+        "TOME.R",
+        8,
+        "Of ATS.SAMPLER tome: tokens that merge away in each of ATS.BLOCKS (at most half of those present); or a list "
+        "with one entry per block of the network.",
+        (int, list),
+    ),
+    Key("TOME.PROP_ATTN", True, "Of ATS.SAMPLER tome: proportional attention, logits plus the log of a token's size."),
+    Key(
+        "EVIT.KEEP_RATE",
+        0.7,
+        "Of ATS.SAMPLER evit: share of the tokens present, prefix tokens not counted, that each of ATS.BLOCKS keeps; "
+        "or a list with one entry per block of the network.",
+        (float, list),
+    ),
+    Key("EVIT.FUSE_TOKEN", True, "Of ATS.SAMPLER evit: the others become one token, weighted by CLS's attention."),
     # ---- training
     Key("TRAIN.ENABLE", False, "Train the network."),
     Key(

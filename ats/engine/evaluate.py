@@ -39,6 +39,7 @@ from ats.engine.tally import Result, Tally
 from ats.errors import UserError
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
+from ats.sampling import REDUCERS
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,9 @@ def versions() -> dict[str, str]:
 
 
 def model_name(cfg: CfgNode) -> str:
-    """A name for tables: the model, and ATS with its sampler if on."""
+    """A name for tables: the model, and ATS with its sampler if on, or the method that stands in for it."""
+    if cfg.ATS.ENABLE and cfg.ATS.SAMPLER in REDUCERS:
+        return f"{cfg.MODEL.NAME} + {REDUCERS[cfg.ATS.SAMPLER].__name__}"
     sampler = "" if cfg.ATS.SAMPLER == "inverse_transform" else f" ({cfg.ATS.SAMPLER})"
     return f"{cfg.MODEL.NAME} + ATS{sampler}" if cfg.ATS.ENABLE else f"{cfg.MODEL.NAME} dense"
 

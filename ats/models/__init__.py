@@ -20,6 +20,7 @@ from ats.models.timesformer import TimeSformer, timesformer_from_cfg
 from ats.models.timm_config import PREFIX, timm_from_cfg
 from ats.models.vit import VisionTransformer, vit_from_cfg
 from ats.models.xvit import XViT, xvit_from_cfg
+from ats.sampling import REDUCERS, SAMPLERS
 
 __all__ = ["MODELS", "CvT", "MViT", "PSViT", "TimeSformer", "VisionTransformer", "XViT", "build_model", "num_blocks"]
 
@@ -41,6 +42,11 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """
     if cfg.ATS.ENABLE and cfg.ATS.LAYOUT != "packed" and cfg.MODEL.NAME != "ViT":
         raise UserError(f"ATS.LAYOUT {cfg.ATS.LAYOUT}: MODEL.NAME {cfg.MODEL.NAME} has the layout packed only.")
+    if cfg.ATS.ENABLE and cfg.ATS.SAMPLER in REDUCERS and cfg.MODEL.NAME in MODELS and cfg.MODEL.NAME != "ViT":
+        raise UserError(
+            f"ATS.SAMPLER {cfg.ATS.SAMPLER}: not for MODEL.NAME {cfg.MODEL.NAME}, only for ViT and {PREFIX}<name>. "
+            f"For it choose from {', '.join(SAMPLERS)}."
+        )
     if cfg.MODEL.NAME.startswith(PREFIX):
         return timm_from_cfg(cfg)
     if cfg.MODEL.NAME not in MODELS:

@@ -15,6 +15,7 @@ not change.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -22,10 +23,13 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+import ats.reducers  # noqa: F401  registers tome and evit
 from ats.attention import cls_attention, mean_attention, ragged_attention
 from ats.sampling import (
+    REDUCERS,
     BlockSampler,
     Candidates,
+    TokenReducer,
     kernels_may_run,
     plan_samplers,
     share_scores,
@@ -33,16 +37,18 @@ from ats.sampling import (
 )
 from ats.tokens import KeptTokens, Layout, RaggedTokens
 
+logger = logging.getLogger(__name__)
+
 
 class ATSBlock(nn.Module):
     """A ViT block on ragged tokens; with a `sampler` it keeps some of them, without it all.
 
     Args:
         host: the block whose children are used. It must not be used otherwise afterwards.
-        sampler: what to keep; None for an ordinary block behind an ATS block.
+        sampler: what to keep, or how to merge; None for an ordinary block behind an ATS block.
     """
 
-    def __init__(self, host: nn.Module, sampler: BlockSampler | None) -> None:
+    def __init__(self, host: nn.Module, sampler: BlockSampler | TokenReducer | None) -> None:
         super().__init__()
         for name, child in host.named_children():
             self.add_module(name, child)
@@ -57,24 +63,31 @@ class ATSBlock(nn.Module):
         """The first half of the block: score, sample, and the kept tokens' attention with its residual."""
         x = self.attention_input(tokens.x)
         k, v = self.project_kv(x, tokens)
-        if self.sampler is None:
+        samples = isinstance(self.sampler, BlockSampler)
+        if not samples:
             kept, kept_x = tokens, x
         else:
             mask = self.sample(tokens, x, k, v)
             kept, index = tokens.keep(mask, slots=min(self.sampler.budget(tokens.slots), tokens.slots))
             kept_x = x.index_select(0, index)
+        q, bias = self.project_q(kept_x, kept), self.attention_bias(kept, tokens)
         out = ragged_attention(
-            self.project_q(kept_x, kept),
+            q,
             k,
             v,
             queries=kept.layout,
             keys=tokens.layout,
             scale=self.attn.scale,
             dropout_p=self.attn.attn_drop.p if self.training else 0.0,
-            bias=self.attention_bias(kept, tokens),
+            bias=bias,
         )
         out = self.attention_output(out.flatten(1), kept_x)
-        return kept.with_x(kept.x + self.drop_path(self.drop_path1, out, kept.layout))
+        attended = kept.with_x(kept.x + self.drop_path(self.drop_path1, out, kept.layout))
+        return attended if samples or self.sampler is None else self.reduce(attended, q, k, bias)
+
+    def reduce(self, tokens: RaggedTokens, q: Tensor, k: Tensor, bias: Tensor | None) -> RaggedTokens:
+        """Merge or fuse tokens, with the queries, keys and bias that their attention had."""
+        return self.sampler.reduce(tokens, q, k, scale=self.attn.scale, bias=bias)
 
     # What a block computes per token and where it looks up positions: the methods that hosts of other make override.
 
@@ -91,10 +104,10 @@ class ATSBlock(nn.Module):
         return self.ls2(self.mlp(self.norm2(x)))
 
     def attention_bias(self, queries: RaggedTokens | None, keys: RaggedTokens) -> Tensor | None:
-        """What is added to the attention's logits, [S, H, Mq, Mk], by position; None: nothing. No `queries`: of CLS
-        alone.
+        """What is added to the attention's logits, [S, H, Mq, Mk], by position or size; None: nothing. No `queries`:
+        of CLS alone.
         """
-        return None
+        return None if keys.key_bias is None else keys.key_bias[:, None, None]
 
     def project_q(self, x: Tensor, tokens: RaggedTokens | None = None) -> Tensor:
         """Queries [T, H, D] of tokens [T, C], from the first third of the host's joint projection; `tokens` says where
@@ -248,10 +261,16 @@ def run_blocks(
     return RaggedTokens.from_dense(x, num_prefix_tokens, group=group) if tokens is None else tokens, trace
 
 
-def samplers_from_cfg(cfg: CfgNode, *, depth: int, num_prefix_tokens: int) -> dict[int, BlockSampler]:
+def samplers_from_cfg(cfg: CfgNode, *, depth: int, num_prefix_tokens: int) -> dict[int, BlockSampler | TokenReducer]:
     """The samplers that the ATS keys describe for a network of `depth` blocks; none if ATS.ENABLE is off."""
     if not cfg.ATS.ENABLE:
         return {}
+    if cfg.ATS.SAMPLER in REDUCERS and cfg.ATS.NUM_TOKENS != 1:
+        logger.warning(
+            "ATS.NUM_TOKENS %s has no meaning for ATS.SAMPLER %s; see TOME.R and EVIT.KEEP_RATE.",
+            cfg.ATS.NUM_TOKENS,
+            cfg.ATS.SAMPLER,
+        )
     return plan_samplers(
         depth=depth,
         blocks=cfg.ATS.BLOCKS,
@@ -263,4 +282,10 @@ def samplers_from_cfg(cfg: CfgNode, *, depth: int, num_prefix_tokens: int) -> di
         rule=cfg.ATS.RULE,
         seed=cfg.ATS.SEED,
         share_frames=cfg.ATS.SHARE_FRAMES,
+        reducer_options={
+            "r": cfg.TOME.R,
+            "prop_attn": cfg.TOME.PROP_ATTN,
+            "keep_rate": cfg.EVIT.KEEP_RATE,
+            "fuse_token": cfg.EVIT.FUSE_TOKEN,
+        },
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ats.models.ats_block import ATSBlock
+from ats.sampling import BlockSampler
 from ats.tokens import KeptTokens
 
 
@@ -21,7 +22,8 @@ def block_multiply_adds(
 
     As run, an ATS block projects and attends from kept queries alone, and pays for one more query (CLS) and its row of
     scores. In the paper's accounting, which is the official code's work, it projects all queries and computes the whole
-    N x N matrix of logits; dropped rows are left out from A^s V on.
+    N x N matrix of logits; dropped rows are left out from A^s V on. A block that merges or fuses tokens attends N x N;
+    as run, it also pays for finding which.
 
     Args:
         num_scored: [S] side of the N x N matrix of the score mean_attention, by default `num_in`; frames of a clip are
@@ -34,10 +36,13 @@ def block_multiply_adds(
         q, kv = linear_multiply_adds(attn.q_proj), linear_multiply_adds(attn.k_proj) + linear_multiply_adds(attn.v_proj)
     n, m = num_in, num_out
     gate = getattr(attn, "gate", None)
-    after = m * (linear_multiply_adds(attn.proj) + linears_multiply_adds(block.mlp))
-    if gate is not None:
-        after = after + m * linear_multiply_adds(gate)
+    project = linear_multiply_adds(attn.proj) + (0 if gate is None else linear_multiply_adds(gate))
+    mlp = linears_multiply_adds(block.mlp)
+    after = m * (project + mlp)
     sampler = block.sampler if isinstance(block, ATSBlock) else None
+    if sampler is not None and not isinstance(sampler, BlockSampler):  # every token attends; fewer go on to the MLP
+        extra = 0 if paper else sampler.multiply_adds(n, attn_dim // attn.num_heads, attn.num_heads)
+        return n * (q + kv) + 2 * n * n * attn_dim + n * project + m * mlp + extra
     if sampler is None or paper:
         return n * (q + kv) + n * n * attn_dim + m * n * attn_dim + after
     if sampler.score == "mean_attention":

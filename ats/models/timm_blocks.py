@@ -73,7 +73,7 @@ class TimmBlock(ATSBlock):
     def attention_bias(self, queries: RaggedTokens | None, keys: RaggedTokens) -> Tensor | None:
         """BEiT's relative position bias [S, H, Mq, Mk] of the tokens that are there."""
         if getattr(self.attn, "relative_position_bias_table", None) is None:
-            return None
+            return super().attention_bias(queries, keys)
         table = self.attn._get_rel_pos_bias()[0]
         column = keys.layout.pad(keys.position)[:, None]
         row = torch.zeros_like(column[:, :, :1]) if queries is None else queries.layout.pad(queries.position)[..., None]

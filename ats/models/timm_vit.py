@@ -34,7 +34,7 @@ from ats.models.ats_block import ATSBlock
 from ats.models.host import Patched, State, with_sampler
 from ats.models.timm_blocks import BLOCKS, NORMS, refusal_of_block
 from ats.models.timm_cost import model_multiply_adds
-from ats.sampling import BlockSampler
+from ats.sampling import BlockSampler, TokenReducer
 from ats.tokens import KeptTokens, Layout, RaggedTokens
 
 
@@ -152,7 +152,8 @@ class ATSModel(Patched):
     def _dense(self, tokens: RaggedTokens) -> Tensor:
         """The final norm of the tokens that are left, [B, N, C]."""
         x = self.norm(tokens.x)
-        if tokens.layout.total == len(tokens.layout.lengths) * tokens.num_positions:  # nothing was dropped
+        unchanged = tokens.layout.total == len(tokens.layout.lengths) * tokens.num_positions and not tokens.has_fused
+        if unchanged:
             return x.unflatten(0, (-1, tokens.num_positions))
         return tokens.to_grid(x)
 
@@ -228,12 +229,33 @@ FILTERS = {
 }
 
 
-def adopt(model: nn.Module, samplers: dict[int, BlockSampler]) -> None:
-    """Make `model` its ATS version with these samplers (none: the dense network with the interface of `ats.models`)."""
+def adopt(model: nn.Module, samplers: dict[int, BlockSampler | TokenReducer]) -> None:
+    """Make `model` its ATS version with these samplers (none: the dense network with the interface of `ats.models`).
+
+    Raises:
+        UserError: tokens are to be merged or fused, and the model is not made for that.
+    """
+    refuse_reducers(model, samplers)
     if type(model) in MODELS:
         model.ats_state = State()
         model.__class__ = MODELS[type(model)]
     with_sampler(model.blocks, samplers, BLOCKS)
+
+
+def refuse_reducers(model: nn.Module, samplers: dict[int, BlockSampler | TokenReducer]) -> None:
+    """Merged and fused tokens have no position of their own and count for several: they need a model that adds its
+    positions before the blocks and reads CLS alone.
+    """
+    if all(isinstance(sampler, BlockSampler) for sampler in samplers.values()):
+        return
+    reason = ""
+    if not isinstance(model, VisionTransformer):
+        reason = "its blocks look positions up, and merged or fused tokens have none"
+    elif default_score(model) == "mean_attention":
+        reason = "its head does not read CLS alone"
+    if reason:
+        host = HOSTS.get(type(model), type(model))
+        raise UserError(f"The samplers tome and evit cannot take a {host.__name__} such as this: {reason}.")
 
 
 def release(model: nn.Module) -> None:

@@ -202,7 +202,13 @@ def _layers(base: nn.Module) -> nn.ModuleList:
 
 
 def adopt(model: nn.Module, samplers: dict[int, BlockSampler]) -> None:
-    """Make `model` its ATS version with these samplers."""
+    """Make `model` its ATS version with these samplers.
+
+    Raises:
+        UserError: they merge or fuse tokens.
+    """
+    if not all(isinstance(sampler, BlockSampler) for sampler in samplers.values()):
+        raise UserError("The samplers tome and evit are for timm's models and MODEL.NAME ViT, not for transformers'.")
     base = _base(model)
     parts = [model] if base is model else [model, base]
     state = next((part.ats_state for part in parts if type(part) in HOSTS), None) or State()

@@ -1,0 +1,74 @@
+"""Memory of a pass: at its peak, and what autograd keeps of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, bytes of the tensors that operators made and that are alive at the same time, each storage once.
+
+    What a kernel allocates and frees within itself is not seen.
+
+    Attributes:
+        live: now. peak: at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor until its memory is freed."""
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address not in self._known and size:
+            self._known.add(address)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, address, size)
+
+    def _free(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.add, out)
+        return out
+
+
+def peak_megabytes(run: Callable[[], None], model: nn.Module, device: torch.device) -> float:
+    """Most memory during `run`, the weights included: on a GPU the allocator's, on a CPU by `LiveBytes`."""
+    weights = (*model.parameters(), *model.buffers())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # the other variants' weights too
+        run()
+        own = sum(tensor.untyped_storage().nbytes() for tensor in weights)
+        return (torch.cuda.max_memory_allocated() - before + own) / 1e6
+    with LiveBytes() as counter:
+        for tensor in weights:
+            counter.add(tensor)
+        run()
+    return counter.peak / 1e6
+
+
+def saved_megabytes(run: Callable[[], None]) -> float:
+    """The tensors that autograd keeps for the backward pass of `run`, weights included, each storage once."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storages.values()) / 1e6
