@@ -204,7 +204,8 @@ class _Network:
         modules = [m for m in model.modules() if isinstance(getattr(m, "sampler", None), BlockSampler)]
         if not modules or not hasattr(model, "forward_tokens"):
             raise UserError(
-                "This network has no ATS block: set ATS.ENABLE True, or ats.patch(model, blocks=...) first."
+                "This network has no ATS block: set ATS.ENABLE True, or ats.patch(model, blocks=...) first. "
+                "The samplers tome and evit have no K to calibrate."
             )
         self.modules = sorted(modules, key=lambda module: module.sampler.block)
         self.original = [module.sampler for module in self.modules]

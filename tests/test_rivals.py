@@ -14,6 +14,7 @@ from golden import golden_case, images, rivals_weights
 from helpers import check_gradients, counted_multiply_adds, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import ViTConfig, ViTModel
 
 import ats
 from ats.checkpoint import load_weights
@@ -392,6 +393,15 @@ def test_patch_refuses_heads_that_read_more_than_cls():
     ats.patch(host, blocks=[1], sampler="tome")
     with pytest.raises(UserError, match="keep_rate 'x'"):
         host.ats.keep_rate = "x"
+
+
+def test_patch_refuses_transformers_models():
+    """By a message that says where they work; the model stays what it was."""
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
+    model = ViTModel(config)
+    with pytest.raises(UserError, match="not for transformers'"):
+        ats.patch(model, blocks=[1], sampler="evit")
+    assert type(model) is ViTModel
 
 
 def test_a_budget_that_means_nothing_is_said(caplog):
