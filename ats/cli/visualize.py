@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ats.cli import as_typed
 from ats.config import CfgNode, load_config
 from ats.config.schema import KEY
 from ats.errors import UserError
@@ -41,9 +42,12 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The options; files and overrides are the words that are left."""
     parser = _Parser(
-        description=__doc__,
+        description=as_typed(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="visualize.py --cfg FILE [IMAGE | CLIP | FOLDER ...] [-o FOLDER] [--report FILE.html] [KEY VALUE ...]",
+        usage=as_typed(
+            "python tools/visualize.py --cfg FILE [IMAGE | CLIP | FOLDER ...] [-o FOLDER] [--report FILE.html]"
+            " [KEY VALUE ...]"
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("--cfg", metavar="FILE", help="config of the network")
