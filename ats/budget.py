@@ -15,6 +15,7 @@ bears that, because it goes by what it has measured.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,12 +63,22 @@ class Trial:
 
     Attributes:
         num_tokens: K of each ATS block. cost: mean over the images, in the budget's unit.
-        change: how far the logits are from the dense network's; 0 where that was not asked for.
+        changes: how far each image's logits are from the dense network's; empty where that was not asked for.
     """
 
     num_tokens: NumTokens
     cost: float
-    change: float = 0.0
+    changes: tuple[float, ...] = ()
+
+    def surely_nearer_than(self, other: Trial) -> bool:
+        """Whether the logits change less, by two standard errors of the mean difference over the images.
+
+        Without the margin a search over many K picks what happens to suit these images, and others come out worse.
+        """
+        differences = [a - b for a, b in zip(self.changes, other.changes, strict=True)]
+        mean = statistics.fmean(differences)
+        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+        return mean < -2 * error
 
 
 Measure = Callable[[NumTokens], Trial]
@@ -142,7 +153,8 @@ def refine(
     """Give blocks more or fewer tokens, one after the other at the same cost, wherever that changes the logits less.
 
     A block's weight is multiplied or divided by `step`, the scale found again that meets the budget, and the result
-    kept if its `change` is lower. A round tries every block; one that finds nothing makes the step smaller.
+    kept if it is surely nearer to the dense network. A round tries every block; one that finds nothing makes the step
+    smaller.
 
     Args:
         start: what `bisect` found.
@@ -162,7 +174,7 @@ def refine(
                 # Undoing the factor for all blocks leaves none above (below) what it was: the target lies between.
                 bracket = tuple(sorted((scale, scale / factor)))
                 found, trial = bisect(measure, knobs, target, weights=turned, bracket=bracket, tolerance=tolerance)
-                if trial.change < best.change and trial.cost <= allowed:
+                if trial.cost <= allowed and trial.surely_nearer_than(best):
                     scale, best, weights, improved = found, trial, turned, True
                     break
         if not improved:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -46,13 +45,14 @@ class Pass:
 
     Attributes:
         gflops: [N] of each image, in the chosen accounting. keep: [N] share of tokens left, mean over the ATS blocks.
-        tokens: mean tokens kept in each ATS block. change: mean of KL(dense || ATS) between the class distributions.
+        tokens: mean tokens kept in each ATS block. changes: [N] total variation distance between each image's class
+            distribution and the dense network's, 0 to 1; empty where it was not asked for.
     """
 
     gflops: Tensor
     keep: Tensor
     tokens: tuple[float, ...]
-    change: float
+    changes: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,9 @@ def calibrate(
         tolerance: relative; the search stops when the mean is this near.
         progress: show a bar if the console is a terminal.
 
+    Returns:
+        What was found; the model has it already.
+
     Raises:
         UserError: no ATS in the model, not exactly one budget, or one out of reach: the message has the range. The
             model's K are as they were then.
@@ -153,7 +156,9 @@ def _search(network: _Network, name: str, value: float, *, refine_rounds: int, t
 
     def measure(num_tokens: NumTokens) -> Trial:
         passes[num_tokens] = result = network.run(num_tokens)
-        return Trial(num_tokens, (result.keep if name == "keep" else result.gflops).mean().item(), result.change)
+        return Trial(
+            num_tokens, (result.keep if name == "keep" else result.gflops).mean().item(), tuple(result.changes.tolist())
+        )
 
     measure = remembered(measure)
     knobs = network.knobs
@@ -213,7 +218,7 @@ class _Network:
         self.num_images = sum(map(len, batches))
         self.num_passes = 0
         self.dense = dense_gflops(model, batches[0].shape)
-        self.dense_log_probs: list[Tensor] = []
+        self.dense_probs: list[Tensor] = []
         self.device = next(model.parameters()).device
         self._probe(compare)
 
@@ -225,7 +230,7 @@ class _Network:
                 settings = asdict(sampler) | {"num_tokens": 1.0, "slots_seen": seen}
                 module.sampler = _KeepAll(**settings)
             for _, logits, trace in self._forward("dense", self.batches if compare else [self.batches[0][:1]]):
-                self.dense_log_probs.append(F.log_softmax(logits.double(), dim=-1))
+                self.dense_probs.append(logits.double().softmax(dim=-1))
                 self.dense_tokens = [entry.num_tokens[0].item() for entry in trace]
         self.restore()
         self.knobs = Knobs(
@@ -270,14 +275,13 @@ class _Network:
             share = (kept / torch.tensor(self.dense_tokens, dtype=torch.float64)).mean(dim=1)
             shares.append(share.reshape(len(x), -1).mean(dim=1))  # of a clip's frames
             if self.compare:
-                want = self.dense_log_probs[index]
-                got = F.log_softmax(logits.double(), dim=-1)
-                changes.append(F.kl_div(got, want, log_target=True, reduction="none").sum(dim=-1).cpu())
+                moved = (logits.double().softmax(dim=-1) - self.dense_probs[index]).abs().sum(dim=-1) / 2
+                changes.append(moved.cpu())
         return Pass(
             gflops=torch.cat(costs),
             keep=torch.cat(shares),
             tokens=tuple(torch.cat(tokens).mean(dim=0).tolist()),
-            change=torch.cat(changes).mean().item() if changes else 0.0,
+            changes=torch.cat(changes) if changes else torch.empty(0),
         )
 
     @torch.inference_mode()

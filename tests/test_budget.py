@@ -70,13 +70,13 @@ def test_refining_never_changes_the_logits_more_and_stays_in_the_budget(slots, p
     """Whatever the change is a function of."""
     knobs = knobs_of(slots)
     plain = saturating(knobs, [1.0] * len(slots))
-    measure = remembered(lambda k: Trial(k, plain(k).cost, hash((k, seed)) % 1000))
+    measure = remembered(lambda k: Trial(k, plain(k).cost, (hash((k, seed)) % 1000,)))
     target = 10 + place * (plain(knobs.most).cost - 10)
     if target < plain(knobs.least).cost:
         return
     start = bisect(measure, knobs, target)
     best = refine(measure, knobs, start, target)
-    assert best.change <= start[1].change
+    assert best.changes <= start[1].changes
     assert best.cost <= max(1.002 * target, start[1].cost)
     assert best.cost > target - 1  # one more sample point never costs more
 
@@ -85,9 +85,17 @@ def test_refining_moves_tokens_to_the_block_that_needs_them():
     """Three blocks that cost the same, of which the last alone matters to the logits."""
     knobs = knobs_of([60, 60, 60])
     plain = saturating(knobs, [1.0] * 3)
-    measure = remembered(lambda k: Trial(k, plain(k).cost, 1 / k[2]))
+    measure = remembered(lambda k: Trial(k, plain(k).cost, (1 / k[2],)))
     start = bisect(measure, knobs, 60.0)
     best = refine(measure, knobs, start, 60.0, rounds=4)
     assert best.num_tokens[2] > 2 * start[1].num_tokens[2]
     assert max(best.num_tokens[:2]) < start[1].num_tokens[0]
     assert best.cost == pytest.approx(60, rel=0.01)
+
+
+def test_a_difference_within_the_noise_is_none():
+    """Four images, by hand: -1 +- 0.58 is not surely nearer, -2 +- 0.58 is."""
+    other = Trial((9,), 1.0, (5.0, 5.0, 5.0, 5.0))
+    assert not Trial((8,), 1.0, (5.0, 5.0, 3.0, 3.0)).surely_nearer_than(other)
+    assert Trial((8,), 1.0, (4.0, 4.0, 2.0, 2.0)).surely_nearer_than(other)
+    assert not other.surely_nearer_than(other)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -123,16 +124,19 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
         load_weights(model, cfg.TEST.CHECKPOINT_FILE_PATH)
     with explain_lost_worker():
         batches = [batch.x for batch in build_sample_loader(cfg, args.split, num_samples=args.images)]
-    return calibrate(
-        model.to(device),
-        batches,
-        gflops=args.gflops,
-        keep=args.keep,
-        speedup=args.speedup,
-        accounting=args.accounting,
-        refine_rounds=args.refine,
-        tolerance=args.tolerance,
-    )
+    try:
+        return calibrate(
+            model.to(device),
+            batches,
+            gflops=args.gflops,
+            keep=args.keep,
+            speedup=args.speedup,
+            accounting=args.accounting,
+            refine_rounds=args.refine,
+            tolerance=args.tolerance,
+        )
+    except UserError as error:  # speaks of arguments: gflops is --gflops here
+        raise UserError(re.sub(r"\b(gflops|keep|speedup)\b", r"--\1", str(error))) from None
 
 
 def report(found: Calibration, *, images: str) -> str:
@@ -149,8 +153,9 @@ def report(found: Calibration, *, images: str) -> str:
         ("in reach", f"{found.least:.4g} to {found.most:.4g}"),
         ("tokens left", f"{100 * found.found.keep.mean().item():.1f} %, mean over the ATS blocks"),
     ]  # fmt: skip
-    if found.found.change:
-        figures.append(("change of the logits", f"{found.found.change:.4g} (mean KL divergence from dense)"))
+    if len(found.found.changes):
+        change = 100 * found.found.changes.mean().item()
+        figures.append(("change", f"{change:.3g} % of the probability lies on other classes than the dense network's"))
     rows = zip(found.blocks, found.num_tokens, (f"{t:.1f}" for t in found.found.tokens), strict=True)
     return "\n\n".join([
         f"{unit}, {images}, {found.passes} passes",
@@ -195,6 +200,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
