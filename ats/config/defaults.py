@@ -232,7 +232,7 @@ KEYS: list[Key] = [
         "How the tokens that are left lie in memory. packed: no padding, fastest. padded: padded to the longest of the "
         "batch, for comparison. static: padded to the token slots, so that no shape depends on the image: for "
         "torch.export, CUDA graphs and whole-graph compilation, with K (ATS.NUM_TOKENS) as small as the images allow. "
-        "All give the same logits. MODEL.NAME ViT only, the others are packed.",
+        "All give the same logits. MODEL.NAME ViT and timm/<name> only, the others are packed.",
         choices=("packed", "padded", "static"),
     ),
     # ---- training

@@ -21,7 +21,7 @@ from ats.models.timm_config import PREFIX, timm_from_cfg
 from ats.models.vit import VisionTransformer, vit_from_cfg
 from ats.models.xvit import XViT, xvit_from_cfg
 
-__all__ = ["MODELS", "CvT", "MViT", "PSViT", "TimeSformer", "VisionTransformer", "XViT", "build_model"]
+__all__ = ["MODELS", "CvT", "MViT", "PSViT", "TimeSformer", "VisionTransformer", "XViT", "build_model", "has_layouts"]
 
 MODELS: dict[str, Callable[[CfgNode], nn.Module]] = {
     "ViT": vit_from_cfg,
@@ -33,19 +33,23 @@ MODELS: dict[str, Callable[[CfgNode], nn.Module]] = {
 }
 
 
+def has_layouts(name: str) -> bool:
+    """Whether the network MODEL.NAME `name` has all of ATS.LAYOUT, not packed alone."""
+    return name == "ViT" or name.startswith(PREFIX)
+
+
 def build_model(cfg: CfgNode) -> nn.Module:
     """The network described by `cfg`, on the CPU, with freshly initialised weights.
 
     Raises:
         UserError: unknown MODEL.NAME, or keys that do not fit together.
     """
-    if cfg.ATS.ENABLE and cfg.ATS.LAYOUT != "packed" and cfg.MODEL.NAME != "ViT":
+    if cfg.ATS.ENABLE and cfg.ATS.LAYOUT != "packed" and not has_layouts(cfg.MODEL.NAME):
         raise UserError(f"ATS.LAYOUT {cfg.ATS.LAYOUT}: MODEL.NAME {cfg.MODEL.NAME} has the layout packed only.")
-    if cfg.MODEL.NAME.startswith(PREFIX):
-        return timm_from_cfg(cfg)
-    if cfg.MODEL.NAME not in MODELS:
+    if cfg.MODEL.NAME not in MODELS and not cfg.MODEL.NAME.startswith(PREFIX):
         options = [*MODELS, f"{PREFIX}<name>"]
         raise UserError(
             f"MODEL.NAME {cfg.MODEL.NAME}: choose from {', '.join(options)}.{suggest(cfg.MODEL.NAME, MODELS)}"
         )
-    return MODELS[cfg.MODEL.NAME](cfg)
+    model = (timm_from_cfg if cfg.MODEL.NAME.startswith(PREFIX) else MODELS[cfg.MODEL.NAME])(cfg)
+    return model

@@ -130,7 +130,7 @@ class ATSBlock(nn.Module):
         """The host's stochastic depth for packed tokens [T, C]: one draw per sequence."""
         if not host.training or getattr(host, "drop_prob", 0.0) == 0.0:
             return x
-        scale = host(x.new_ones(len(layout.lengths), 1))
+        scale = host(x.new_ones(layout.num_sequences, 1))
         return x * scale[layout.sequence]
 
 

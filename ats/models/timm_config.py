@@ -32,7 +32,8 @@ def timm_from_cfg(cfg: CfgNode) -> nn.Module:
         )
     _check_image_size(model, cfg)
     num_prefix_tokens = model.num_prefix_tokens if has_cls(model) else 0
-    adopt(model, samplers_from_cfg(cfg, depth=len(model.blocks), num_prefix_tokens=num_prefix_tokens))
+    samplers = samplers_from_cfg(cfg, depth=len(model.blocks), num_prefix_tokens=num_prefix_tokens)
+    adopt(model, samplers, layout=cfg.ATS.LAYOUT)
     return model
 
 
