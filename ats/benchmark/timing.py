@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ats.benchmark.counts import ImposedCounts, imposed_counts
+from ats.benchmark.memory import saved_bytes
 from ats.benchmark.parts import part_seconds
 from ats.checkpoint import load_weights
 from ats.engine.device import autocast, select_device
@@ -168,7 +169,7 @@ def _measure_batch(
         _draw(counts, x, seed=0)
         row.peak_mb = _peak_memory(runs[name], x.device)
         if settings.train:
-            row.saved_mb = _saved_for_backward(runs[name])
+            row.saved_mb = saved_bytes(runs[name]) / 1e6
         elif not settings.compile:
             with autocast(x.device, settings.dtype):
                 parts = part_seconds(models[name], x, rounds=2)
@@ -240,16 +241,3 @@ def _peak_memory(run: Callable[[], None], device: torch.device) -> float | None:
     torch.cuda.reset_peak_memory_stats()
     run()
     return torch.cuda.max_memory_allocated() / 1e6
-
-
-def _saved_for_backward(run: Callable[[], None]) -> float:
-    """Megabytes of the tensors that autograd keeps for the backward pass, weights included, each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values()) / 1e6

@@ -33,6 +33,12 @@ KEYS: list[Key] = [
         1000,
         "Classes of the head: as many as class folders, or more than the labels of the csv files.",
     ),
+    Key(
+        "MODEL.ACT_CHECKPOINT",
+        False,
+        "Activation checkpointing in training: blocks keep their inputs alone and are computed again in the backward "
+        "pass. Less memory, about a third more time, the same losses and gradients.",
+    ),
     Key("MODEL.DROPOUT_RATE", 0.0, "Dropout before the classification head, in training; TimeSformer has none."),
     Key(
         "VIT.IMG_SIZE",

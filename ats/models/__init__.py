@@ -16,6 +16,7 @@ from ats.errors import UserError, suggest
 from ats.models.cvt import CvT, cvt_from_cfg
 from ats.models.mvit import MViT, mvit_from_cfg
 from ats.models.psvit import PSViT, psvit_from_cfg
+from ats.models.recompute import set_grad_checkpointing
 from ats.models.timesformer import TimeSformer, timesformer_from_cfg
 from ats.models.timm_config import PREFIX, timm_from_cfg
 from ats.models.vit import VisionTransformer, vit_from_cfg
@@ -52,4 +53,6 @@ def build_model(cfg: CfgNode) -> nn.Module:
             f"MODEL.NAME {cfg.MODEL.NAME}: choose from {', '.join(options)}.{suggest(cfg.MODEL.NAME, MODELS)}"
         )
     model = (timm_from_cfg if cfg.MODEL.NAME.startswith(PREFIX) else MODELS[cfg.MODEL.NAME])(cfg)
+    if cfg.MODEL.ACT_CHECKPOINT:
+        set_grad_checkpointing(model)
     return model

@@ -23,6 +23,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from ats.attention import cls_attention, mean_attention, ragged_attention
+from ats.models.recompute import run_block
 from ats.sampling import BlockSampler, Candidates, plan_samplers, share_scores, significance_score
 from ats.tokens import KeptTokens, Layout, RaggedTokens
 
@@ -199,11 +200,11 @@ def run_blocks(
     tokens = None
     for index, block in enumerate(blocks):
         if not isinstance(block, ATSBlock):
-            x = block(x)
+            x = run_block(block, x)
             continue
         if tokens is None:
             tokens = RaggedTokens.from_dense(x, num_prefix_tokens, group=group, layout=layout)
-        tokens = block(tokens)
+        tokens = run_block(block, tokens)
         if block.sampler is not None:
             trace.append(KeptTokens.of(tokens, index))
     return RaggedTokens.from_dense(x, num_prefix_tokens, group=group) if tokens is None else tokens, trace
