@@ -34,6 +34,18 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-learn", "matplotlib"],
-        "dev": ["scikit-learn", "matplotlib", "scipy", "pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "export": ["onnx", "onnxruntime", "onnxscript"],
+        "dev": [
+            "scikit-learn",
+            "matplotlib",
+            "scipy",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+        ],
     },
 )

@@ -34,6 +34,20 @@ def test_commands_parse(line):
     load_config(ROOT / args.cfg, parse_overrides(rest))
 
 
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "tools/export.py" in line])
+def test_export_commands_parse(line):
+    """So are those of exports, and what they ask for can be exported."""
+    from export import parse_args
+
+    from ats.engine.export import check_exportable, format_of
+
+    words = [str(ROOT / word) if word.endswith(".yaml") else word for word in shlex.split(line)]
+    args, cfg = parse_args(words[2:])
+    check_exportable(cfg)
+    assert format_of(args.output, args.format) in ("onnx", "pt2")
+    assert (ROOT / cfg.TEST.CHECKPOINT_FILE_PATH).is_file()
+
+
 @pytest.mark.parametrize("path", sorted({"README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))}))
 def test_links_and_files_exist(path):
     """Relative links and the files named in backticks are there."""
