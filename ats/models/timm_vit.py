@@ -227,7 +227,7 @@ class ATSBeit(ATSModel, Beit):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, None]:
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.pos_drop(x if self.pos_embed is None else x + self.pos_embed), None
 
 
