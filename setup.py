@@ -25,6 +25,7 @@ setup(
             "ats-benchmark = ats.cli.benchmark:main",
             "ats-visualize = ats.cli.visualize:main",
             "ats-calibrate = ats.cli.calibrate:main",
+            "ats-export = ats.cli.export:main",
         ]
     },
     python_requires=">=3.11",
@@ -46,8 +47,12 @@ setup(
     extras_require={
         "demo": ["scikit-learn", "matplotlib"],
         "hf": ["transformers>=5.23"],
+        "export": ["onnx", "onnxruntime", "onnxscript"],
         "dev": [
             "transformers>=5.23",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "scikit-learn",
             "matplotlib",
             "scipy",

@@ -60,7 +60,8 @@ def choose_backend(q: Tensor, *, queries: Layout, keys: Layout, dropout_p: float
         return "padded"  # nothing is padded: one plain call
     if q.is_cuda:
         return "varlen" if q.dtype in (torch.float16, torch.bfloat16) and dropout_p == 0 and _has_varlen() else "padded"
-    return "loop"
+    # A compiled graph cannot loop over lengths that it does not know.
+    return "padded" if torch.compiler.is_compiling() else "loop"
 
 
 def _padded(
@@ -123,7 +124,7 @@ def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float, bias: Ten
     """
     q = q * scale
     small = keys.kind != "packed" or keys.longest * k[0].numel() < SMALL_SEQUENCE
-    if k.is_cuda or (keys.uniform and small):
+    if k.is_cuda or (keys.uniform and small) or torch.compiler.is_compiling():
         logits = torch.einsum("shd,smhd->shm", q, keys.pad(k))
     else:  # one batched product would first copy all keys, which takes longer than the rest of the scoring
         rows = [own.transpose(0, 1) @ query[..., None] for own, query in zip(k.split(keys.sizes), q, strict=True)]
@@ -167,6 +168,6 @@ def mean_attention(
 def _softmax(logits: Tensor, keys: Layout) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not (keys.uniform and keys.full):
-        mask = keys.mask.reshape(len(keys.lengths), *[1] * (logits.ndim - 2), keys.longest)
+        mask = keys.mask.reshape(keys.num_sequences, *[1] * (logits.ndim - 2), keys.longest)
         logits = logits.masked_fill(~mask, -torch.inf)
     return logits.softmax(dim=-1)

@@ -81,7 +81,7 @@ def nearest_to_points(cdf: Tensor, *, first: Tensor, step: Tensor, num_points: i
     middle = (cdf[:, :-1] + cdf[:, 1:]) / 2
     below = ((middle - first) / step.clamp_min(torch.finfo(cdf.dtype).tiny)).floor().add(1).clamp(0, num_points)
     # The first entry also takes every point below it, the last every point above it.
-    none = below.new_zeros(len(cdf), 1)
+    none = below.new_zeros(cdf.shape[0], 1)
     below = torch.cat([none, below, none + num_points], dim=1)
     return below[:, 1:] > below[:, :-1]
 
@@ -195,7 +195,7 @@ def inverse_transform(candidates: Candidates, num_points: int, options: BlockSam
     if options.rule == "paper":
         cdf = scores.cumsum(dim=1)
         cdf = (cdf / cdf[:, -1:]).masked_fill(~valid, torch.inf)
-        step = cdf.new_full((len(cdf), 1), 1 / num_points)
+        step = cdf.new_full((cdf.shape[0], 1), 1 / num_points)
         return nearest_to_points(cdf, first=step / 2, step=step, num_points=num_points)
 
     ranked, order = scores.sort(dim=1, stable=True)  # padding, being 0, to the front, where it adds nothing

@@ -18,13 +18,28 @@ which come first in every sequence and are always kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 LAYOUTS = ("packed", "padded", "static")
+
+
+class cached:
+    """A property computed once: functools.cached_property, less the lock that it takes before Python 3.12, at which
+    torch.compile would cut the graph.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        value = self.function(instance)
+        setattr(instance, self.function.__name__, value)
+        return value
 
 
 class Layout:
@@ -34,58 +49,63 @@ class Layout:
         lengths: [S] int64, tokens per sequence.
         total: T. longest: M.
         kind: name in LAYOUTS.
+        num_sequences: S.
         full: there is no padding.
         uniform: all sequences have M rows, so `pad` is a view.
     """
 
     def __init__(self, lengths: Tensor, *, total: int, longest: int, kind: str = "packed", full: bool = True) -> None:
         self.lengths = lengths
+        self.num_sequences = lengths.shape[0]  # of a tensor, `len` would be the example's number to torch.export
         self.total = total
         self.longest = longest
         self.kind = kind
         self.full = full
-        self.uniform = kind != "packed" or total == len(lengths) * longest
+        self.uniform = kind != "packed" or total == self.num_sequences * longest
 
     @classmethod
     def from_lengths(cls, lengths: Tensor) -> Layout:
         """The packed layout of sequences with these lengths [S]. On a GPU this waits for the numbers, once."""
+        if torch.compiler.is_compiling():  # a list of lengths would be compiled anew for every batch
+            total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
+            return cls(lengths, total=total, longest=longest)
         sizes = lengths.tolist()
         layout = cls(lengths, total=sum(sizes), longest=max(sizes))
         layout.sizes = sizes
         return layout
 
-    @cached_property
+    @cached
     def start(self) -> Tensor:
         """[S] int64, the row of each sequence's first token."""
         if self.uniform:
-            return torch.arange(len(self.lengths), device=self.lengths.device) * self.longest
+            return torch.arange(self.num_sequences, device=self.lengths.device) * self.longest
         return self.lengths.cumsum(0) - self.lengths
 
-    @cached_property
+    @cached
     def offsets(self) -> Tensor:
         """[S + 1] int32, start of each packed sequence and T (`cu_seqlens` of variable-length attention)."""
         return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
 
-    @cached_property
+    @cached
     def mask(self) -> Tensor:
         """[S, M] bool, True where the padded layout holds a token."""
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
 
-    @cached_property
+    @cached
     def sequence(self) -> Tensor:
         """[T] int64, the sequence a row belongs to."""
-        sequences = torch.arange(len(self.lengths), device=self.lengths.device)
+        sequences = torch.arange(self.num_sequences, device=self.lengths.device)
         if self.uniform:
             return sequences.repeat_interleave(self.longest)
         return sequences.repeat_interleave(self.lengths, output_size=self.total)
 
-    @cached_property
+    @cached
     def padded_index(self) -> Tensor:
         """[T] int64, the place of a packed token among S * M."""
-        shift = torch.arange(len(self.lengths), device=self.lengths.device) * self.longest - self.start
+        shift = torch.arange(self.num_sequences, device=self.lengths.device) * self.longest - self.start
         return torch.arange(self.total, device=self.lengths.device) + shift[self.sequence]
 
-    @cached_property
+    @cached
     def sizes(self) -> list[int]:
         """Lengths as Python numbers; on a GPU this waits for them."""
         return self.lengths.tolist()
@@ -93,9 +113,9 @@ class Layout:
     def pad(self, x: Tensor, value: float = 0) -> Tensor:
         """[T, ...] -> [S, M, ...], `value` where there is no row. A view where the layout is uniform."""
         if self.uniform:
-            return x.reshape(len(self.lengths), self.longest, *x.shape[1:])
-        padded = x.new_full((len(self.lengths) * self.longest, *x.shape[1:]), value)
-        return padded.index_copy_(0, self.padded_index, x).reshape(len(self.lengths), self.longest, *x.shape[1:])
+            return x.reshape(self.num_sequences, self.longest, *x.shape[1:])
+        padded = x.new_full((self.num_sequences * self.longest, *x.shape[1:]), value)
+        return padded.index_copy_(0, self.padded_index, x).reshape(self.num_sequences, self.longest, *x.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[S, M, ...] -> [T, ...]."""
@@ -150,7 +170,7 @@ class RaggedTokens:
 
     def prefix(self) -> Tensor:
         """[S, P, C], the prefix tokens."""
-        return self.x[self.prefix_index()].reshape(len(self.layout.lengths), self.num_prefix_tokens, -1)
+        return self.x[self.prefix_index()].reshape(self.layout.num_sequences, self.num_prefix_tokens, -1)
 
     def prefix_index(self) -> Tensor:
         """[S * P] int64, where the prefix tokens lie in x."""
@@ -165,7 +185,10 @@ class RaggedTokens:
         """
         if self.layout.kind == "packed":
             layout = Layout.from_lengths(mask.sum(dim=1))
-            index = self.layout.unpad(mask).nonzero_static(size=layout.total).squeeze(1)  # on a GPU no second wait
+            marked = self.layout.unpad(mask)
+            # Their number is known: where asking for it again is a wait or a cut in the graph, it is not.
+            known = mask.is_cuda or torch.compiler.is_compiling()
+            index = (marked.nonzero_static(size=layout.total) if known else marked.nonzero()).squeeze(1)
             position = self.position.index_select(0, index)
         else:
             lengths = mask.sum(dim=1)
@@ -173,7 +196,7 @@ class RaggedTokens:
             # A stable sort moves the kept tokens to the front and leaves them in their order.
             order = mask.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices[:, :longest]
             index = (order + self.layout.start[:, None]).flatten()
-            total = len(lengths) * longest
+            total = lengths.shape[0] * longest
             layout = Layout(lengths, total=total, longest=longest, kind=self.layout.kind, full=False)
             position = torch.where(layout.mask.flatten(), self.position[index], self.num_positions)
         kept = replace(self, x=self.x.index_select(0, index), layout=layout, position=position, slots=slots)
@@ -187,10 +210,13 @@ class RaggedTokens:
             x: [T, ...] values to place, by default the tokens themselves.
         """
         x = self.x if x is None else x
-        if not self.layout.full:
-            raise ValueError(f"tokens in the layout {self.layout.kind} have no grid: padding has no position")
-        num_sequences = len(self.layout.lengths)
+        num_sequences = self.layout.num_sequences
         size = num_sequences * self.num_positions
+        if not self.layout.full:  # padding goes to a column of its own, which is cut off
+            columns = self.num_positions + 1
+            index = self.layout.sequence * columns + self.position
+            grid = x.new_full((num_sequences * columns, *x.shape[1:]), value).index_copy(0, index, x)
+            return grid.unflatten(0, (num_sequences, columns))[:, : self.num_positions]
         if self.has_fused:
             placed = (self.position >= 0).nonzero().squeeze(1)
             grid = x.new_full((size, *x.shape[1:]), value).index_copy(0, self.grid_index[placed], x[placed])
@@ -206,12 +232,16 @@ class RaggedTokens:
         """[S, N, ...] -> [T, ...], the values at the positions of the tokens."""
         return grid.flatten(0, 1).index_select(0, self.grid_index)
 
-    @cached_property
+    @cached
     def grid_index(self) -> Tensor:
         """[T] int64, the place of a token in the original dense layout, counted over S * N."""
-        return self.layout.sequence * self.num_positions + self.position
+        return self.layout.sequence * self.num_positions + self.lookup()
 
-    @cached_property
+    def lookup(self) -> Tensor:
+        """[T] int64, `position` for tables of N rows: padding, which has none, reads the last."""
+        return self.position if self.layout.full else self.position.clamp(max=self.num_positions - 1)
+
+    @cached
     def row_at_position(self) -> Tensor:
         """[S * N] int64, the row of x that holds the token of a place in the original dense layout; T where it was
         dropped.

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models import small_vit
+from timm_models import LAWS, images, small_model
 
 from ats.config import get_cfg
 from ats.errors import UserError
 from ats.models import build_model
+from ats.models.timm_vit import adopt, default_score, has_cls
+from ats.sampling import plan_samplers
 
 
 @pytest.mark.parametrize("layout", ["padded", "static"])
@@ -61,7 +64,29 @@ def test_static_shapes_do_not_depend_on_the_image():
     assert (kept < 65).all()
 
 
-def test_only_vit_has_other_layouts():
+@pytest.mark.parametrize("layout", ["padded", "static"])
+@pytest.mark.parametrize("name", LAWS)
+def test_layouts_of_timm_models(name, layout):
+    """Logits, features and kept tokens of timm's models are those of the packed layout."""
+    packed, other = small_model(name), small_model(name)
+    num_prefix_tokens = packed.num_prefix_tokens if has_cls(packed) else 0
+    samplers = plan_samplers(
+        depth=4, blocks=[1, 3], num_tokens=12, num_prefix_tokens=num_prefix_tokens, score=default_score(packed)
+    )
+    adopt(packed, samplers)
+    adopt(other, samplers, layout=layout)
+    x = images(packed)
+    with torch.no_grad():
+        (want, trace), (got, other_trace) = packed.forward_tokens(x), other.forward_tokens(x)
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+        torch.testing.assert_close(other.forward_features(x), packed.forward_features(x), atol=1e-9, rtol=0)
+    assert any(len(entry.num_tokens.unique()) > 1 or (entry.num_tokens < 12).any() for entry in trace)
+    for entry, padded in zip(trace, other_trace, strict=True):
+        assert torch.equal(entry.num_tokens, padded.num_tokens)
+        assert torch.equal(entry.position, padded.position)
+
+
+def test_only_vits_have_other_layouts():
     """A network that needs the grid of patches says so instead of computing with padding."""
     cfg = get_cfg()
     cfg.merge_from_list(["MODEL.NAME", "XViT", "ATS.ENABLE", True, "ATS.LAYOUT", "static"])

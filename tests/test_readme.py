@@ -117,6 +117,19 @@ def test_scripts_of_commands_exist(place, line):
         assert (ROOT / script).is_file()
 
 
+@pytest.mark.parametrize(("place", "line"), [pair for pair in COMMANDS if "tools/export.py" in pair[1]])
+def test_export_commands_parse(place, line):
+    """So are those of exports, and what they ask for can be exported."""
+    from ats.cli.export import parse_args
+    from ats.engine.export import check_exportable, format_of
+
+    words = [str(ROOT / word) if word.endswith(".yaml") else word for word in shlex.split(line)]
+    args, cfg = parse_args(words[2:])
+    check_exportable(cfg)
+    assert format_of(args.output, args.format) in ("onnx", "pt2")
+    assert (ROOT / cfg.TEST.CHECKPOINT_FILE_PATH).is_file()
+
+
 @pytest.mark.parametrize("path", DOCUMENTS)
 def test_links_and_files_exist(path):
     """Relative links and the files named in backticks are there."""

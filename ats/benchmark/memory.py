@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -61,14 +61,23 @@ def peak_megabytes(run: Callable[[], None], model: nn.Module, device: torch.devi
     return counter.peak / 1e6
 
 
-def saved_megabytes(run: Callable[[], None]) -> float:
-    """The tensors that autograd keeps for the backward pass of `run`, weights included, each storage once."""
+def saved_bytes(run: Callable[[], object], *, without: Iterable[Tensor] = ()) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass of what `run` computes, each storage once.
+
+    Args:
+        run: a forward pass; a backward pass behind it may read what was kept.
+        without: tensors not to count: the weights, for activations alone.
+    """
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values()) / 1e6
+        result = run()  # held, so that no storage is freed and its address given to another
+    del result
+    for tensor in without:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storages.values())

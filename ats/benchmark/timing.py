@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ats.benchmark.counts import ImposedCounts, imposed_counts
 from ats.benchmark.equal import MATCHED, describe_samplers, match_gflops
-from ats.benchmark.memory import peak_megabytes, saved_megabytes
+from ats.benchmark.memory import peak_megabytes, saved_bytes
 from ats.benchmark.meters import host_waits, pass_seconds
 from ats.benchmark.parts import part_seconds
 from ats.benchmark.variants import GRAPHS, build_variants, labelled_images
@@ -197,7 +197,7 @@ def _measure_batch(
             row.peak_mb = peak_megabytes(runs[name], model, x.device)
         row.host_waits = host_waits(runs[name], x.device)
         if settings.train:
-            row.saved_mb = saved_megabytes(runs[name])
+            row.saved_mb = saved_bytes(runs[name]) / 1e6
         elif settings.parts and not settings.compile and name not in GRAPHS:
             parts = part_seconds(model, x, rounds=2)
             total = sum(parts.values())

@@ -12,6 +12,7 @@ COMMANDS = {
     "ats-benchmark": "tools/benchmark.py",
     "ats-visualize": "tools/visualize.py",
     "ats-calibrate": "tools/calibrate.py",
+    "ats-export": "tools/export.py",
 }
 
 

@@ -33,6 +33,12 @@ KEYS: list[Key] = [
         1000,
         "Classes of the head: as many as class folders, or more than the labels of the csv files.",
     ),
+    Key(
+        "MODEL.ACT_CHECKPOINT",
+        False,
+        "Activation checkpointing in training: blocks keep their inputs alone and are computed again in the backward "
+        "pass. Less memory, about a third more time, the same losses and gradients.",
+    ),
     Key("MODEL.DROPOUT_RATE", 0.0, "Dropout before the classification head, in training; TimeSformer has none."),
     Key(
         "VIT.IMG_SIZE",
@@ -238,7 +244,7 @@ KEYS: list[Key] = [
         "How the tokens that are left lie in memory. packed: no padding, fastest. padded: padded to the longest of the "
         "batch, for comparison. static: padded to the token slots, so that no shape depends on the image: for "
         "torch.export, CUDA graphs and whole-graph compilation, with K (ATS.NUM_TOKENS) as small as the images allow. "
-        "All give the same logits. MODEL.NAME ViT only, the others are packed.",
+        "All give the same logits. MODEL.NAME ViT and timm/<name> only, the others are packed.",
         choices=("packed", "padded", "static"),
     ),
     Key(

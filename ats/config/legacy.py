@@ -131,7 +131,6 @@ IGNORED: dict[str, str] = {
     "VIT.DROP_TOKENS": "tokens are always dropped, with the batch-independent numbers of DROP_TOKENS False",
     "MODEL.ARCH": "MODEL.NAME says which network is built",
     "MODEL.SINGLE_PATHWAY_ARCH": "all networks here have one pathway",
-    "MODEL.ACT_CHECKPOINT": "activations are always kept; it saves memory and changes no number",
     "MODEL.DROPCONNECT_RATE": "stochastic depth is VIT.DROP_PATH_RATE",
     "MODEL.FC_INIT_STD": "the head is initialised as in timm",
     "MODEL.HEAD_ACT": "models return logits",

@@ -124,18 +124,11 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
         UserError: no weights are given; weights or data do not fit the model or cannot be read.
     """
     weights = str(cfg.TEST.CHECKPOINT_FILE_PATH or weights)
-    downloaded = cfg.MODEL.NAME.startswith("timm/") and cfg.TIMM.PRETRAINED
-    if not weights and not downloaded:
-        raise UserError(
-            "TEST.CHECKPOINT_FILE_PATH is empty: there are no weights to evaluate. "
-            "Type TEST.CHECKPOINT_FILE_PATH FILE, or TRAIN.ENABLE True to train first."
-        )
+    check_weights(cfg, weights, hint=", or TRAIN.ENABLE True to train first")
     output_dir = open_output_dir(cfg)
     write_config(cfg, output_dir)
     device = select_device(cfg.DEVICE)
-    model = build_model(cfg)
-    if weights:
-        load_weights(model, weights)
+    model = build_trained(cfg, weights)
     loader = build_loader(cfg, "test", rank=rank(), world_size=world_size())
     log_plan(
         {
@@ -156,6 +149,28 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
         print(f"\n{table}\n")
     logger.info("Result: %s; log: %s", output_dir / "result.json", output_dir / "log.txt")
     return result
+
+
+def check_weights(cfg: CfgNode, weights: str, *, hint: str = "") -> None:
+    """Refuse to go on with the weights of initialisation.
+
+    Raises:
+        UserError: no file, and no weights that timm has downloaded for TIMM.PRETRAINED.
+    """
+    downloaded = cfg.MODEL.NAME.startswith("timm/") and cfg.TIMM.PRETRAINED
+    if not weights and not downloaded:
+        raise UserError(
+            "TEST.CHECKPOINT_FILE_PATH is empty: there are no weights to evaluate. "
+            f"Type TEST.CHECKPOINT_FILE_PATH FILE{hint}."
+        )
+
+
+def build_trained(cfg: CfgNode, weights: str) -> nn.Module:
+    """The network of `cfg`, on the CPU, with the weights of a file, or without one timm's."""
+    model = build_model(cfg)
+    if weights:
+        load_weights(model, weights)
+    return model
 
 
 def write_result(cfg: CfgNode, result: Result, path: Path) -> None:

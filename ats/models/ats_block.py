@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import ats.reducers  # noqa: F401  registers tome and evit
 from ats.attention import cls_attention, mean_attention, ragged_attention
+from ats.models.recompute import run_block
 from ats.sampling import (
     REDUCERS,
     BlockSampler,
@@ -150,7 +151,7 @@ class ATSBlock(nn.Module):
         """The host's stochastic depth for packed tokens [T, C]: one draw per sequence."""
         if not host.training or getattr(host, "drop_prob", 0.0) == 0.0:
             return x
-        scale = host(x.new_ones(len(layout.lengths), 1))
+        scale = host(x.new_ones(layout.num_sequences, 1))
         return x * scale[layout.sequence]
 
 
@@ -251,11 +252,11 @@ def run_blocks(
     tokens = None
     for index, block in enumerate(blocks):
         if not isinstance(block, ATSBlock):
-            x = block(x)
+            x = run_block(block, x)
             continue
         if tokens is None:
             tokens = RaggedTokens.from_dense(x, num_prefix_tokens, group=group, layout=layout)
-        tokens = block(tokens)
+        tokens = run_block(block, tokens)
         if block.sampler is not None:
             trace.append(KeptTokens.of(tokens, index))
     return RaggedTokens.from_dense(x, num_prefix_tokens, group=group) if tokens is None else tokens, trace

@@ -27,6 +27,7 @@ from ats.models.ats_block import samplers_from_cfg
 from ats.models.cvt_ats import ConvATSBlock, begin_ragged, check_stage
 from ats.models.cvt_block import NORM_EPS, ConvBlock, StageSpec
 from ats.models.cvt_cost import cvt_multiply_adds
+from ats.models.recompute import run_block
 from ats.sampling import BlockSampler
 from ats.tokens import KeptTokens, RaggedTokens
 
@@ -74,10 +75,10 @@ class Stage(nn.Module):
         tokens, trace = None, []
         for index, block in enumerate(self.blocks):
             if not isinstance(block, ConvATSBlock):
-                x = block(x, grid, self.num_prefix_tokens)
+                x = run_block(block, x, grid, self.num_prefix_tokens)
                 continue
             tokens = begin_ragged(x, grid, self.num_prefix_tokens, self.spec) if tokens is None else tokens
-            tokens = block(tokens, grid)
+            tokens = run_block(block, tokens, grid)
             if block.sampler is not None:
                 trace.append(KeptTokens.of(tokens, first_block + index))
         return RaggedTokens.from_dense(x, self.num_prefix_tokens) if tokens is None else tokens, grid, trace

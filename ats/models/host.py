@@ -22,6 +22,7 @@ class State:
     """What a patched model knows beyond its host: settings (those of `ats.patch`), and the trace if it is wanted."""
 
     settings: dict = field(default_factory=dict)
+    layout: str = "packed"  # name in tokens.LAYOUTS
     trace: bool = False
     last: list[KeptTokens] | None = None
     embedding_costs: dict = field(default_factory=dict)  # see timm_cost.py

@@ -27,6 +27,7 @@ from ats.models.mvit_block import NORM_EPS, BlockSpec, MultiScaleBlock
 from ats.models.mvit_cost import mvit_multiply_adds
 from ats.models.mvit_keys import adapt_mvit_state_dict, resize_positions
 from ats.models.mvit_plan import check_samplers, plan_blocks
+from ats.models.recompute import run_block
 from ats.sampling import BlockSampler
 from ats.tokens import KeptTokens, RaggedTokens
 
@@ -156,11 +157,11 @@ class MViT(nn.Module):
         for index, block in enumerate(self.blocks):
             if isinstance(block, MultiScaleATSBlock):
                 tokens = RaggedTokens.from_dense(x, self.num_prefix_tokens) if tokens is None else tokens
-                tokens, grid = block(tokens, grid)
+                tokens, grid = run_block(block, tokens, grid)
                 if block.sampler is not None:
                     trace.append(KeptTokens.of(tokens, index))
             else:
-                x, grid = block(x, grid, self.num_prefix_tokens)
+                x, grid = run_block(block, x, grid, self.num_prefix_tokens)
         tokens = RaggedTokens.from_dense(x, self.num_prefix_tokens) if tokens is None else tokens
         return self.head(self.read_out(tokens)), trace
 

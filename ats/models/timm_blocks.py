@@ -75,8 +75,8 @@ class TimmBlock(ATSBlock):
         if getattr(self.attn, "relative_position_bias_table", None) is None:
             return super().attention_bias(queries, keys)
         table = self.attn._get_rel_pos_bias()[0]
-        column = keys.layout.pad(keys.position)[:, None]
-        row = torch.zeros_like(column[:, :, :1]) if queries is None else queries.layout.pad(queries.position)[..., None]
+        column = keys.layout.pad(keys.lookup())[:, None]
+        row = torch.zeros_like(column[:, :, :1]) if queries is None else queries.layout.pad(queries.lookup())[..., None]
         return table[:, row, column].transpose(0, 1)
 
     def _joint_projection(self, x: Tensor, part: slice) -> Tensor:
@@ -91,7 +91,7 @@ class TimmBlock(ATSBlock):
         """Queries or keys [T, h, D] with the rotary embedding of their positions."""
         if tokens is None or tokens.rotary is None:
             return x
-        embedding = tokens.rotary.index_select(0, tokens.position)
+        embedding = tokens.rotary.index_select(0, tokens.lookup())
         return apply_rot_embed_cat(x, embedding, half=getattr(self.attn, "rotate_half", False)).type_as(x)
 
 

@@ -31,7 +31,8 @@ def timm_from_cfg(cfg: CfgNode) -> nn.Module:
             f"MODEL.NAME {cfg.MODEL.NAME}, a {type(model).__name__}, is not understood: {reason}. See docs/PLUGIN.md."
         )
     _check_image_size(model, cfg)
-    adopt(model, samplers_from_cfg(cfg, depth=len(model.blocks), num_prefix_tokens=num_prefix_tokens(model)))
+    samplers = samplers_from_cfg(cfg, depth=len(model.blocks), num_prefix_tokens=num_prefix_tokens(model))
+    adopt(model, samplers, layout=cfg.ATS.LAYOUT)
     return model
 
 

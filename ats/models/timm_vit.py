@@ -98,6 +98,9 @@ class ATSModel(Patched):
             return super().pool(x, pool_type)
         if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
             x, present = x[:, self.num_prefix_tokens :], present[:, self.num_prefix_tokens :]
+        if self.ats_state.layout == "static":
+            mask = x.new_zeros(present.shape).masked_fill(~present, -torch.inf)
+            return self.attn_pool(x, attn_mask=mask[:, None, None])
         layout = Layout.from_lengths(present.sum(dim=1))
         mask = x.new_zeros(layout.mask.shape).masked_fill(~layout.mask, -torch.inf)
         return self.attn_pool(layout.pad(x[present]), attn_mask=mask[:, None, None])
@@ -126,7 +129,8 @@ class ATSModel(Patched):
         and dense features behind the blocks `take`, after the final norm if `norm`.
         """
         x, rope = self._embed(x)
-        tokens, trace, taken = RaggedTokens.from_dense(x, self.num_prefix_tokens), [], []
+        from_dense = partial(RaggedTokens.from_dense, layout=self.ats_state.layout)
+        tokens, trace, taken = from_dense(x, self.num_prefix_tokens), [], []
         for index, block in enumerate(islice(self.blocks, num_blocks)):
             block_rope = rope[index] if getattr(self, "rope_mixed", False) and rope is not None else rope
             if isinstance(block, ATSBlock):
@@ -137,7 +141,7 @@ class ATSModel(Patched):
             else:
                 kwargs = {} if block_rope is None else {"rope": block_rope}
                 x = self._call(block, x, **kwargs)
-                tokens = RaggedTokens.from_dense(x, self.num_prefix_tokens)
+                tokens = from_dense(x, self.num_prefix_tokens)
             if index in take:
                 taken.append(tokens.to_grid(self.norm(tokens.x) if norm else None))
         if self.ats_state.trace:
@@ -152,8 +156,9 @@ class ATSModel(Patched):
     def _dense(self, tokens: RaggedTokens) -> Tensor:
         """The final norm of the tokens that are left, [B, N, C]."""
         x = self.norm(tokens.x)
-        unchanged = tokens.layout.total == len(tokens.layout.lengths) * tokens.num_positions and not tokens.has_fused
-        if unchanged:
+        layout = tokens.layout
+        is_whole = layout.full and layout.total == layout.num_sequences * tokens.num_positions
+        if is_whole and not tokens.has_fused:
             return x.unflatten(0, (-1, tokens.num_positions))
         return tokens.to_grid(x)
 
@@ -165,9 +170,12 @@ class ATSModel(Patched):
         """[B, N] bool, True where there is a token; None where all are there, or only prefix tokens are read."""
         if x.ndim != 3 or (self.global_pool == "token" and attention_pool(self) is None):
             return None
+        if not isinstance(self.blocks[-1], ATSBlock):
+            return None
         present = x.ne(0).any(dim=-1)
         present[:, : self.num_prefix_tokens] = True
-        return None if bool(present.all()) else present
+        # In the layout static nothing may depend on what the numbers are, so not even this is asked.
+        return None if self.ats_state.layout != "static" and bool(present.all()) else present
 
     def _fill(self, x: Tensor, present: Tensor) -> Tensor:
         """Every dropped token as the mean of those that are there and pooled. So the host's mean and maximum over all
@@ -202,7 +210,7 @@ class ATSBeit(ATSModel, Beit):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, None]:
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.pos_drop(x if self.pos_embed is None else x + self.pos_embed), None
 
 
@@ -229,7 +237,7 @@ FILTERS = {
 }
 
 
-def adopt(model: nn.Module, samplers: dict[int, BlockSampler | TokenReducer]) -> None:
+def adopt(model: nn.Module, samplers: dict[int, BlockSampler | TokenReducer], *, layout: str = "packed") -> None:
     """Make `model` its ATS version with these samplers (none: the dense network with the interface of `ats.models`).
 
     Raises:
@@ -237,7 +245,7 @@ def adopt(model: nn.Module, samplers: dict[int, BlockSampler | TokenReducer]) ->
     """
     refuse_reducers(model, samplers)
     if type(model) in MODELS:
-        model.ats_state = State()
+        model.ats_state = State(layout=layout)
         model.__class__ = MODELS[type(model)]
     with_sampler(model.blocks, samplers, BLOCKS)
 

@@ -169,7 +169,7 @@ class VisionTransformer(nn.Module):
             raise UserError(f"Images of {height} x {width} pixels cannot be cut into patches of {self.patch_size}.")
         patches = self.patch_embed(x)
         prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        tokens = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), patches], dim=1)
+        tokens = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), patches], dim=1)
         return self.pos_drop(tokens + self.positions((height // self.patch_size, width // self.patch_size)))
 
     def positions(self, grid: tuple[int, int]) -> Tensor:

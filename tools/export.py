@@ -1,0 +1,11 @@
+"""A network as ONNX or .pt2: `ats/cli/export.py`, from a clone that need not be installed."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ats.cli.export import main
+
+if __name__ == "__main__":
+    sys.exit(main())
