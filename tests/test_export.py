@@ -134,6 +134,8 @@ def test_the_command_checks_on_random_and_real_images(colours, tmp_path, capsys,
     [
         (["MODEL.NAME", "XViT"], "x.onnx", r"MODEL.NAME XViT cannot be exported; ViT .* and timm/<name> can"),
         (["ATS.ENABLE", "True", "ATS.SAMPLER", "random"], "x.pt2", "random cannot be exported.*topk can"),
+        (["ATS.ENABLE", "True", "ATS.SAMPLER", "tome"], "x.pt2", "tome cannot be exported"),
+        (["--dens"], "x.pt2", r"Unknown option --dens. Did you mean --dense"),
         ([], "x.onnx", "TEST.CHECKPOINT_FILE_PATH is empty"),
         ([], "x.onx", r"choose .onnx or .pt2.*Did you mean onnx"),
         (["--format", "tflite"], "x.bin", "--format tflite: choose"),

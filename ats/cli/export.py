@@ -28,6 +28,8 @@ from ats.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+OPTIONS = ("--cfg", "--output", "--format", "--dense", "--images", "--debug", "--help")
+
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     """The command line, and the config it describes."""
@@ -41,7 +43,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     parser.add_argument("--images", type=int, default=16, metavar="N", help="to check with (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args, words = parser.parse_known_args(argv)
-    overrides = parse_overrides(words) + (["ATS.ENABLE", "False"] if args.dense else [])
+    overrides = parse_overrides(words, options=OPTIONS) + (["ATS.ENABLE", "False"] if args.dense else [])
     return args, load_config(args.cfg, overrides)
 
 

@@ -34,10 +34,12 @@ from ats.datasets.build import image_mean_std
 from ats.engine.evaluate import build_trained, check_weights
 from ats.errors import UserError, suggest
 from ats.models import build_model, has_layouts
+from ats.sampling import REDUCERS
 
 FORMATS = ("onnx", "pt2")
 FACTS = "ats.json"  # name of the facts inside a .pt2
-SAMPLERS = ("inverse_transform", "topk")  # of this package; random draws from a generator, which no graph has
+# Of this package; random draws from a seeded generator, which no graph has, and reducers merge packed tokens.
+SAMPLERS = ("inverse_transform", "topk")
 ONNX_LIMIT = 1.8e9  # bytes of weights; a file of 2 GB is more than ONNX can hold, so weights go into one beside it
 
 Runner = Callable[[Tensor], list[Tensor]]
@@ -104,10 +106,8 @@ def check_exportable(cfg: CfgNode) -> None:
     name = cfg.MODEL.NAME
     if not has_layouts(name):
         raise UserError(f"MODEL.NAME {name} cannot be exported; ViT (also VIT.DISTILLED True) and timm/<name> can.")
-    if cfg.ATS.ENABLE and cfg.ATS.SAMPLER == "random":
-        raise UserError(
-            f"ATS.SAMPLER random cannot be exported: a graph has no seeded generator. {' and '.join(SAMPLERS)} can."
-        )
+    if cfg.ATS.ENABLE and (cfg.ATS.SAMPLER == "random" or cfg.ATS.SAMPLER in REDUCERS):
+        raise UserError(f"ATS.SAMPLER {cfg.ATS.SAMPLER} cannot be exported; {' and '.join(SAMPLERS)} can.")
 
 
 def facts(cfg: CfgNode) -> dict[str, str]:
