@@ -133,7 +133,7 @@ class _Report:
             self.budget_table((study.STAGES, study.PAPER_RULE)),
             f"Official minus paper, average of the budgets: {rule.overall} points, "
             f"{_leads(rule, 'official', 'paper')}.\n",
-            "## Dense, and 37 % saved\n",
+            "## Dense, and what the paper saves\n",
             self.plain_table(
                 [
                     self.by_key[key]
