@@ -1,5 +1,6 @@
 # make demo          evaluate dense, ATS untouched and ATS fine-tuned on real handwritten digits; a table and a picture
 # make demo-video    the same on videos of digits that move, with the frames in order and shuffled
+# make study         the paper's studies on the digits, three seeds; writes docs/STUDY.md, goes on where it was interrupted
 # make test          the whole test suite
 # make test-faults   a training killed at 30 moments, each resumed, compared with an undisturbed one
 # make lint          ruff
@@ -11,13 +12,16 @@ BIN := $(VENV)/bin
 KILLS ?= 30
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-video test test-faults lint format clean
+.PHONY: demo demo-video study test test-faults lint format clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tools/demo.py
 
 demo-video: $(INSTALLED)
 	@$(BIN)/python tools/demo_video.py
+
+study: $(INSTALLED)
+	@$(BIN)/python tools/study.py
 
 # One thread per test process: two processes that share two cores lose more to each other's threads than they gain.
 test: $(INSTALLED)

@@ -53,6 +53,7 @@ def evaluate(
     ensemble: Ensemble | None = None,
     amp_dtype: torch.dtype | None = None,
     progress: bool = True,
+    tally: Tally | None = None,
 ) -> Result:
     """Run `model` (on `device`) once over every sample of `loader`, in eval mode; the mode it was in is restored.
 
@@ -63,13 +64,14 @@ def evaluate(
         ensemble: a new one, for videos in several views; clips marked `bad` are left out with their videos.
         amp_dtype: autocast to this type.
         progress: show a bar if the console is a terminal.
+        tally: an empty one, to have the samples of this process one by one afterwards.
 
     Raises:
         UserError: the loader is empty.
     """
     was_training = model.training
     model.eval()
-    tally = Tally()
+    tally = Tally() if tally is None else tally
     start = time.perf_counter()
     silent = None if progress and is_main() else True  # None: unless on a terminal
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=silent):

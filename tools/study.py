@@ -1,0 +1,84 @@
+"""The paper's studies on the Digits data: sampling, stages, fine-tuning, scores, rule, K; three seeds.
+
+    make study          # or: python tools/study.py [--quick] [--output DIR]
+
+Makes the canvases if they are not there, measures every row, and writes docs/STUDY.md, docs/study.json and
+docs/images/study.png (with --output: below DIR). Rows are kept in output/study as they are done: the same command again
+goes on where it was. --quick is a short form that shows that everything runs; its numbers mean nothing, so it needs
+--output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
+
+from make_digits import make_digits  # noqa: E402 - beside this file
+
+from ats.errors import UserError  # noqa: E402
+
+CONFIGS = ROOT / "configs" / "Digits"
+DATA = ROOT / "data" / "digits_study"
+RESULTS = ROOT / "output" / "study"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="the canvases; made if they are not there")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows are kept as they are done")
+    parser.add_argument("--output", type=Path, default=None, help="where STUDY.md goes; default docs")
+    parser.add_argument("--quick", action="store_true", help="few canvases, two budgets, two steps of training")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        run(data=args.data, results=args.results, output=args.output, quick=args.quick)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(*, data: Path, results: Path, output: Path | None, quick: bool) -> None:
+    """Measure what has not been measured and write the report."""
+    if quick and output is None:
+        raise UserError("--quick measures too little for docs/STUDY.md: say with --output DIR where its report goes.")
+    from ats.engine.logging import setup_logging
+    from ats.study.digits import QUICK, DigitsStudy, Settings
+    from ats.study.digits_report import write_report
+
+    setup_logging()
+    settings = QUICK if quick else Settings()
+    num_train = 1 if quick else -(-settings.tune_steps * 64 // 1400)
+    make_digits(data, train_per_digit=num_train, val_per_digit=settings.num_seeds * settings.canvases)
+    study = DigitsStudy(
+        config=CONFIGS / "DeiT_ATS.yaml", weights=CONFIGS / "weights", data=data, folder=results, settings=settings
+    )
+    start = time.process_time()
+    rows = study.run()
+    seconds = time.process_time() - start
+    folder = output or ROOT / "docs"
+    text = write_report(rows, study, folder=folder, minutes=total_minutes(results, seconds))
+    print(text[text.index("## What holds") : text.index("## How")])
+    print(f"Report: {folder / 'STUDY.md'}")
+
+
+def total_minutes(results: Path, seconds: float) -> float:
+    """Minutes of computing time, of this run and of those before that it went on from."""
+    path = results / "seconds.txt"
+    before = float(path.read_text()) if path.is_file() else 0.0
+    if seconds > 20:  # else everything was there already
+        before += seconds
+        path.write_text(f"{before:.0f}\n")
+    return before / 60
+
+
+if __name__ == "__main__":
+    sys.exit(main())
