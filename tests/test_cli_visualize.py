@@ -135,7 +135,12 @@ def test_readme_commands_parse():
     """Every option, key and value of the commands in the README is accepted."""
     root = Path(__file__).parents[1]
     blocks = re.findall(r"```bash\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
-    lines = [line.split("  #")[0] for block in blocks for line in block.splitlines() if "visualize.py" in line]
+    lines = [
+        line.split("  #")[0]
+        for block in blocks
+        for line in block.splitlines()
+        if line.startswith("python tools/visualize.py")
+    ]
     assert len(lines) >= 3
     for line in lines:
         python, script, *rest = shlex.split(line)

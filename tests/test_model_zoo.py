@@ -46,11 +46,12 @@ def test_headers(tool, tmp_path):
     path.write_text(
         "# Net: a\n# network.\n#\n#   python x\n#\n# Expected: 1 %\n# (paper). Not measured here. More.\nA: 1\n# no\n"
     )
-    assert tool.read_header(path) == ("Net: a network", "1 % (paper)", False)
-    path.write_text("# Net.\n#\n# Expected on B (C 1): 2 %.\n")
-    assert tool.read_header(path) == ("Net", "on B (C 1): 2 %", True)
+    assert tool.read_header(path) == ("Net: a network", "1 % (paper)", "no")
+    path.write_text("# Net.\n#\n# Expected on B (C 1): 2 %.\n# Measured here: 1.9 % at\n# 3.\n")
+    assert tool.read_header(path) == ("Net", "on B (C 1): 2 %", "1.9 % at 3")
     for path in tool.ROOT.glob("configs/*/[!_]*.yaml"):
         header = tool.read_header(path)
         assert header.title
         assert "|" not in header.title + header.expected
-        assert path.parent.name == "Digits" or (header.expected and not header.is_measured), path
+        assert header.expected or path.parent.name == "Digits", path
+        assert (header.measured != "no") == (path.parent.name == "Digits"), path

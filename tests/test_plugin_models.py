@@ -21,6 +21,7 @@ from ats.models.timm_blocks import BLOCKS
 from ats.models.timm_vit import MODELS, REASONS, refusal
 from ats.sampling import SAMPLERS
 
+NUM_TOKENS = 12  # above the 9 prefix tokens of the model with the most, below the 16 tokens of the one with the fewest
 PLUGIN_MD = Path(__file__).parents[1] / "docs" / "PLUGIN.md"
 
 
@@ -76,7 +77,7 @@ def test_equals_its_host(name, keep_all):
     torch.testing.assert_close(model.forward_features(x), features, rtol=0, atol=1e-11)
     ats.unpatch(model)
 
-    ats.patch(model, blocks=[1, 3], num_tokens=10)
+    ats.patch(model, blocks=[1, 3], num_tokens=NUM_TOKENS)
     model.ats.trace = True
     logits, features, trace = model(x), model.forward_features(x), model.ats.last
     assert list(model.state_dict()) == keys
@@ -172,7 +173,7 @@ def test_multiply_adds_equal_the_counter(name, score):
     with FlopCounterMode(display=False) as counter:
         model(x)
     dense = counter.get_total_flops() / 2
-    ats.patch(model, blocks=[1, 3], num_tokens=10, score=score)
+    ats.patch(model, blocks=[1, 3], num_tokens=NUM_TOKENS, score=score)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _, trace = model.forward_tokens(x)
     cost = gflops(model, trace, x.shape)

@@ -208,7 +208,7 @@ def test_every_config_builds_and_costs_what_is_published(path):
     published = next(value for name, value in GFLOPS_PER_VIEW.items() if path.stem.startswith(name))
     size = cfg.DATA.TEST_CROP_SIZE
     assert dense_gflops(model, (1, 3, cfg.DATA.NUM_FRAMES, size, size)) == pytest.approx(published, abs=0.06)
-    assert path.stem.endswith("_ATS") == cfg.ATS.ENABLE
+    assert ("_ATS" in path.stem) == cfg.ATS.ENABLE
     assert f"--cfg configs/Kinetics/{path.name}" in path.read_text()
 
 

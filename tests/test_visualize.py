@@ -17,6 +17,7 @@ from ats.config import get_cfg, load_config
 from ats.datasets import Sample
 from ats.errors import UserError
 from ats.models import build_model
+from ats.reducers import EViT
 from ats.sampling import BlockSampler
 from ats.visualize import draw_fixed_images, fade, heat, look
 from ats.visualize.compare import Networks
@@ -137,27 +138,15 @@ def test_points_are_drawn_where_they_are():
 
 
 def test_blocks_without_scores_are_grey():
-    """What drops tokens by other means than scores has a picture of what is kept, and none of scores."""
-
-    class Other:
-        """A sampler that is no BlockSampler."""
-
-        def __init__(self, sampler: BlockSampler) -> None:
-            self.sampler = sampler
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.__dict__["sampler"], name)
-
-        def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
-            return self.sampler(*args, **kwargs)
-
-    model = small_vit(num_tokens=20)
-    want = look(model, IMAGES)[2]
-    model.blocks[2].sampler = Other(model.blocks[2].sampler)
-    views = look(model, IMAGES)[2]
-    assert all(torch.equal(a.kept, b.kept) for a, b in zip(views, want, strict=True))
-    assert [bool(view.scores.isnan().all()) for view in views] == [False, True, False]
-    assert (heat(views[1].scores[0], (1, 32, 32)) == GONE).all()
+    """EViT has a picture of what is kept, and none of scores; its fused token is nowhere."""
+    model = small_vit()
+    for block in [block for block in model.blocks if getattr(block, "sampler", None) is not None]:
+        block.sampler = EViT(block.sampler.block, num_prefix_tokens=1, keep_rate=0.5)
+    trace, views = look(model, IMAGES)[1:]
+    for entry, view in zip(trace, views, strict=True):
+        assert [int(kept.sum()) for kept in view.kept] == [len(patches) for patches in entry.patches]
+        assert bool(view.scores.isnan().all())
+        assert (heat(view.scores[0], (1, 32, 32)) == GONE).all()
 
 
 def test_unknown_networks_are_refused_by_name():

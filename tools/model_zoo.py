@@ -2,8 +2,9 @@
 
     python tools/model_zoo.py
 
-What a config reproduces and what is expected of it stands in the comment at its head (its first sentence, and from
-"Expected" to "Not measured here"); parameters and dense GFLOPs are computed from the network it builds.
+What a config reproduces and what is expected of it stands in the comment at its head: its first sentence, and from
+"Expected" to "Not measured here" or "Measured here: ...", which ends it. Parameters and dense GFLOPs are computed from
+the network it builds.
 """
 
 from __future__ import annotations
@@ -22,17 +23,21 @@ HEAD = """# Model zoo
 Every config of this repository, written by `python tools/model_zoo.py`; a test compares it with the configs.
 
 Parameters and GFLOPs are of the dense network as built and counted here (a multiply-add is one, as in the paper),
-for videos per view x views. How much ATS saves depends on images and weights: `tools/run_net.py` reports it
-(`result.json`). Accuracies are those of the sources named; each config begins with its command.
+for videos per view x views. How much ATS saves depends on images and weights: `tools/run_net.py` reports it, as run and
+in the paper's accounting (`result.json`). Accuracies are those of the sources named. A row is run by
+
+    python tools/run_net.py --cfg configs/<folder>/<name>.yaml DATA.PATH_TO_DATA_DIR <dir> TEST.CHECKPOINT_FILE_PATH <w>
+
+and each config begins with its own command, for training too where it has one.
 """
 
 
 class Header(NamedTuple):
-    """The comment at the head of a config: what it is, what is expected of it, and whether it was measured here."""
+    """The comment at the head of a config: what it is, what is expected of it, and what was measured here."""
 
     title: str
     expected: str
-    is_measured: bool
+    measured: str
 
 
 def read_header(path: Path) -> Header:
@@ -44,9 +49,10 @@ def read_header(path: Path) -> Header:
         lines.append(line.removeprefix("#").strip())
     title, _, rest = "\n".join(lines).partition("\n\n")
     rest = " ".join(rest.split())
-    match = re.search(r"Expected(?P<what>[^:]*): (?P<numbers>.*?) *(Not measured here|$)", rest)
+    match = re.search(r"Expected(?P<what>[^:]*): (?P<numbers>.*?) *(Not measured here|Measured here|$)", rest)
     expected = f"{match['what'].strip()}: {match['numbers']}".removeprefix(": ") if match else ""
-    return Header(" ".join(title.split()).rstrip("."), expected.rstrip("."), "Not measured here" not in rest)
+    measured = re.search(r"Measured here: (.*?)\.?$", rest)
+    return Header(" ".join(title.split()).rstrip("."), expected.rstrip("."), measured[1] if measured else "no")
 
 
 def row(path: Path) -> dict[str, str]:
@@ -69,7 +75,7 @@ def row(path: Path) -> dict[str, str]:
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
         "GFLOPs": f"{dense_gflops(model, (1, *shape)):.4g}{views}",
         "expected, and whose number it is": header.expected or "-",
-        "measured here": "[README](../README.md)" if header.is_measured else "no",
+        "measured here": header.measured,
     }
 
 

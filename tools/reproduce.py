@@ -23,8 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
-from run_net import parse_overrides  # noqa: E402 - beside this file
-
+from ats.cli.run_net import parse_overrides  # noqa: E402
 from ats.engine.logging import setup_logging  # noqa: E402
 from ats.errors import UserError  # noqa: E402
 

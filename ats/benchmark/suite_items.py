@@ -114,8 +114,8 @@ def cpu() -> Items:
     brief = replace(one, rounds=5, max_seconds=10, parts=False)
     efficient = (Goal("ats", "efficiency", 0.97), Goal("ats", "share of sampling", 0.03, at_most=True))
     items: Items = [
-        Measurement("DeiT-S, 1 thread", DEIT, one, (1, 4, 16), family="batch", goals=efficient),
-        Measurement("DeiT-S, 2 threads", DEIT, two, (1, 4, 16), family="batch", goals=efficient),
+        Measurement("DeiT-S, 1 thread", DEIT, one, (1, 8, 32), family="batch", goals=efficient),
+        Measurement("DeiT-S, 2 threads", DEIT, two, (1, 8, 32), family="batch", goals=efficient),
         Measurement("DeiT-S, padded layout", DEIT, replace(brief, variants=("ats", "padded")), (16,)),
         Measurement("DeiT-S, bfloat16", DEIT, replace(brief, dtype=torch.bfloat16), (4,)),
         Measurement("DeiT-S, training step", DEIT, replace(brief, train=True), (4,)),

@@ -8,9 +8,17 @@ centres.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def float32_or_better(device: torch.device) -> AbstractContextManager:
+    """Within it autocast is off; devices that know no autocast (meta) need nothing."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class Bottleneck(nn.Module):
@@ -72,13 +80,13 @@ class SamplingLayer(nn.Module):
         if offsets is not None:
             moved, points = points + self.gamma * offsets, points + offsets.detach()
         x = sample_at(features, moved)
-        with torch.autocast(x.device.type, enabled=False):
+        with float32_or_better(x.device):
             x = x + pos_layer(points / feature_size)
         x = x if previous is None else x + previous
         x = self.transformer_layer(x)
         if self.offset_layer is None:
             return x, None, points
-        with torch.autocast(x.device.type, enabled=False):
+        with float32_or_better(x.device):
             return x, self.offset_layer(x.to(points.dtype)), points
 
 
