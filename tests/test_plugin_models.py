@@ -81,9 +81,8 @@ def test_equals_its_host(name, keep_all):
     model.ats.trace = True
     logits, features, trace = model(x), model.forward_features(x), model.ats.last
     assert list(model.state_dict()) == keys
-    lowest = model.num_prefix_tokens + 2
-    assert trace[0].num_tokens.max() <= max(10, lowest)
-    assert trace[1].num_tokens.min() < max(10, lowest)
+    assert trace[0].num_tokens.max() <= NUM_TOKENS
+    assert trace[1].num_tokens.min() < NUM_TOKENS
 
     ats.unpatch(model)
     oracle, present, oracle_logits = masked_host(model, x, trace)
