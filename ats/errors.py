@@ -1,14 +1,16 @@
-"""The one exception for users' mistakes, the "did you mean" that belongs into its message, and a requested end.
+"""The exception for users' mistakes, the "did you mean" of its message, what a command makes of it, a requested end.
 
-`UserError` is what a wrong key, path, checkpoint or file raises: the command line prints its text alone (what, where,
-what to type) and exits with status 1. Everything else that escapes is a bug of ours and keeps its traceback.
+`UserError` is what a wrong key, path, checkpoint or file raises: a command prints its text alone (what, where, what to
+type), as it does of a file that cannot be read or written, and exits with status 1. Everything else that escapes is a
+bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -25,6 +27,25 @@ class Stopped(Exception):
     def __init__(self, signum: int, where: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name} {where}; the same command goes on from there")
         self.status = 128 + signum
+
+
+def exit_status(run: Callable[[], None], *, debug: bool = False) -> int:
+    """Run a command. A user's mistake, or a file that cannot be read or written, is one line on stderr and status 1,
+    Ctrl-C status 130; with `debug` they are raised.
+    """
+    try:
+        run()
+    except (UserError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def suggest(name: str, options: Iterable[str], *, num: int = 3) -> str:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from make_digits import make_digits  # noqa: E402 - beside this file
 
 from ats.config import CfgNode, load_config  # noqa: E402
-from ats.errors import UserError  # noqa: E402
+from ats.errors import exit_status  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -78,12 +78,7 @@ def run_demo(run: Callable[..., None], *, about: str, data: str, output: str, ar
     parser.add_argument("--data", type=Path, default=ROOT / "data" / data, help="the data set")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / output, help="where table and picture go")
     args = parser.parse_args(argv)
-    try:
-        run(data=args.data, output=args.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: run(data=args.data, output=args.output))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,12 +15,11 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ats.errors import UserError
+from ats.errors import UserError, exit_status
 
 SUMS = "SHA256SUMS"
 
@@ -163,12 +162,4 @@ def run_tool(parser: argparse.ArgumentParser, make: Callable[..., bool], argv: l
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = vars(parser.parse_args(argv))
     debug, output = options.pop("debug"), options.pop("output")
-    try:
-        made = make(output, **options)
-    except UserError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{output}: {'made' if made else 'up to date'}")
-    return 0
+    return exit_status(lambda: print(f"{output}: {'made' if make(output, **options) else 'up to date'}"), debug=debug)

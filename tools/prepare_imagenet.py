@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
-from ats.errors import UserError
+from ats.errors import UserError, exit_status
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
@@ -225,16 +225,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    try:
-        num_written = prepare_imagenet(args.archives, args.output, splits=args.split)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for split, num in num_written.items():
-        print(f"{args.output}/{split}: {f'{num} images written' if num else 'up to date'}")
-    return 0
+
+    def run() -> None:
+        for split, num in prepare_imagenet(args.archives, args.output, splits=args.split).items():
+            print(f"{args.output}/{split}: {f'{num} images written' if num else 'up to date'}")
+
+    return exit_status(run, debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
 from ats.datasets.decode import Video
-from ats.errors import UserError
+from ats.errors import UserError, exit_status
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
@@ -226,19 +226,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    try:
-        counts = prepare_kinetics(
-            args.videos,
-            args.output,
-            short_side=args.short_side,
-            separator=args.separator,
-            num_workers=args.workers,
-        )
-    except (UserError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(partial(run, args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prepare, and say what was written."""
+    counts = prepare_kinetics(
+        args.videos,
+        args.output,
+        short_side=args.short_side,
+        separator=args.separator,
+        num_workers=args.workers,
+    )
     output = args.output or args.videos
     for split in SPLITS:
         if counts[split]:
@@ -246,7 +245,6 @@ def main(argv: list[str] | None = None) -> int:
     if counts["bad"]:
         print(f"{output}/bad_files.txt: {counts['bad']} files cannot be read and are left out")
     print(f"train or test with: DATA.PATH_TO_DATA_DIR {output} DATA.PATH_LABEL_SEPARATOR '{args.separator}'")
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
 from ats.cli.run_net import parse_overrides  # noqa: E402
 from ats.engine.logging import setup_logging  # noqa: E402
-from ats.errors import UserError  # noqa: E402
+from ats.errors import exit_status  # noqa: E402
 
 DATASETS = ("imagenet", "kinetics400", "kinetics600")
 
@@ -41,14 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "reproduce", help="default: %(default)s")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args, words = parser.parse_known_args(argv)
-    try:
-        run(args, parse_overrides(words))
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: run(args, parse_overrides(words)), debug=args.debug)
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
 from make_digits import make_digits  # noqa: E402 - beside this file
 
-from ats.errors import UserError  # noqa: E402
+from ats.errors import UserError, exit_status  # noqa: E402
 
 CONFIGS = ROOT / "configs" / "Digits"
 DATA = ROOT / "data" / "digits_study"
@@ -36,14 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few canvases, two budgets, two steps of training")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    try:
-        run(data=args.data, results=args.results, output=args.output, quick=args.quick)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    asked_for = partial(run, data=args.data, results=args.results, output=args.output, quick=args.quick)
+    return exit_status(asked_for, debug=args.debug)
 
 
 def run(*, data: Path, results: Path, output: Path | None, quick: bool) -> None:

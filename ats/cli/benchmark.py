@@ -34,12 +34,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
 from ats.config import CfgNode, load_config
-from ats.errors import UserError, suggest
+from ats.errors import UserError, exit_status, suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,40 +139,38 @@ def run_config(args: argparse.Namespace) -> None:
     print(f"\nWritten: {output}/results.json, table.md, speed.png")
 
 
+def run(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    if args.decode is not None:
+        from tabulate import tabulate
+
+        from ats.benchmark.decoding import benchmark_decoding
+
+        row = benchmark_decoding(args.decode, load_config(args.cfg, args.overrides), rounds=args.rounds)
+        print(tabulate([row], headers="keys", floatfmt=".4g"))
+    elif args.loader is not None:
+        from tabulate import tabulate
+
+        from ats.benchmark.loading import benchmark_loading
+
+        rows = benchmark_loading(args.loader, load_config(args.cfg, args.overrides), rounds=args.rounds)
+        print(tabulate(rows, headers="keys", floatfmt=".4g"))
+    elif args.suite is None:
+        run_config(args)
+    else:
+        from ats.benchmark.suites import DOCUMENT, SUITES, run_suite
+
+        if not DOCUMENT.is_file():
+            raise UserError(f"--suite writes {DOCUMENT}, which a clone has and an installed package has not.")
+        if args.suite not in SUITES:
+            raise UserError(f"--suite {args.suite}: choose from {', '.join(SUITES)}.{suggest(args.suite, SUITES)}")
+        run_suite(args.suite, read_batch)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = parse_args(argv)
-    try:
-        if args.decode is not None:
-            from tabulate import tabulate
-
-            from ats.benchmark.decoding import benchmark_decoding
-
-            row = benchmark_decoding(args.decode, load_config(args.cfg, args.overrides), rounds=args.rounds)
-            print(tabulate([row], headers="keys", floatfmt=".4g"))
-        elif args.loader is not None:
-            from tabulate import tabulate
-
-            from ats.benchmark.loading import benchmark_loading
-
-            rows = benchmark_loading(args.loader, load_config(args.cfg, args.overrides), rounds=args.rounds)
-            print(tabulate(rows, headers="keys", floatfmt=".4g"))
-        elif args.suite is None:
-            run_config(args)
-        else:
-            from ats.benchmark.suites import DOCUMENT, SUITES, run_suite
-
-            if not DOCUMENT.is_file():
-                raise UserError(f"--suite writes {DOCUMENT}, which a clone has and an installed package has not.")
-            if args.suite not in SUITES:
-                raise UserError(f"--suite {args.suite}: choose from {', '.join(SUITES)}.{suggest(args.suite, SUITES)}")
-            run_suite(args.suite, read_batch)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(partial(run, args), debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from ats.cli import as_typed
 from ats.cli.run_net import Parser, parse_overrides
 from ats.config import CfgNode, find_config, load_config
 from ats.engine.logging import setup_logging
-from ats.errors import UserError
+from ats.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from ats.calibration import Calibration
@@ -185,25 +186,20 @@ def write(path: Path, text: str, *, cfg: str, argv: list[str], figures: str) -> 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`, by default that of the process; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        setup_logging()
-        args, words = make_parser().parse_known_args(argv)
-        found = run(args, load(args, words))
-        images = f"{len(found.found.gflops)} images of {args.split}"
-        figures, lines = report(found, images=images), with_overrides(found.yaml(), parse_overrides(words))
-        print(f"\n{figures}\n\n{lines}")
-        if args.output:
-            write(Path(args.output), lines, cfg=args.cfg, argv=argv, figures=figures)
-            print(f"Written: {args.output}")
-    except (UserError, OSError) as error:
-        if "--debug" in argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(partial(calibrate, argv), debug="--debug" in argv)
+
+
+def calibrate(argv: list[str]) -> None:
+    """What the command line asks for."""
+    setup_logging()
+    args, words = make_parser().parse_known_args(argv)
+    found = run(args, load(args, words))
+    images = f"{len(found.found.gflops)} images of {args.split}"
+    figures, lines = report(found, images=images), with_overrides(found.yaml(), parse_overrides(words))
+    print(f"\n{figures}\n\n{lines}")
+    if args.output:
+        write(Path(args.output), lines, cfg=args.cfg, argv=argv, figures=figures)
+        print(f"Written: {args.output}")
 
 
 if __name__ == "__main__":

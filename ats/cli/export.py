@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from ats.cli import as_typed
 from ats.cli.run_net import parse_overrides
 from ats.config import CfgNode, load_config
-from ats.errors import UserError
+from ats.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,15 +98,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
-    try:
-        run(*parse_args(argv))
-    except (UserError, OSError) as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    return exit_status(lambda: run(*parse_args(argv)), debug="--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ats.cli import as_typed
 from ats.config import CfgNode, load_config
 from ats.config.schema import KEY
-from ats.errors import UserError
+from ats.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from ats.visualize.compare import Networks, SampleView
@@ -163,20 +163,7 @@ def report(cfg: CfgNode, networks: Networks, path: Path, *, config: str, names: 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
-    try:
-        run(make_parser().parse_intermixed_args(argv))
-    except (UserError, OSError) as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(make_parser().parse_intermixed_args(argv)), debug="--debug" in argv)
 
 
 if __name__ == "__main__":
