@@ -22,7 +22,8 @@ from ats.errors import UserError
 from ats.flops import dense_gflops
 from ats.flops import gflops as count_gflops
 from ats.models import num_blocks
-from ats.models.timm_vit import ATSModel
+from ats.models.host import Patched
+from ats.plugin import library_of
 from ats.sampling import BlockSampler, Candidates
 
 ACCOUNTINGS = ("run", "paper")
@@ -110,7 +111,7 @@ def calibrate(
     """Set K of every ATS block of `model`, in place, so that the mean over `images` meets a budget.
 
     Args:
-        model: any network of `ats.models` with ATS, or a timm model after `ats.patch`, on any device.
+        model: any network of `ats.models` with ATS, or a model after `ats.patch`, on any device.
         images: [N, 3, H, W] or clips [N, 3, T, H, W], as the network takes them; or batches of them, which are held in
             memory. A few hundred: the mean is as exact as its standard error (`Calibration.spread`).
         gflops: mean GFLOPs of an image. keep: mean share of the tokens left behind the ATS blocks. speedup: GFLOPs of
@@ -171,7 +172,7 @@ def _search(network: _Network, name: str, value: float, *, refine_rounds: int, t
     return Calibration(
         blocks=network.blocks,
         num_tokens=best.num_tokens,
-        depth=num_blocks(network.model),
+        depth=network.depth,
         found=passes[best.num_tokens],
         dense=dense,
         least=passes[knobs.least].gflops.mean().item(),
@@ -198,7 +199,7 @@ class _Network:
     """A network, its knobs, and passes over the images.
 
     Attributes:
-        blocks: the ATS blocks. knobs: of `budget.py`. dense: GFLOPs of the dense network.
+        blocks: the ATS blocks. depth: blocks of the network. knobs: of `budget.py`. dense: GFLOPs of the dense network.
         compare: measure how far the logits are from the dense network's.
     """
 
@@ -215,6 +216,7 @@ class _Network:
         self.modules = sorted(modules, key=lambda module: module.sampler.block)
         self.original = [module.sampler for module in self.modules]
         self.blocks = tuple(sampler.block for sampler in self.original)
+        self.depth = library_of(model).num_blocks(model) if isinstance(model, Patched) else num_blocks(model)
         self.num_images = sum(map(len, batches))
         self.num_passes = 0
         self.dense = dense_gflops(model, batches[0].shape)
@@ -242,9 +244,9 @@ class _Network:
         """Give the blocks these K, for good."""
         for module, sampler, k in zip(self.modules, self.original, num_tokens, strict=True):
             module.sampler = replace(sampler, num_tokens=k)
-        if isinstance(self.model, ATSModel) and self.model.ats_state.settings:
+        if isinstance(self.model, Patched) and self.model.ats_state.settings:
             per_block = dict(zip(self.blocks, num_tokens, strict=True))
-            settings = [per_block.get(block, 1.0) for block in range(num_blocks(self.model))]
+            settings = [per_block.get(block, 1.0) for block in range(self.depth)]
             self.model.ats_state.settings["num_tokens"] = settings
 
     def restore(self) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ats.errors import UserError
-from ats.models.ats_block import ATSBlock
+from ats.models.host import Patched
+from ats.sampling import BlockSampler
 
 NUM_WARMUP = 3  # passes before capture, in which kernels are chosen and built
 
@@ -75,10 +76,13 @@ def obstacle(model: nn.Module, example: Tensor) -> str:
         return "the model and the example must be on the GPU: call .cuda() on both."
     if model.training:
         return "it is in training mode; call model.eval()."
-    samplers = [m.sampler for m in model.modules() if isinstance(m, ATSBlock) and m.sampler is not None]
-    if samplers and getattr(model, "layout", "packed") != "static":
+    # Tokens that are merged or fused (BlockSampler does neither) are as many in every image.
+    samplers = [m.sampler for m in model.modules() if isinstance(getattr(m, "sampler", None), BlockSampler)]
+    layout = model.ats_state.layout if isinstance(model, Patched) else getattr(model, "layout", "packed")
+    if samplers and layout != "static":
         return (
-            "its shapes depend on the image. Build it with ATS.LAYOUT static (ViT), or without ATS: ATS.ENABLE False."
+            "its shapes depend on the image. Build it with ATS.LAYOUT static (ViT and timm's), or without ATS: "
+            "ATS.ENABLE False."
         )
     if any(sampler.sampler == "random" for sampler in samplers):
         return "ATS.SAMPLER random draws on the CPU. Use inverse_transform or topk."

@@ -10,6 +10,7 @@ import test_mvit
 import test_psvit
 import timm
 import torch
+import transformers_models
 import yaml
 from helpers import VIDEO_MODELS, clips, randomise, video_model
 from make_digits import make_digits
@@ -95,6 +96,19 @@ def test_every_network_meets_its_budget(name, accounting):
     assert found.depth == num_blocks(model) == depth
     assert tuple(k_of(model)) == found.num_tokens
     assert len(found.per_block) == depth
+
+
+def test_a_hugging_face_model_meets_its_budget():
+    """After `ats.patch` it is calibrated as any other, and its handle says the K that were found."""
+    model, x = transformers_models.small_model("dinov2 giant"), transformers_models.images(24, side=64)
+    ats.patch(model, blocks=[1, 2])
+    found = ats.calibrate(model, x, keep=0.6, progress=False)
+    with torch.inference_mode():
+        trace = model.forward_tokens(x)[1]
+    kept = torch.stack([entry.num_tokens.double() for entry in trace]).mean().item() / 65
+    assert kept == pytest.approx(0.6, abs=0.02)
+    assert list(model.ats.num_tokens) == found.per_block
+    assert len(found.per_block) == len(model.dinov2.encoder.layer if hasattr(model, "dinov2") else model.encoder.layer)
 
 
 def test_keep_and_speedup_are_what_they_say():

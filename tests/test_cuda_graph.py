@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ats import cuda_graph, triton_sampling, triton_scores
+from ats.config import get_cfg
 from ats.errors import UserError
+from ats.models import build_model
 from ats.tokens import Layout
 
 SAMPLED = (40, 25, 12)  # tokens kept, as if a GPU had said so
@@ -136,6 +138,23 @@ def test_what_can_be_captured(fake_gpu, monkeypatch, options, change, message):
     assert message in reason
     assert bool(reason) == bool(message)
     assert "must be on the GPU" in cuda_graph.obstacle(model, x.cpu())
+
+
+def test_timms_models_and_other_methods_can_be_captured(fake_gpu, monkeypatch):
+    """A timm model has its layout elsewhere; ToMe leaves as many tokens of every image, whatever the layout."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    x = torch.empty(1, 3, 32, 32, device="cuda:0")
+    for layout, sampler, message in (("static", "topk", ""), ("packed", "topk", "static"), ("packed", "tome", "")):
+        with unset_fake_temporarily():
+            keys = ["MODEL.NAME", "timm/vit_tiny_patch16_224", "TIMM.KWARGS", [["img_size", 32]], "ATS.ENABLE", True]
+            keys += ["ATS.BLOCKS", [1, 2], "ATS.NUM_TOKENS", 1.0, "ATS.LAYOUT", layout, "ATS.SAMPLER", sampler]
+            cfg = get_cfg()
+            cfg.merge_from_list([*keys, "DATA.TRAIN_CROP_SIZE", 32, "DATA.TEST_CROP_SIZE", 32])
+            model = build_model(cfg).eval()
+        monkeypatch.setattr(model, "parameters", lambda: iter([x]))  # on the GPU
+        reason = cuda_graph.obstacle(model, x)
+        assert message in reason
+        assert bool(reason) == bool(message)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU; there is none")
