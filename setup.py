@@ -40,6 +40,7 @@ setup(
         "pyyaml",
         "tqdm",
         "tensorboard",
+        "numba",
         "numpy",
         "pillow",
         "safetensors",

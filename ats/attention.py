@@ -3,7 +3,7 @@
 One function, several backends that compute the same numbers:
 
 * `padded`: scaled_dot_product_attention over sequences padded to the longest, with a mask. Runs everywhere.
-* `loop`: one scaled_dot_product_attention per run of sequences of equal lengths. No wasted work, many calls: for the
+* `loop`: one scaled_dot_product_attention per sequence. No wasted work, many calls: for the
   CPU.
 * `varlen`: torch's variable-length flash attention. CUDA, half precision.
 
@@ -11,8 +11,6 @@ Shapes: S sequences, Tq / Tk packed queries / keys, H heads, D channels of a hea
 """
 
 from __future__ import annotations
-
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -83,14 +81,11 @@ def _padded(
 
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, dropout_p: float) -> Tensor:
-    runs = [(sizes, len(list(run))) for sizes, run in groupby(zip(queries.sizes, keys.sizes, strict=True))]
-    q_sizes, k_sizes = ([sizes[i] * count for sizes, count in runs] for i in (0, 1))
-    out = []
-    for (_, count), q_s, k_s, v_s in zip(runs, q.split(q_sizes), k.split(k_sizes), v.split(k_sizes), strict=True):
-        q_s, k_s, v_s = (t.unflatten(0, (count, -1)).transpose(1, 2) for t in (q_s, k_s, v_s))
-        attended = F.scaled_dot_product_attention(q_s, k_s, v_s, dropout_p=dropout_p, scale=scale)
-        out.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(out)
+    q, k, v = (t.transpose(0, 1)[None].split(layout.sizes, 2) for t, layout in ((q, queries), (k, keys), (v, keys)))
+    attended = (
+        F.scaled_dot_product_attention(*own, dropout_p=dropout_p, scale=scale) for own in zip(q, k, v, strict=True)
+    )
+    return torch.cat([own[0].transpose(0, 1) for own in attended])
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, dropout_p: float) -> Tensor:

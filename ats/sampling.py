@@ -25,13 +25,14 @@ Degenerate scores never raise and never drop everything:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from ats import kernels
+from ats.caching import cached
 from ats.errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 RULES = ("official", "paper")
 SCORES = ("cls_attention_value_norm", "cls_attention", "mean_attention")
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def significance_score(attention: Tensor, value_norm: Tensor | None) -> Tensor:
@@ -86,23 +86,39 @@ def nearest_to_points(cdf: Tensor, *, first: Tensor, step: Tensor, num_points: i
     return below[:, 1:] > below[:, :-1]
 
 
-@dataclass(frozen=True)
 class Candidates:
     """The tokens one block may drop, S sequences padded to M.
 
     Attributes:
         scores: [S, M] significance scores, 0 where not valid.
-        valid: [S, M] bool; the valid entries of a sequence come first.
+        lengths: [S] int64 candidates of each sequence, which come first in its row.
+        slots: where a sequence has as many candidates as this, nothing of it has been dropped yet.
+        num_positions: length of the sequence the network began with.
+        valid: [S, M] bool, True where there is a candidate.
         position: [S, M] index of the token in the sequence the network began with, ascending.
-        num_positions: length of that sequence.
-        fills_slots: [S] bool, True where nothing has been dropped yet: present tokens == token slots.
+        fills_slots: [S] bool, `lengths == slots`.
+
+    Args:
+        position: gives the attribute. Like the other two it is made when a sampler asks for it.
     """
 
-    scores: Tensor
-    valid: Tensor
-    position: Tensor
-    num_positions: int
-    fills_slots: Tensor
+    def __init__(
+        self, scores: Tensor, *, lengths: Tensor, slots: int, num_positions: int, position: Callable[[], Tensor]
+    ) -> None:
+        self.scores, self.lengths, self.slots, self.num_positions = scores, lengths, slots, num_positions
+        self._position = position
+
+    @cached
+    def valid(self) -> Tensor:
+        return torch.arange(self.scores.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    @cached
+    def position(self) -> Tensor:
+        return self._position()
+
+    @cached
+    def fills_slots(self) -> Tensor:
+        return self.lengths == self.slots
 
 
 def share_scores(candidates: Candidates, group: int) -> Candidates:
@@ -114,21 +130,13 @@ def share_scores(candidates: Candidates, group: int) -> Candidates:
         Candidates of S / group sequences.
     """
     scores = usable(candidates.scores, candidates.valid)
-    scores = (scores / scores.sum(dim=1, keepdim=True)).unflatten(0, (-1, group)).mean(dim=1)
-    return replace(
-        candidates,
-        scores=scores,
-        valid=candidates.valid[::group],
-        position=candidates.position[::group],
-        fills_slots=candidates.fills_slots[::group],
+    return Candidates(
+        (scores / scores.sum(dim=1, keepdim=True)).unflatten(0, (-1, group)).mean(dim=1),
+        lengths=candidates.lengths[::group].contiguous(),
+        slots=candidates.slots,
+        num_positions=candidates.num_positions,
+        position=lambda: candidates.position[::group],
     )
-
-
-def kernels_may_run(x: Tensor) -> bool:
-    """Whether Triton's kernels may take the place of plain operations on tensors like `x`: on a GPU, if Triton is
-    installed, and not while a tracer wants to see PyTorch's own operations.
-    """
-    return x.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling()
 
 
 # A sampler: (candidates, number of sample points, options of the block) -> [S, M] bool, True where kept.
@@ -185,10 +193,8 @@ def inverse_transform(candidates: Candidates, num_points: int, options: BlockSam
     CDF where nothing was dropped yet, so that it is not kept; points evenly from the smallest non-zero CDF value to 1.
     "paper" is the text: no sorting, no subtraction, points (2i + 1) / 2K.
     """
-    if options.rule == "official" and kernels_may_run(candidates.scores):
-        from ats.triton_sampling import try_official_rule
-
-        keep = try_official_rule(candidates.scores, candidates.valid, candidates.fills_slots, num_points)
+    if options.rule == "official":
+        keep = kernels.official_rule(candidates.scores, candidates.lengths, candidates.slots, num_points)
         if keep is not None:
             return keep
     valid, scores = candidates.valid, usable(candidates.scores, candidates.valid)

@@ -18,28 +18,15 @@ which come first in every sequence and are always kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ats import kernels
+from ats.caching import cached
+
 LAYOUTS = ("packed", "padded", "static")
-
-
-class cached:
-    """A property computed once: functools.cached_property, less the lock that it takes before Python 3.12, at which
-    torch.compile would cut the graph.
-    """
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
-
-    def __get__(self, instance: object, owner: type) -> Any:
-        value = self.function(instance)
-        setattr(instance, self.function.__name__, value)
-        return value
 
 
 class Layout:
@@ -78,8 +65,12 @@ class Layout:
     def start(self) -> Tensor:
         """[S] int64, the row of each sequence's first token."""
         if self.uniform:
-            return torch.arange(self.num_sequences, device=self.lengths.device) * self.longest
+            return torch.arange(0, self.total, self.longest, device=self.lengths.device)
         return self.lengths.cumsum(0) - self.lengths
+
+    def first_rows(self, x: Tensor) -> Tensor:
+        """[S, ...], the first row of each sequence's in x [T, ...]."""
+        return x[:: self.longest] if self.uniform else x.index_select(0, self.start)
 
     @cached
     def offsets(self) -> Tensor:
@@ -183,7 +174,11 @@ class RaggedTokens:
 
         The one place where a shape depends on the data, unless the layout is static: on a GPU it waits once.
         """
-        if self.layout.kind == "packed":
+        native = kernels.kept_rows(mask, self.position, self.layout.lengths) if self.layout.kind == "packed" else None
+        if native is not None:
+            index, position, lengths = native
+            layout = Layout.from_lengths(lengths)
+        elif self.layout.kind == "packed":
             layout = Layout.from_lengths(mask.sum(dim=1))
             marked = self.layout.unpad(mask)
             # Their number is known: where asking for it again is a wait or a cut in the graph, it is not.

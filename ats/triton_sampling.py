@@ -26,30 +26,19 @@ MAX_CANDIDATES = 4096  # a program holds its whole sequence; 1024 x 1024 pixels 
 _failed = False
 
 
-def official_rule(scores: Tensor, valid: Tensor, fills_slots: Tensor, num_points: int) -> Tensor:
-    """Which candidates inverse transform sampling keeps by the official rule.
-
-    Args:
-        scores: [S, M] float32, not negative where valid (NaN and infinity say that a sequence's scores are unusable).
-        valid: [S, M] bool; a sequence's valid entries come first. fills_slots: [S] bool.
-        num_points: K - 1, sample points.
-
-    Returns:
-        [S, M] bool, that of `ats.sampling.inverse_transform`.
-    """
+def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor:
+    """See `ats.kernels.official_rule`; scores float32, NaN and infinity say that a sequence's are unusable."""
     num_sequences, num_candidates = scores.shape
-    keep = torch.empty_like(valid, memory_format=torch.contiguous_format)
+    keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     block = triton.next_power_of_2(num_candidates)
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     _official_rule[(num_sequences,)](
         scores,
-        valid,
-        fills_slots,
+        lengths,
         keep,
         num_candidates,
         scores.stride(0),
-        valid.stride(0),
-        valid.stride(1),
+        slots,
         num_points,
         BLOCK=block,
         num_warps=min(max(block // 64, 1), 16),
@@ -58,7 +47,7 @@ def official_rule(scores: Tensor, valid: Tensor, fills_slots: Tensor, num_points
     return keep
 
 
-def try_official_rule(scores: Tensor, valid: Tensor, fills_slots: Tensor, num_points: int) -> Tensor | None:
+def try_official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor | None:
     """`official_rule` where it can run: float32 on a GPU, at most MAX_CANDIDATES. None elsewhere, and from then on
     where Triton could not build its kernel (it needs a C compiler), which the log says once.
     """
@@ -68,7 +57,7 @@ def try_official_rule(scores: Tensor, valid: Tensor, fills_slots: Tensor, num_po
     if _failed or not fits:
         return None
     try:
-        return official_rule(scores, valid, fills_slots, num_points)
+        return official_rule(scores, lengths, slots, num_points)
     except Exception as error:  # Triton raises anything from RuntimeError to CalledProcessError
         _failed = True
         logger.warning("The sampling kernel cannot run (%s: %s); PyTorch samples instead.", type(error).__name__, error)
@@ -76,27 +65,15 @@ def try_official_rule(scores: Tensor, valid: Tensor, fills_slots: Tensor, num_po
 
 
 # Numbers that change from batch to batch are plain arguments, not reasons to build the kernel anew.
-@triton.jit(do_not_specialize=["num_candidates", "score_row", "valid_row", "num_points"])
-def _official_rule(
-    scores,
-    valid,
-    fills_slots,
-    keep,
-    num_candidates,
-    score_row,
-    valid_row,
-    valid_column,
-    num_points,
-    BLOCK: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["num_candidates", "score_row", "slots", "num_points"])
+def _official_rule(scores, lengths, keep, num_candidates, score_row, slots, num_points, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
-    there = index < num_candidates
-    is_valid = tl.load(valid + row * valid_row + index * valid_column, mask=there, other=0) != 0
-    length = tl.sum(is_valid.to(tl.int32), axis=0)
+    length = tl.load(lengths + row).to(tl.int32)
+    is_valid = index < length
 
     # `usable`: a sequence whose scores are not finite or have no mass counts all its tokens the same.
-    score = tl.where(is_valid, tl.load(scores + row * score_row + index, mask=there, other=0.0), 0.0)
+    score = tl.where(is_valid, tl.load(scores + row * score_row + index, mask=is_valid, other=0.0), 0.0)
     total = tl.sum(score, axis=0)
     score = tl.where((total > 0) & (total < float("inf")), score, 1.0)  # false of NaN
 
@@ -108,7 +85,7 @@ def _official_rule(
 
     cdf = tl.cumsum(tl.where(taken, ranked, 0.0).to(tl.float64), axis=0).to(tl.float32)
     last = tl.max(cdf, axis=0)
-    lowest = tl.where(tl.load(fills_slots + row) != 0, tl.min(cdf, axis=0), 0.0)
+    lowest = tl.where(length == slots, tl.min(cdf, axis=0), 0.0)
     lowest = tl.where(last > lowest, lowest, 0.0)
     cdf = tl.div_rn(cdf - lowest, (last - lowest) + tl.zeros_like(cdf))
     first = tl.min(tl.where(cdf > 0, cdf, float("inf")), axis=0)

@@ -27,14 +27,7 @@ _failed = False
 def cls_scores(
     q: Tensor, k: Tensor, v: Tensor | None, *, start: Tensor, lengths: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """Scores [S, M] float32 of all tokens, prefix tokens included; 0 behind the end of a sequence.
-
-    Args:
-        q: [S, H, D], of CLS. k: [T, H, D]. v: the same, or None to leave the value's norm out. Their channels lie side
-            by side.
-        start, lengths: [S] int64, each sequence's first row in k and v, and how many it has.
-        longest: M.
-    """
+    """See `ats.kernels.cls_scores`. The channels of q, k and v lie side by side; scores are float32."""
     num_sequences, num_heads, head_dim = q.shape
     logits = torch.empty(num_sequences, num_heads, longest, device=k.device, dtype=torch.float32)
     norms = torch.empty(num_sequences, longest, device=k.device, dtype=torch.float32)

@@ -12,16 +12,21 @@ from ats.errors import UserError
 from ats.sampling import SAMPLERS, BlockSampler, Candidates, plan_samplers
 
 
-def candidates(rows: list[list[float]], *, fills_slots: bool = True, pad: int = 0) -> Candidates:
-    """Score rows of different lengths as padded candidates."""
+def candidates(
+    rows: list[list[float]], *, slots: int | None = None, pad: int = 0, num_positions: int | None = None
+) -> Candidates:
+    """Score rows of different lengths as padded candidates, of which the longest fill their slots."""
     longest = max(map(len, rows)) + pad
     scores = torch.zeros(len(rows), longest, dtype=torch.float64)
-    valid = torch.zeros(len(rows), longest, dtype=torch.bool)
     for i, row in enumerate(rows):
         scores[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
-        valid[i, : len(row)] = True
-    position = torch.arange(longest).expand(len(rows), -1)
-    return Candidates(scores, valid, position, longest, torch.full((len(rows),), fills_slots))
+    return Candidates(
+        scores,
+        lengths=torch.tensor([len(row) for row in rows]),
+        slots=max(map(len, rows)) if slots is None else slots,
+        num_positions=num_positions or longest,
+        position=lambda: torch.arange(longest).expand(len(rows), -1),
+    )
 
 
 def by_definition(scores: list[float], num_points: int, *, fills_slots: bool, rule: str) -> set[int]:
@@ -54,7 +59,9 @@ def test_inverse_transform_is_the_definition(scores, num_points, fills_slots, ru
     Sample points that lie on a midpoint to within rounding may go to either side, so such draws are left out.
     """
     sampler = BlockSampler(block=0, num_tokens=num_points + 1, rule=rule)
-    kept = SAMPLERS["inverse_transform"](candidates([scores], fills_slots=fills_slots), num_points, sampler)
+    kept = SAMPLERS["inverse_transform"](
+        candidates([scores], slots=len(scores) if fills_slots else 0), num_points, sampler
+    )
     want = by_definition(scores, num_points, fills_slots=fills_slots, rule=rule)
     nudged = by_definition(
         [s * (1 + 1e-9) ** i for i, s in enumerate(scores)], num_points, fills_slots=fills_slots, rule=rule
@@ -77,8 +84,7 @@ def test_a_sequence_does_not_see_the_batch(rows, num_points, name, rule, pad):
     together = SAMPLERS[name](candidates(rows, pad=pad), num_points, sampler)
     size = together.shape[1]
     for i, row in enumerate(rows):
-        alone = candidates([row])
-        alone = Candidates(alone.scores, alone.valid, alone.position, size, alone.fills_slots)
+        alone = candidates([row], slots=max(map(len, rows)), num_positions=size)
         assert torch.equal(SAMPLERS[name](alone, num_points, sampler)[0], together[i, : len(row)])
 
 
@@ -152,7 +158,7 @@ def test_scores_that_say_nothing_count_the_same(row, rule):
 @pytest.mark.parametrize("fills_slots", [True, False])
 def test_one_candidate_is_kept(name, rule, fills_slots):
     kept = SAMPLERS[name](
-        candidates([[0.7]], fills_slots=fills_slots), 6, BlockSampler(block=0, num_tokens=8, rule=rule)
+        candidates([[0.7]], slots=int(fills_slots)), 6, BlockSampler(block=0, num_tokens=8, rule=rule)
     )
     assert kept.tolist() == [[True]]
 
@@ -161,9 +167,7 @@ def test_lowest_score_goes_first_and_then_stays():
     """The official code's own behaviour: with full slots the lowest is never kept, with an empty slot always."""
     scores = [0.001, 0.2, 0.3, 0.25, 0.249]
     full = SAMPLERS["inverse_transform"](candidates([scores]), 40, BlockSampler(block=0, num_tokens=41))
-    after = SAMPLERS["inverse_transform"](
-        candidates([scores], fills_slots=False), 40, BlockSampler(block=0, num_tokens=41)
-    )
+    after = SAMPLERS["inverse_transform"](candidates([scores], slots=0), 40, BlockSampler(block=0, num_tokens=41))
     assert full.tolist() == [[False, True, True, True, True]]
     assert after.tolist() == [[True] * 5]
 

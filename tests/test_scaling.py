@@ -54,9 +54,13 @@ def test_sampling_costs_one_sort(rule):
     found = []
     for patches in PATCHES:
         scores = torch.rand(3, patches, generator=torch.Generator().manual_seed(patches))
-        valid = torch.ones_like(scores, dtype=torch.bool)
-        position = torch.arange(patches).expand(3, -1)
-        candidates = Candidates(scores, valid, position, patches, valid[:, 0])
+        candidates = Candidates(
+            scores,
+            lengths=torch.full((3,), patches),
+            slots=patches,
+            num_positions=patches,
+            position=lambda patches=patches: torch.arange(patches).expand(3, -1),
+        )
         with Recorder() as recorder:
             keep = inverse_transform(candidates, patches // 2, BlockSampler(block=0, num_tokens=0.5, rule=rule))
         assert keep.any(dim=1).all()

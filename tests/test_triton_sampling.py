@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -27,11 +28,27 @@ def cases(size: int, *, device: str = "cpu") -> list[tuple[Candidates, int]]:
     scores[7] = scores[7, :1].expand(size) * (torch.arange(size) % 3 + 1)  # ties
     lengths = torch.randint(1, size + 1, (9,), generator=generator)
     lengths[:2], lengths[8] = size, 1
-    valid = torch.arange(size) < lengths[:, None]
-    scores[~valid] = 0
-    fills = (lengths == size) & (torch.arange(9) % 2 == 0)
-    on_device = (scores.to(device), valid.to(device), torch.arange(size, device=device).expand(9, -1), size)
-    return [(Candidates(*on_device, fills.to(device)), points) for points in (1, size // 2 + 1, 2 * size)]
+    scores[torch.arange(size) >= lengths[:, None]] = 0
+    return [
+        (
+            Candidates(
+                scores.to(device),
+                lengths=lengths.to(device),
+                slots=slots,
+                num_positions=size,
+                position=lambda: torch.arange(size, device=device).expand(9, -1),
+            ),
+            points,
+        )
+        for points in (1, size // 2 + 1, 2 * size)
+        for slots in (size, 0)  # some fill them; none does
+    ]
+
+
+def plain_rule(candidates: Candidates, points: int) -> torch.Tensor:
+    """What PyTorch's operations keep."""
+    with mock.patch("ats.kernels.official_rule", return_value=None):
+        return inverse_transform(candidates, points, BlockSampler(block=0, num_tokens=points + 1))
 
 
 def compare(sizes: tuple[int, ...], *, device: str = "cpu") -> None:
@@ -40,10 +57,9 @@ def compare(sizes: tuple[int, ...], *, device: str = "cpu") -> None:
 
     for size in sizes:
         for (here, points), (there, _) in zip(cases(size), cases(size, device=device), strict=True):
-            want = inverse_transform(here, points, BlockSampler(block=0, num_tokens=points + 1))
-            # views, as behind prefix tokens
-            valid, scores = (torch.nn.functional.pad(t, (2, 0), value=1)[:, 2:] for t in (there.valid, there.scores))
-            kept = official_rule(scores, valid, there.fills_slots, points)
+            want = plain_rule(here, points)
+            scores = torch.nn.functional.pad(there.scores, (2, 0), value=1)[:, 2:]  # a view, as behind prefix tokens
+            kept = official_rule(scores, there.lengths, there.slots, points)
             assert torch.equal(kept.cpu(), want), (size, points, (kept.cpu() != want).nonzero().tolist())
             assert want.any(dim=1).all()
 
@@ -56,18 +72,12 @@ def build(capability: int, block: int) -> None:
 
     from ats.triton_sampling import _official_rule
 
-    pointers = {"scores": "*fp32", "valid": "*i1", "fills_slots": "*i1", "keep": "*i1"}
-    numbers = {
-        "num_candidates": "i32",
-        "score_row": "i32",
-        "valid_row": "i32",
-        "valid_column": "constexpr",
-        "num_points": "i32",
-    }
+    pointers = {"scores": "*fp32", "lengths": "*i64", "keep": "*i1"}
+    numbers = dict.fromkeys(("num_candidates", "score_row", "slots", "num_points"), "i32")
     source = ASTSource(
         fn=_official_rule,
         signature=pointers | numbers | {"BLOCK": "constexpr"},
-        constexprs={"BLOCK": block, "valid_column": 1},
+        constexprs={"BLOCK": block},
     )
     options = {"num_warps": max(block // 64, 1), "enable_fp_fusion": False}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -107,7 +117,7 @@ def test_without_a_gpu_the_plain_version_samples():
     from ats.triton_sampling import try_official_rule
 
     candidates, points = cases(8)[0]
-    assert try_official_rule(candidates.scores, candidates.valid, candidates.fills_slots, points) is None
+    assert try_official_rule(candidates.scores, candidates.lengths, candidates.slots, points) is None
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, caplog):
@@ -125,6 +135,6 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, caplog):
     candidates, points = cases(8)[0]
     scores = candidates.scores.as_subclass(OnGPU)
     for _ in range(2):
-        arguments = (scores, candidates.valid, candidates.fills_slots, points)
+        arguments = (scores, candidates.lengths, candidates.slots, points)
         assert triton_sampling.try_official_rule(*arguments) is None
     assert caplog.text.count("Failed to find C compiler") == 1

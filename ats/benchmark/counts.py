@@ -36,11 +36,13 @@ class ImposedCounts:
 
     Args:
         depth: of the network. scale: of the shares kept, to see other budgets.
+        mean_std: of the tokens that every block keeps of 197, CLS counted, instead of the paper's.
     """
 
-    def __init__(self, depth: int, scale: float = 1.0) -> None:
-        self.depth, self.scale = depth, scale
+    def __init__(self, depth: int, scale: float = 1.0, mean_std: tuple[int, int] | None = None) -> None:
+        self.depth, self.scale, self.mean_std = depth, scale, mean_std
         self.z = torch.zeros(1, dtype=torch.float64)
+        self._wanted: dict[tuple[int, int, int, int], Tensor] = {}  # counted when images are drawn: not the pass's work
 
     def draw(self, num_samples: int, *, seed: int, device: torch.device) -> None:
         """New images: standard normal quantiles in random order, so that even a small batch has the profile's mean."""
@@ -49,33 +51,47 @@ class ImposedCounts:
         if num_samples == 1:
             quantiles = torch.rand(1, generator=generator) * 0.98 + 0.01
         z = torch.special.ndtri(quantiles.double()).to(device)
-        # In place where it fits: a CUDA graph goes on reading the memory it was captured with.
-        self.z = self.z.copy_(z) if (self.z.shape, self.z.device) == (z.shape, z.device) else z
+        if (z.shape, z.device) != (self.z.shape, self.z.device):
+            self._wanted.clear()
+        self.z = z
+        for what, wanted in self._wanted.items():  # in place: a CUDA graph goes on reading the memory it began with
+            wanted.copy_(self._wanted_by(*what))
 
     def share_kept(self, block: int) -> Tensor:
         """[B] share of the network's patches that block `block` keeps."""
         same_depth = int(block * PAPER_DEPTH / self.depth)
         index = min(max(same_depth - PAPER_BLOCKS[0], 0), len(PAPER_MEAN) - 1)
-        count = PAPER_MEAN[index] + self.z * PAPER_STD[index]
+        mean, std = self.mean_std or (PAPER_MEAN[index], PAPER_STD[index])
+        count = mean + self.z * std
         return (self.scale * (count - 1) / (PAPER_NUM_TOKENS - 1)).clamp(0.05, 1)
 
     def __call__(self, candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
         """See `ats.sampling.Sampler`."""
         inverse_transform(candidates, num_points, options)  # paid for; its choice is not used
-        share = self.share_kept(options.block).repeat_interleave(len(candidates.scores) // len(self.z))
-        wanted = (share * candidates.num_positions).round().clamp(max=num_points)
-        rank = torch.arange(candidates.scores.shape[1], device=wanted.device)
-        return (rank < wanted[:, None]) & candidates.valid  # which ones makes no difference to the time
+        what = (options.block, len(candidates.scores), candidates.num_positions, num_points)
+        if what not in self._wanted:
+            with torch.inference_mode(False):  # or `draw` could not write into it
+                self._wanted[what] = self._wanted_by(*what)
+        rank = torch.arange(candidates.scores.shape[1], device=candidates.scores.device)
+        # Which ones makes no difference to the time.
+        return rank < self._wanted[what].minimum(candidates.lengths)[:, None]
+
+    def _wanted_by(self, block: int, num_sequences: int, num_positions: int, num_points: int) -> Tensor:
+        """[S] int64, how many candidates each sequence is to keep."""
+        share = self.share_kept(block).repeat_interleave(num_sequences // len(self.z))
+        return (share * num_positions).round().clamp(max=num_points).long()
 
 
 @contextmanager
-def imposed_counts(models: list[nn.Module], *, scale: float = 1.0) -> Iterator[ImposedCounts]:
-    """Within it the ATS blocks of `models` that sample by inverse transform keep the profile's shares times `scale`."""
+def imposed_counts(
+    models: list[nn.Module], *, scale: float = 1.0, mean_std: tuple[int, int] | None = None
+) -> Iterator[ImposedCounts]:
+    """Within it the ATS blocks of `models` that sample by inverse transform keep what `ImposedCounts` says."""
     blocks = [m for model in models for m in model.modules() if isinstance(getattr(m, "sampler", None), BlockSampler)]
     blocks = [block for block in blocks if block.sampler.sampler == "inverse_transform"]
     depth = 1 + max((block.sampler.block for block in blocks), default=0)  # CvT and PS-ViT sample to their last block
     counts = ImposedCounts(
-        max([len(model.blocks) for model in models if hasattr(model, "blocks")], default=depth), scale
+        max([len(model.blocks) for model in models if hasattr(model, "blocks")], default=depth), scale, mean_std
     )
     SAMPLERS["imposed"] = counts
     for block in blocks:

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from ats import sampling
+from ats import kernels
 from ats.benchmark.meters import pass_seconds
 from ats.sampling import BlockSampler, Candidates, inverse_transform
 from ats.tokens import RaggedTokens
@@ -33,7 +33,10 @@ def sampler_rows(
         scores = (torch.rand(num_sequences, size, generator=generator) ** 4).to(device)
         valid = torch.ones_like(scores, dtype=torch.bool)
         position = torch.arange(1, size + 1, device=device).expand(num_sequences, -1)
-        candidates = Candidates(scores, valid, position, size + 1, valid[:, 0])
+        lengths = torch.full((num_sequences,), size, device=device)
+        candidates = Candidates(
+            scores, lengths=lengths, slots=size, num_positions=size + 1, position=lambda position=position: position
+        )
         options = BlockSampler(block=0, num_tokens=0.5)
         tokens = RaggedTokens.from_dense(torch.zeros(num_sequences, size + 1, 64, device=device), 1)
         keep = torch.cat([valid[:, :1], inverse_transform(candidates, size // 2, options)], dim=1)
@@ -46,7 +49,7 @@ def sampler_rows(
 
         row = {"patches": size, "sequences": num_sequences, "sampling ms": _milliseconds(sample, device, rounds)}
         if device.type == "cuda":
-            with mock.patch.object(sampling, "_HAS_TRITON", False):
+            with mock.patch.object(kernels, "_HAS_TRITON", False):
                 row["plain ms"] = _milliseconds(sample, device, rounds)
         rows.append(row | {"packing ms": _milliseconds(pack, device, rounds)})
     return rows

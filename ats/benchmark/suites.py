@@ -136,11 +136,12 @@ def _judge(item: Measurement, row: Measured, rows: list[Measured]) -> list[dict]
             continue
         if goal.quantity == "share of sampling":
             value = row.parts["scoring and sampling"]
-        elif goal.quantity == "dense_graph time / time":
-            other = next(r for r in rows if (r.variant, r.batch_size) == ("dense_graph", row.batch_size))
-            value = statistics.median(a / b for a, b in zip(other.seconds, row.seconds, strict=True))
+        elif goal.quantity == "efficiency":
+            value = row.efficiency
         else:
-            value = {"dense time / time": row.speedup, "efficiency": row.efficiency}[goal.quantity]
+            name = goal.quantity.removesuffix(" time / time")
+            other = next(r for r in rows if (r.variant, r.batch_size) == (name, row.batch_size))
+            value = statistics.median(a / b for a, b in zip(other.seconds, row.seconds, strict=True))
         met = value <= goal.bound if goal.at_most else value >= goal.bound
         judged.append(
             {

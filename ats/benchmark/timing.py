@@ -103,7 +103,8 @@ class Settings:
         rounds: that count. dtype: None for float32; of weights and inputs for inference, of autocast in training.
         compile: torch.compile all variants. train: time forward and backward instead of inference.
         threads: of the CPU; None leaves them. parts: also say where the time goes.
-        max_seconds: begin no round after these, once MIN_ROUNDS are done. token_scale: of the imposed counts.
+        max_seconds: begin no round after these, once MIN_ROUNDS are done.
+        token_scale, mean_std: of the imposed counts, see `ImposedCounts`.
         dense_keys: more keys of the dense network, e.g. those that make it timm's own.
         equal_gflops: the variants of `equal.MATCHED` cost what ats costs; False: as configured.
         accuracy: top-1 over so many images of the evaluation data, spread evenly; 0: over all; None: not.
@@ -118,6 +119,7 @@ class Settings:
     parts: bool = True
     max_seconds: float = float("inf")
     token_scale: float = 1.0
+    mean_std: tuple[int, int] | None = None
     dense_keys: tuple = ()
     equal_gflops: bool = True
     accuracy: int | None = None
@@ -145,7 +147,11 @@ def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> lis
             models = {name: model.to(settings.dtype) for name, model in models.items()}
             batches = {size: x.to(settings.dtype) for size, x in batches.items()}
         trained = bool(cfg.TEST.CHECKPOINT_FILE_PATH)
-        imposed = nullcontext() if trained else imposed_counts(list(models.values()), scale=settings.token_scale)
+        imposed = (
+            nullcontext()
+            if trained
+            else imposed_counts(list(models.values()), scale=settings.token_scale, mean_std=settings.mean_std)
+        )
         # Blocks share their code, and each is compiled for its own numbers.
         limit = torch._dynamo.config.patch(recompile_limit=64) if settings.compile else nullcontext()
         with imposed as counts, limit:

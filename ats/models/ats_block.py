@@ -24,6 +24,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 import ats.reducers  # noqa: F401  registers tome and evit
+from ats import kernels
 from ats.attention import cls_attention, mean_attention, ragged_attention
 from ats.models.recompute import run_block
 from ats.sampling import (
@@ -31,7 +32,6 @@ from ats.sampling import (
     BlockSampler,
     Candidates,
     TokenReducer,
-    kernels_may_run,
     plan_samplers,
     share_scores,
     significance_score,
@@ -138,7 +138,7 @@ class ATSBlock(nn.Module):
         if sampler.score == "mean_attention":
             q, bias = self.project_q(x, tokens), self.attention_bias(tokens, tokens)
         else:
-            q, bias = self.project_q(x.index_select(0, layout.start)), self.attention_bias(None, tokens)
+            q, bias = self.project_q(layout.first_rows(x)), self.attention_bias(None, tokens)
         candidates = score_candidates(sampler.score, tokens, q, k, v, scale=self.attn.scale, bias=bias)
         group = tokens.group if sampler.share_frames else 1
         candidates = share_scores(candidates, group) if group > 1 else candidates
@@ -177,30 +177,28 @@ def score_candidates(
         bias: added to the logits, [S, H, Mq, M]; Mq is 1 for CLS.
     """
     layout, num_prefix = keys.layout, keys.num_prefix_tokens
-    valid = layout.mask[:, num_prefix:]
     scores = _scores_by_kernels(score, layout, q, k, v, scale) if bias is None else None
     if scores is not None:
         scores = scores[:, num_prefix:]
     else:
         scores = _plain_scores(score, keys, q, k, v, scale=scale, queries=queries, bias=bias)
-        scores = scores if layout.full and layout.uniform else scores.masked_fill(~valid, 0)
+        if not (layout.full and layout.uniform):
+            scores = scores.masked_fill(~layout.mask[:, num_prefix:], 0)
     return Candidates(
-        scores=scores,
-        valid=valid,
-        position=layout.pad(keys.position)[:, num_prefix:],
+        scores,
+        lengths=layout.lengths - num_prefix,
+        slots=keys.slots - num_prefix,
         num_positions=keys.num_positions,
-        fills_slots=layout.lengths == keys.slots,
+        position=lambda: layout.pad(keys.position)[:, num_prefix:],
     )
 
 
 def _scores_by_kernels(score: str, layout: Layout, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
-    """[S, M] of all tokens, prefix tokens included; None where the GPU's kernels do not apply."""
-    if score == "mean_attention" or not kernels_may_run(k):
+    """[S, M] of all tokens, prefix tokens included; None where no kernels apply."""
+    if score == "mean_attention":
         return None
-    from ats.triton_scores import try_cls_scores
-
     value = v if score == "cls_attention_value_norm" else None
-    return try_cls_scores(q, k, value, start=layout.start, lengths=layout.lengths, longest=layout.longest, scale=scale)
+    return kernels.cls_scores(q, k, value, keys=layout, scale=scale)
 
 
 def _plain_scores(
