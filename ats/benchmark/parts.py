@@ -24,6 +24,7 @@ METHODS = {
     "project_kv": "qkv",
     "sample": "scoring and sampling",
     "reduce": "scoring and sampling",
+    "attention_output": "attention",
 }
 
 
