@@ -47,7 +47,7 @@ class PaperRow:
         config: below `configs/`; "" for networks that are not built here, whose numbers are only quoted.
         overrides: of the config.
         weights: the file wanted. origin: where it comes from, or the command that makes it.
-        dense_top1: published top-1 of the dense network with these weights, where they are dense weights.
+        dense_top1: published top-1 of the dense network, with these weights if they are dense weights.
         data: one of IMAGENET, KINETICS400, KINETICS600.
         at_gflops: set K to cost this.
         family: rows of one family are joined in the figure.
@@ -120,8 +120,7 @@ def _pair(
             overrides=("ATS.ENABLE", True),
             weights=f"{stem}_ATS_finetune.safetensors",
             origin=_tuned(finetune, weights),
-            data=data,
-            family=name,
+            **base,
         ),
     )
 
@@ -238,7 +237,7 @@ def _ablation(family: str, top1: tuple[float, ...], *overrides: object, tuned: b
         origin = _tuned(config, DEIT_S, "ATS.BLOCKS", "[3]")
         weights = {"weights": "DeiT_S_ATS_block3_finetune.safetensors", "origin": origin}
     else:
-        weights = {"weights": DEIT_S, "origin": DEIT, "dense_top1": 79.8}
+        weights = {"weights": DEIT_S, "origin": DEIT}
     return tuple(
         PaperRow(
             f"{family}, {budget} GFLOPs",
@@ -248,6 +247,7 @@ def _ablation(family: str, top1: tuple[float, ...], *overrides: object, tuned: b
             overrides=overrides,
             at_gflops=budget,
             family=family,
+            dense_top1=79.8,
             **weights,
         )
         for budget, accuracy in zip(BUDGETS, top1, strict=True)
