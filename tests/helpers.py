@@ -138,9 +138,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def check_image_case(model: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """`model` with the weights of fixtures/image/<name> gives the reference's logits and (float32) its gradients of
-    sum(logits * loss_weight), where both are stored those of F.grid_sample.
+def check_image_case(model: nn.Module, name: str, dtype: torch.dtype, *, prefix: str = "grad_") -> None:
+    """`model` with the weights of fixtures/image/<name> gives the reference's logits and (float32) the gradients of
+    sum(logits * loss_weight) that are stored under `prefix`.
     """
     folder = FIXTURES / "image" / name
     load_weights(model, folder / "weights.safetensors")
@@ -152,7 +152,7 @@ def check_image_case(model: nn.Module, name: str, dtype: torch.dtype) -> None:
         np.testing.assert_allclose(logits.detach(), golden["logits_f64"], atol=1e-12, rtol=0)
         return
     np.testing.assert_allclose(logits.detach(), golden["logits"], atol=1e-5, rtol=0)
-    check_gradients(model, x, logits, golden, prefix="gridsample__grad_" if "outside" in name else "grad_")
+    check_gradients(model, x, logits, golden, prefix=prefix)
 
 
 def check_gradients(model: nn.Module, x: torch.Tensor, logits: torch.Tensor, golden: dict, *, prefix: str) -> None:

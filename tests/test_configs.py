@@ -85,6 +85,19 @@ def test_every_family_with_ats_runs_for_real():
     assert {"ViT", "CvT", "PSViT", "MViT", "XViT"} <= set(families)
 
 
+def test_off_the_shelf_configs_differ_from_the_dense_ones_in_ats_alone():
+    """`X_ATS.yaml` is `X.yaml`, and `X_dense.yaml` the `X.yaml` that has ATS, but for keys of ATS: the same clips,
+    crops and recipe.
+    """
+    folders = [ROOT / "configs" / name for name in ("ImageNet", "Kinetics")]
+    pairs = [(p, p.with_name(p.name.replace("_ATS", ""))) for folder in folders for p in folder.glob("*_ATS.yaml")]
+    pairs += [(p, p.with_name(p.name.replace("_dense", ""))) for folder in folders for p in folder.glob("*_dense.yaml")]
+    assert len(pairs) >= 20
+    for one, other in pairs:
+        both = zip(flatten(load_config(one)), flatten(load_config(other)), strict=True)
+        assert [key for (key, a), (_, b) in both if a != b and not key.startswith("ATS.")] == [], one.name
+
+
 def test_fine_tuning_configs_train_the_network_that_is_evaluated():
     """`X_ATS_finetune.yaml` describes the network of its evaluation config, trains it, and is short."""
     tuned = list(ROOT.glob("configs/*/*_ATS_finetune.yaml"))

@@ -365,6 +365,7 @@ PUBLISHED = {
     # M parameters, GFLOPs at the config's size; the published 4.5 and 7.1 are ours cut after one digit, not rounded.
     "CvT_13": (20.00, 4.566, 224),
     "CvT_21": (31.62, 7.178, 224),
+    "CvT_13_384": (20.00, 16.27, 384),
     "CvT_21_384": (31.62, 24.85, 384),
 }
 

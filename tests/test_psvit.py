@@ -20,7 +20,7 @@ from ats.errors import UserError
 from ats.flops import dense_gflops, gflops
 from ats.models import PSViT, build_model
 from ats.models.ats_block import ATSBlock
-from ats.models.psvit_layers import sample_at
+from ats.models.psvit_layers import POINT_GRADIENTS, sample_at
 
 ROOT = Path(__file__).parents[1]
 # 32 x 32 pixels, a feature map of 8 x 8, 6 x 5 points; blocks 2 to 5 can sample.
@@ -51,7 +51,7 @@ def inputs(batch_size: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch_size, 3, 32, 32, generator=generator, dtype=torch.float64)
 
 
-def golden_model(name: str) -> PSViT:
+def golden_model(name: str, point_gradient: str = "grid_sample") -> PSViT:
     case = json.loads((FIXTURES / "image" / name / "case.json").read_text())["config"]
     return build_model(
         config({
@@ -60,6 +60,7 @@ def golden_model(name: str) -> PSViT:
             "PSVIT.STEM_DIMS": [16, 8, 24], "PSVIT.OFFSET_GAMMA": case["offset_gamma"], "PSVIT.DEPTH": case["depth"],
             "PSVIT.EMBED_DIM": case["embed_dim"], "PSVIT.NUM_HEADS": case["num_heads"],
             "PSVIT.MLP_RATIO": case["mlp_ratio"], "PSVIT.QKV_BIAS": case["qkv_bias"],
+            "PSVIT.POINT_GRADIENT": point_gradient,
         })
     )  # fmt: skip
 
@@ -68,14 +69,17 @@ CASES = ["D_psvit_tiny_inside", "D_psvit_tiny_outside"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("point_gradient", POINT_GRADIENTS)
 @pytest.mark.parametrize("name", CASES)
-def test_golden_logits_and_gradients(name, dtype):
-    """The reference's own logits; its gradients where all points are inside.
+def test_golden_logits_and_gradients(name, point_gradient, dtype):
+    """The reference's own logits, and its gradients: with `released` always, with `grid_sample` where all points are
+    inside.
 
-    Where points lie beyond the border its backward is not the gradient of its forward (docs/FIDELITY.md): there the
-    gradients are those of its network with the operation replaced by F.grid_sample.
+    Where points lie beyond the border the release's backward is not the gradient of its forward (docs/FIDELITY.md):
+    there `grid_sample` gives the gradients of its network with the operation replaced by F.grid_sample.
     """
-    check_image_case(golden_model(name), name, dtype)
+    true = name.endswith("outside") and point_gradient == "grid_sample"
+    check_image_case(golden_model(name, point_gradient), name, dtype, prefix="gridsample__grad_" if true else "grad_")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,6 +110,70 @@ def test_sampling_is_bilinear_and_its_gradient_true():
     assert (points < 0).any()
     assert (points > 4).any()
     torch.autograd.gradcheck(sample_at, (features, points))
+
+
+def kernel_gradient(features: torch.Tensor, points: torch.Tensor, weight: torch.Tensor) -> tuple:
+    """What the release's CUDA kernel adds up for sum(values * weight) of one image, value by value: features [C, H, W],
+    points [P, 2], weight [P, C].
+    """
+    height, width = features.shape[1:]
+    grad_features, grad_points = torch.zeros_like(features), torch.zeros_like(points)
+    for p, (y, x) in enumerate(points.tolist()):
+        if not (-1 < y < height and -1 < x < width):
+            continue
+        border_y, border_x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+        top, left = int(border_y), int(border_x)
+        rows, columns = (top, min(top + 1, height - 1)), (left, min(left + 1, width - 1))
+        for c, g in enumerate(weight[p].tolist()):
+            (a, b), (d, e) = ([features[c, row, column].item() for column in columns] for row in rows)
+            slope_y = [d - a, e - b]  # in the left and in the right column
+            slope_x = [b - a, e - d]  # in the upper and in the lower row
+            grad_points[p, 0] += g * (slope_y[0] * (columns[1] - x) + slope_y[1] * (x - left))
+            grad_points[p, 1] += g * (slope_x[0] * (rows[1] - y) + slope_x[1] * (y - top))
+            for row, share_y in zip(rows, (1 - (border_y - top), border_y - top), strict=True):
+                for column, share_x in zip(columns, (1 - (border_x - left), border_x - left), strict=True):
+                    grad_features[c, row, column] += g * share_y * share_x
+    return grad_features, grad_points
+
+
+@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(2, 6), st.integers(1, 12))
+@settings(max_examples=25, deadline=None)
+def test_released_backward(seed, height, width, num_points):
+    """`released` gives the values of `grid_sample` bit for bit, and the kernel's backward pass written out as a loop:
+    this is the gradient for points inside the border and those a pixel or more beyond it, and for no others.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    features = torch.randn(2, 3, height, width, **draw)
+    size = torch.tensor([height, width])
+    points = torch.rand(2, num_points, 2, **draw) * (size + 3) - 2  # two pixels beyond the border on every side
+    weight, found = torch.randn(2, num_points, 3, **draw), {}
+    for name, sample in POINT_GRADIENTS.items():
+        f, p = features.clone().requires_grad_(), points.clone().requires_grad_()
+        found[name] = (values := sample(f, p)).detach(), *torch.autograd.grad((values * weight).sum(), (f, p))
+    assert torch.equal(found["released"][0], found["grid_sample"][0])
+    by_image = [kernel_gradient(*image) for image in zip(features, points, weight, strict=True)]
+    for got, want in zip(found["released"][1:], zip(*by_image, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(want), atol=1e-12, rtol=1e-9)
+
+    beyond = ((points < 0) | (points > size - 1)).any(-1)
+    in_zone = beyond & ((points > -1) & (points < size)).all(-1)
+    difference = (found["released"][2] - found["grid_sample"][2]).abs().amax(-1)
+    assert (difference[~in_zone] < 1e-10).all()
+    assert (difference[in_zone] > 1e-10).all()
+    same_features = torch.isclose(found["released"][1], found["grid_sample"][1], atol=1e-12).flatten(1).all(1)
+    assert torch.equal(same_features, ~in_zone.any(1))
+
+
+def test_released_backward_of_broken_points():
+    """A point that is no number gets and gives nothing; the others what they get without it."""
+    points = torch.tensor([[[1.2, 0.7], [torch.nan, 1.0], [torch.inf, 1.0], [-0.4, 2.3]]], requires_grad=True)
+    features = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    values = POINT_GRADIENTS["released"](features, points)
+    broken = torch.autograd.grad(values.where(values.isfinite(), 0).sum(), (features, points))
+    whole = torch.autograd.grad(POINT_GRADIENTS["released"](features, points[:, ::3]).sum(), (features, points))
+    for got, want in zip(broken, whole, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_gamma_scales_where_features_are_sampled_and_not_how_points_move():
@@ -378,6 +446,7 @@ def test_layer_decay_knows_the_order_of_the_layers():
         ({"ATS.ENABLE": True, "ATS.BLOCKS": [6]}, "block 6 does not exist"),
         ({"PSVIT.NUM_POINTS": [14]}, "PSVIT.NUM_POINTS [14]: give 2 numbers"),
         ({"PSVIT.STEM_DIMS": [64, 64]}, "PSVIT.STEM_DIMS [64, 64]: give 3 numbers"),
+        ({"PSVIT.POINT_GRADIENT": "release"}, "choose from grid_sample, released. Did you mean released?"),
         ({"PSVIT.NUM_ITERS": 7}, "PSVIT.NUM_ITERS 7: give 1 to PSVIT.DEPTH, 6"),
         ({"PSVIT.NUM_HEADS": 5}, "PSVIT.EMBED_DIM 24 is not a multiple of PSVIT.NUM_HEADS 5"),
     ],
@@ -387,3 +456,8 @@ def test_wrong_configs_are_named(settings, text):
     with pytest.raises(UserError) as error:
         build_model(config(SMALL | settings))
     assert text in str(error.value)
+
+
+def test_unknown_point_gradient_is_named_without_a_config_too():
+    with pytest.raises(UserError, match=r"PSVIT\.POINT_GRADIENT true: choose from grid_sample, released"):
+        PSViT(point_gradient="true")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import reproduce as tool
 import torch
+from safetensors.torch import load_file
 
 from ats.checkpoint import save_safetensors
 from ats.config import load_config
@@ -16,7 +17,7 @@ from ats.models import build_model
 from ats.study import reproduce as study
 from ats.study.paper import DEIT_S, TABLES, PaperRow
 from ats.study.reproduce import Outcome, Places, accuracy_warning, missing, row_config, run_table
-from ats.study.reproduce_report import draw, render
+from ats.study.reproduce_report import _draw_accuracy, draw, render
 
 ROOT = Path(__file__).parents[1]
 ROWS = {f"{table}: {row.name}": row for table, rows in TABLES.items() for row in rows}
@@ -124,13 +125,48 @@ def test_budget_rows_set_k(places, tmp_path):
         assert outcome.gflops == pytest.approx(0.6 * dense, rel=0.05)
 
 
+def test_weights_that_do_not_fit_are_an_error_of_their_row(places, tmp_path, capsys):
+    """The rest of the table is measured and written; the command fails, with the rows named."""
+    torch.save({"model": {"cls_token": torch.zeros(1, 1, 7)}}, places.weights / "ps_vit_b_18.pth")
+    torch.save({"model": load_file(places.weights / "deit_s.safetensors")}, places.weights / DEIT_S)
+    names = ["DeiT-S", "PS-ViT-B/18", "CvT-21 at 384"]
+    words = ["imagenet", *(word for name in names for word in ("--row", name)), "--output", tmp_path / "out"]
+    words += ["--weights", places.weights, "--imagenet", places.data["imagenet"]]
+    assert tool.main([*map(str, [*words, *OVERRIDES])]) == 1
+    assert re.search(r"Not measured, though .*: PS-ViT-B/18\.$", capsys.readouterr().err.strip())
+    rows = json.loads((tmp_path / "out" / "imagenet" / "results.json").read_text())["rows"]
+    assert [row["measured"] is not None for row in rows] == [True, False, False]
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+    assert "ps_vit_b_18.pth" in rows[1]["error"]
+    assert rows[1]["error"] in (tmp_path / "out" / "imagenet" / "table.md").read_text()
+
+
+def test_every_family_has_its_colour():
+    """Also those without a number of the paper; paper and measured of one family have the same."""
+    from matplotlib.figure import Figure
+
+    measured = {"top1": 80.0, "video": {"gflops_per_video": {"paper_mean": 5000.0}}}
+    for table in ("kinetics400", "kinetics600"):
+        rows = [row for row in TABLES[table] if row.config and row.family]
+        axes = Figure().subplots()
+        _draw_accuracy(axes, table, [Outcome(row, measured=measured) for row in rows])
+        colours = {}
+        for curve in axes.containers:
+            colours.setdefault(curve.get_label().rpartition(",")[0], set()).add(curve.lines[0].get_color())
+        assert set(colours) == {row.family for row in rows}
+        assert all(len(found) == 1 for found in colours.values())
+        assert len(set.union(*colours.values())) == len(colours)
+
+
 def test_warning_only_where_accuracy_is_far():
     """By the published accuracy of the dense network; ATS may cost some points, not more."""
     dense = next(row for row in TABLES["imagenet"] if row.name == "DeiT-S")
     ats = next(row for row in TABLES["imagenet"] if row.name == "DeiT-S + ATS, off the shelf")
     file = Path("a.pth")
     assert accuracy_warning(dense, file, 79.8) == accuracy_warning(ats, file, 72.7) == ""
-    for row, top1 in ((dense, 72.2), (dense, 83.1), (ats, 60.0), (ats, 83.0)):
+    tuned = next(row for row in TABLES["imagenet"] if row.name == "DeiT-S + ATS, fine-tuned")
+    assert accuracy_warning(tuned, file, 79.7) == ""
+    for row, top1 in ((dense, 72.2), (dense, 83.1), (ats, 60.0), (ats, 83.0), (tuned, 60.0), (tuned, 95.9)):
         warning = accuracy_warning(row, file, top1)
         assert f"{top1:.2f} %" in warning
         assert "79.8 %" in warning

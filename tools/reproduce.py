@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
 from ats.cli.run_net import parse_overrides  # noqa: E402
 from ats.engine.logging import setup_logging  # noqa: E402
-from ats.errors import exit_status  # noqa: E402
+from ats.errors import UserError, exit_status  # noqa: E402
 
 DATASETS = ("imagenet", "kinetics400", "kinetics600")
 
@@ -58,6 +58,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     print(render(args.table, outcomes))
     for path in write(args.table, outcomes, args.output / args.table):
         print(path)
+    failed = [outcome.row.name for outcome in outcomes if outcome.error]
+    if failed:
+        raise UserError(f"Not measured, though data and weights are there (see above): {', '.join(failed)}.")
 
 
 if __name__ == "__main__":

@@ -179,6 +179,13 @@ KEYS: list[Key] = [
         "Widths of the stem: first convolution, bottlenecks inside, first one's output.",
     ),
     Key("PSVIT.OFFSET_GAMMA", 1.0, "Factor on the offsets of the points where features are sampled."),
+    Key(
+        "PSVIT.POINT_GRADIENT",
+        "grid_sample",
+        "Backward pass of the sampling: its gradient, or that of the release's CUDA kernel, which differs for points "
+        "less than a pixel beyond the border. The outputs are the same.",
+        choices=("grid_sample", "released"),
+    ),
     Key("PSVIT.DEPTH", 14, "Number of blocks."),
     Key("PSVIT.EMBED_DIM", 384, "Width of the tokens."),
     Key("PSVIT.NUM_HEADS", 6, "Attention heads of a block; divides PSVIT.EMBED_DIM."),

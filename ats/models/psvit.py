@@ -48,7 +48,7 @@ class PSViT(nn.Module):
         num_points: points along height and width.
         num_iters: blocks that move the points; `depth` counts them.
         stem_dims: widths of the first convolution, inside the bottlenecks, and of the first bottleneck's output.
-        offset_gamma: see SamplingLayer.
+        offset_gamma, point_gradient: see SamplingLayer.
         samplers: block of the network -> what it keeps; empty for the dense network.
     """
 
@@ -63,6 +63,7 @@ class PSViT(nn.Module):
         num_iters: int = 4,
         stem_dims: tuple[int, int, int] = (64, 64, 256),
         offset_gamma: float = 1.0,
+        point_gradient: str = "grid_sample",
         depth: int = 14,
         embed_dim: int = 384,
         num_heads: int = 6,
@@ -102,7 +103,9 @@ class PSViT(nn.Module):
             for index in range(depth)
         ]
         self.ps_layers = nn.ModuleList(
-            SamplingLayer(block, embed_dim, gamma=offset_gamma, predicts=index < num_iters - 1)
+            SamplingLayer(
+                block, embed_dim, gamma=offset_gamma, predicts=index < num_iters - 1, point_gradient=point_gradient
+            )
             for index, block in enumerate(blocks[:num_iters])
         )
         self.trans_layers = nn.ModuleList(blocks[num_iters:])
@@ -232,6 +235,7 @@ def psvit_from_cfg(cfg: CfgNode) -> PSViT:
         num_iters=psvit.NUM_ITERS,
         stem_dims=tuple(psvit.STEM_DIMS),
         offset_gamma=psvit.OFFSET_GAMMA,
+        point_gradient=psvit.POINT_GRADIENT,
         depth=psvit.DEPTH,
         embed_dim=psvit.EMBED_DIM,
         num_heads=psvit.NUM_HEADS,

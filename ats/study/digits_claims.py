@@ -104,7 +104,8 @@ class Claims:
         row = self.rows[study.STAGES, max(self.settings.budgets)]
         means = [list(seed["tokens_per_block"].values()) for seed in row.measured]
         return Claim(
-            "Every block keeps fewer tokens than the block before (smallest decrease from block to block, blocks 3-11)",
+            "Every block keeps fewer tokens than the block before (smallest decrease from block to block, blocks 3-11; "
+            "none can keep more)",
             "means from 162 in block 3 to 62 in block 11",
             of_seeds([min(-np.diff(seed)) for seed in means]),
             unit="tokens",

@@ -24,7 +24,7 @@ def markdown_table(headers: Sequence[str], lines: Sequence[Sequence[object]], *,
 class Curve(NamedTuple):
     """Points of one variant: costs, accuracies, and the accuracies' spread if known.
 
-    `joined`: by a line. `hollow`: markers; such a curve has the colour of the one before it.
+    `joined`: by a line. `hollow`: markers, and the line is dashed. Curves of one `group` have one colour; "": its own.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Curve(NamedTuple):
     spreads: Sequence[float] = ()
     joined: bool = True
     hollow: bool = False
+    group: str = ""
 
 
 def _styled(ax, *, x: str, y: str, title: str) -> None:
@@ -48,9 +49,9 @@ def _styled(ax, *, x: str, y: str, title: str) -> None:
 
 def draw_curves(ax, curves: Sequence[Curve], *, x: str, title: str, lines: Mapping[str, float] | None = None) -> None:
     """Accuracy over cost; `lines` are horizontal, by name, e.g. the dense network's accuracy."""
-    number = -1
+    groups = list(dict.fromkeys(curve.group or curve.name for curve in curves))
     for curve in curves:
-        number += not (curve.hollow and number >= 0)
+        number = groups.index(curve.group or curve.name)
         order = np.argsort(curve.costs)
         costs, accuracies = np.asarray(curve.costs)[order], np.asarray(curve.accuracies)[order]
         spreads = np.asarray(curve.spreads)[order] if len(curve.spreads) else None

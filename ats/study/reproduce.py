@@ -53,7 +53,8 @@ class Outcome:
     """A row beside what became of it.
 
     Attributes:
-        measured: what `tasks.measure` returned. missing: what it wants, where it could not be measured.
+        measured: what `tasks.measure` returned. missing: what it wants, where it could not be measured. error: why
+            what is there cannot be used.
         num_tokens: K that was set, where the row has a budget. warning: about its accuracy.
     """
 
@@ -62,6 +63,7 @@ class Outcome:
     missing: str = ""
     num_tokens: int | None = None
     warning: str = ""
+    error: str = ""
 
     @property
     def gflops(self) -> float | None:
@@ -135,17 +137,25 @@ def row_config(row: PaperRow, places: Places, *, num_tokens: int | None = None) 
 
 
 def run_table(rows: Sequence[PaperRow], places: Places, *, folder: Path) -> list[Outcome]:
-    """Measure the rows that can be measured; results are kept in `folder`.
+    """Measure the rows that can be measured; results are kept in `folder`. Weights or data that do not fit or cannot be
+    read are the `error` of their row.
 
     Raises:
-        UserError: weights or data are there, but do not fit or cannot be read.
+        UserError: an override that is wrong, or a data set without a sample.
     """
     able = [row for row in rows if not missing(row, places)]
     runner = Runner(folder, total_cost=sum(_cost(row, places) for row in able))
     outcomes = []
     for row in rows:
         wants = missing(row, places)
-        outcomes.append(Outcome(row, missing=wants) if wants else _run_row(row, places, runner))
+        if wants:
+            outcomes.append(Outcome(row, missing=wants))
+            continue
+        try:
+            outcomes.append(_run_row(row, places, runner))
+        except (UserError, OSError) as error:
+            logger.error("%s: %s", row.name, error)
+            outcomes.append(Outcome(row, error=str(error)))
     return outcomes
 
 
@@ -211,7 +221,7 @@ def accuracy_warning(row: PaperRow, weights: Path, top1: float) -> str:
     if row.dense_top1 - low <= top1 <= row.dense_top1 + FAR:
         return ""
     return (
-        f"{row.name}: {top1:.2f} % top-1, but the dense network of these weights is published with {row.dense_top1} %: "
+        f"{row.name}: {top1:.2f} % top-1, but the dense network is published with {row.dense_top1} %: "
         f"{weights} may be another model, or the data another set."
     )
 

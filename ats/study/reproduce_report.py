@@ -38,7 +38,7 @@ def render(table: str, outcomes: Sequence[Outcome]) -> str:
     text += "\nGFLOPs are in the paper's accounting, over all views of a video. -: not at hand, or not measured.\n"
     if table == "histogram":
         text += "".join(_token_table(outcome) for outcome in outcomes if outcome.measured is not None)
-    wanted = [f"* {outcome.row.name}: {outcome.missing}\n" for outcome in outcomes if outcome.missing]
+    wanted = [f"* {o.row.name}: {o.missing or o.error}\n" for o in outcomes if o.missing or o.error]
     text += f"\n## Not measured\n\n{''.join(wanted)}" if wanted else ""
     warned = [f"* {outcome.warning}\n" for outcome in outcomes if outcome.warning]
     return text + (f"\n## Warnings\n\n{''.join(warned)}" if warned else "")
@@ -74,6 +74,7 @@ def as_dict(table: str, outcomes: Sequence[Outcome]) -> dict:
                 "gflops": outcome.gflops,
                 "num_tokens": outcome.num_tokens,
                 "missing": outcome.missing,
+                "error": outcome.error,
                 "warning": outcome.warning,
             }
         )
@@ -121,11 +122,12 @@ def _draw_accuracy(axes, table: str, outcomes: Sequence[Outcome]) -> None:
         if known:
             joined = any(outcome.row.family for outcome in members)
             label = f"{name}, paper" if joined else name
-            curves.append(Curve(label, [r.gflops for r in known], [r.top1 for r in known], joined=joined))
+            costs, accuracies = [row.gflops for row in known], [row.top1 for row in known]
+            curves.append(Curve(label, costs, accuracies, joined=joined, group=name))
         found = [outcome for outcome in members if outcome.measured is not None]
         if found:
             costs, accuracies = [o.gflops for o in found], [o.measured["top1"] for o in found]
-            curves.append(Curve(f"{name}, measured", costs, accuracies, hollow=True))
+            curves.append(Curve(f"{name}, measured", costs, accuracies, hollow=True, group=name))
     draw_curves(axes, curves, x="GFLOPs, paper's accounting", title=table)
 
 
