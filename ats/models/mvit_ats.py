@@ -26,6 +26,8 @@ Shapes: as in `mvit_block.py` and `ats/tokens.py`; T_q, T_k packed queries and k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,13 +76,10 @@ class MultiScaleATSBlock(nn.Module):
         queries = coarsen(tokens, grid, ONE if spec.pool_q is None else spec.pool_q.stride)
         keys = coarsen(tokens, grid, ONE if spec.pool_kv is None else spec.pool_kv.stride)
         x = self.norm1(tokens.x)
-        q, k, v = self.project(x, with_queries=self.projects_all_queries)
-        k, v = self.pooled("k", k, tokens, keys, grid), self.pooled("v", v, tokens, keys, grid)
+        q, k, v = self.pooled_parts(x, tokens, queries, keys, grid)
         matched_q, matched_k = q, k
-        if q is not None:
-            matched_q = q = self.pooled("q", q, tokens, queries, grid)
-            if attn.has_rel_pos:
-                matched_q, matched_k = self.with_positions(q, k, queries, keys, query_grid, key_grid)
+        if attn.has_rel_pos:
+            matched_q, matched_k = self.with_positions(q, k, queries, keys, query_grid, key_grid)
 
         kept, index = queries, None
         if self.sampler is not None:
@@ -104,12 +103,20 @@ class MultiScaleATSBlock(nn.Module):
         x = self.feed_forward(x, lambda y: ATSBlock.drop_path(self.drop_path, y, kept.layout))
         return kept.with_x(x), query_grid
 
-    def project(self, x: Tensor, *, with_queries: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Queries (if wanted), keys and values [T, H, D] of tokens [T, C]."""
-        if with_queries:
-            return self.attn.qkv(x).unflatten(-1, (3, self.attn.num_heads, -1)).unbind(1)
-        k, v = self.project_part(x, 1, 3).unflatten(-1, (2, self.attn.num_heads, -1)).unbind(1)
-        return None, k, v
+    def pooled_parts(
+        self, x: Tensor, tokens: RaggedTokens, queries: RaggedTokens, keys: RaggedTokens, grid: Grid
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Queries (if all are needed), keys and values of normalised tokens [T, C]: [T_q, H, D] and [T_k, H, D], pooled
+        and normalised.
+        """
+        attn, names = self.attn, "qkv" if self.projects_all_queries else "kv"
+        rows = self.project_part(x, 3 - len(names), 3).unflatten(-1, (len(names), attn.num_heads, -1))
+        parts = []
+        for group, part in attn.pooled_alike(names, rows):
+            if attn.pools(group):
+                part = pool_ragged(attn.pools(group), part, tokens, queries if "q" in group else keys, grid)
+            parts += attn.normalised(group, part)
+        return (None, *parts)[-3:]
 
     def project_q(self, x: Tensor) -> Tensor:
         """Queries [T, H, D] of tokens [T, C], where queries are not pooled."""
@@ -119,13 +126,6 @@ class MultiScaleATSBlock(nn.Module):
         """Some of the three parts (queries, keys, values) of the joint projection."""
         qkv, rows = self.attn.qkv, slice(start * self.spec.dim_attn, stop * self.spec.dim_attn)
         return F.linear(x, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
-
-    def pooled(self, name: str, x: Tensor, tokens: RaggedTokens, cells: RaggedTokens, grid: Grid) -> Tensor:
-        """q, k or v [T, H, D] of the tokens -> those of the pooled cells, normalised [T', H, D]."""
-        pool, norm = getattr(self.attn, f"pool_{name}"), getattr(self.attn, f"norm_{name}")
-        if pool is not None:
-            x = pool_ragged(pool, x, tokens, cells, grid)
-        return x if norm is None else norm(x)
 
     def with_positions(
         self, q: Tensor, k: Tensor, queries: RaggedTokens, keys: RaggedTokens, query_grid: Grid, key_grid: Grid
@@ -159,7 +159,7 @@ class MultiScaleATSBlock(nn.Module):
             skip = self.proj(skip)
         if self.pool_skip is None:
             return skip
-        skip = pool_ragged(self.pool_skip, skip[:, None], tokens, queries, grid).squeeze(1)
+        skip = pool_ragged([self.pool_skip], skip[:, None, None], tokens, queries, grid)[:, 0, 0]
         return skip if index is None else skip[index]
 
     @torch.no_grad()
@@ -202,11 +202,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, queries: Layout, keys: Layout, sc
     return ragged_attention(q, k, wide, queries=queries, keys=keys, scale=scale)[..., : v.shape[-1]]
 
 
-def pool_ragged(pool: nn.Module, x: Tensor, tokens: RaggedTokens, cells: RaggedTokens, grid: Grid) -> Tensor:
-    """Pool x [T, H, D] of `tokens` on a canvas of the whole `grid`; returns the values [T', H, D] of `cells`."""
-    is_max = isinstance(pool, nn.MaxPool3d)
+def pool_ragged(pools: Sequence[nn.Module], x: Tensor, tokens: RaggedTokens, cells: RaggedTokens, grid: Grid) -> Tensor:
+    """Pool x [T, P, H, D] of `tokens` on a canvas of the whole `grid`, each of the P parts by its own of `pools`: the
+    values [T', P, H, D] of `cells`.
+    """
+    is_max = isinstance(pools[0], nn.MaxPool3d)
     canvas = tokens.to_grid(x, -torch.inf if is_max else 0)
-    out = cells.from_grid(pool_grid(pool, canvas, grid, tokens.num_prefix_tokens))
+    out = cells.from_grid(pool_grid(pools, canvas, grid, tokens.num_prefix_tokens))
     # With a stride above the kernel's reach a cell may be there by a token that the kernel does not see.
     return out.masked_fill(out == -torch.inf, 0) if is_max else out
 

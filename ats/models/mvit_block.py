@@ -10,6 +10,7 @@ Shapes: B clips or images, N = P + grid tokens, P prefix tokens (1 with CLS, els
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,8 +124,12 @@ class MultiScaleAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
         """Normalised tokens [B, N, C] on `grid` -> [B, N_q, A]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q, k, v = (self.pool(name, t, grid, num_prefix_tokens) for name, t in (("q", q), ("k", k), ("v", v)))
+        parts = []
+        for names, part in self.pooled_alike("qkv", self.qkv(x).unflatten(-1, (3, self.num_heads, -1))):
+            if self.pools(names):
+                part = pool_grid(self.pools(names), part, grid, num_prefix_tokens)
+            parts += self.normalised(names, part)
+        q, k, v = parts
         bias = None
         if self.has_rel_pos:
             query_grid, key_grid = self.spec.query_grid(grid), self.spec.key_grid(grid)
@@ -135,12 +140,21 @@ class MultiScaleAttention(nn.Module):
             out = out + F.pad(q[:, num_prefix_tokens:], (0, 0, 0, 0, num_prefix_tokens, 0))
         return self.proj_drop(self.proj(out.flatten(2)))
 
-    def pool(self, name: str, x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
-        """Queries, keys or values (`name` q, k, v) [B, N, H, D] on `grid`, pooled and normalised; CLS is not pooled."""
-        pool, norm = getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")
-        if pool is not None:
-            x = pool_grid(pool, x, grid, num_prefix_tokens)
-        return x if norm is None else norm(x)
+    def pooled_alike(self, names: str, x: Tensor) -> list[tuple[str, Tensor]]:
+        """`names` (qkv or kv) and x [..., len(names), H, D] in groups of one pooling geometry, each pooled at once."""
+        if "q" not in names or self.spec.pool_q == self.spec.pool_kv:
+            return [(names, x)]
+        return [("q", x[..., :1, :, :]), (names[1:], x[..., 1:, :, :])]
+
+    def pools(self, names: str) -> list[nn.Module]:
+        """The poolings of a group; empty if it is not pooled."""
+        pools = [getattr(self, f"pool_{name}") for name in names]
+        return [] if pools[0] is None else pools
+
+    def normalised(self, names: str, x: Tensor) -> list[Tensor]:
+        """The parts of x [..., len(names), H, D], each behind the norm that follows its pooling (if any)."""
+        norms = [getattr(self, f"norm_{name}") for name in names]
+        return [t if norm is None else norm(t) for norm, t in zip(norms, x.unbind(-3), strict=True)]
 
     def relative_positions(self, q: Tensor, query_grid: Grid, key_grid: Grid) -> list[Tensor | None]:
         """q . R for each axis (t, h, w): [B, T_q, H_q, W_q, H, keys along the axis]; None for an axis without a table.
@@ -162,13 +176,11 @@ class MultiScaleAttention(nn.Module):
     def position_bias(self, q: Tensor, query_grid: Grid, key_grid: Grid, num_prefix_tokens: int) -> Tensor:
         """The terms of all axes added up, [B, H, N_q, N_k], 0 in the row and the column of CLS."""
         t, h, w = self.relative_positions(q, query_grid, key_grid)
-        terms = []
-        if h is not None:
-            terms.append((h[..., :, None] + w[..., None, :])[..., None, :, :])
-        if t is not None:
-            terms.append(t[..., :, None, None])
-        bias = (sum(terms) + q.new_zeros(key_grid)).flatten(-3).flatten(1, 3).transpose(1, 2)
-        return F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0))
+        bias = 0 if h is None else (h[..., :, None] + w[..., None, :])[..., None, :, :]
+        bias = bias if t is None else bias + t[..., :, None, None]
+        bias = bias.expand(*bias.shape[:-3], *key_grid).flatten(-3).flatten(1, 3).transpose(1, 2)
+        # Padding by nothing would copy all of it.
+        return F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0)) if num_prefix_tokens else bias
 
 
 class MLP(nn.Module):
@@ -227,7 +239,7 @@ class MultiScaleBlock(nn.Module):
         normed = self.norm1(x)
         skip = self.proj(normed) if self.widens_in_attention else x
         if self.pool_skip is not None:
-            skip = pool_grid(self.pool_skip, skip[:, :, None], grid, num_prefix_tokens).squeeze(2)
+            skip = pool_grid([self.pool_skip], skip[:, :, None, None], grid, num_prefix_tokens)[:, :, 0, 0]
         x = skip + self.drop_path(self.attn(normed, grid, num_prefix_tokens))
         return self.feed_forward(x, self.drop_path), self.spec.query_grid(grid)
 
@@ -239,13 +251,45 @@ class MultiScaleBlock(nn.Module):
         return x + drop_path(self.mlp(normed))
 
 
-def pool_grid(pool: nn.Module, x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
-    """Pool the patches of x [B, N, H, D] on their grid, the same way in every head; prefix tokens pass."""
-    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
-    num_heads = x.shape[2]
-    volume = patches.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, grid)  # [B * H, D, T, H, W]
-    pooled = pool(volume).flatten(2).unflatten(0, (-1, num_heads)).permute(0, 3, 1, 2)
-    return torch.cat([prefix, pooled], dim=1)
+def pool_grid(pools: Sequence[nn.Module], x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
+    """Pool the patches of x [B, N, P, H, D] on their grid, each of the P parts by its own of `pools`, which have one
+    geometry, and the same way in every head; prefix tokens pass. Returns [B, N', P, H, D].
+
+    All parts and heads are the channels of one operation, in the order that they have in memory: nothing is transposed.
+    """
+    parts = x.shape[2:]
+    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:].flatten(2).contiguous()
+    volume = patches.transpose(1, 2).unflatten(-1, grid)  # [B, P * H * D, T, H, W], channels last
+    pool = pools[0]
+    if isinstance(pool, nn.Conv3d):
+        weight = torch.cat([own.weight for own in pools for _ in range(parts[1])])
+        pooled = depthwise_convolution(volume, weight, pool.stride, pool.padding)
+    else:
+        pooled = pool(volume)
+    pooled = pooled.flatten(2).transpose(1, 2).unflatten(-1, parts)
+    return torch.cat([prefix, pooled], dim=1) if num_prefix_tokens else pooled
+
+
+def depthwise_convolution(x: Tensor, weight: Tensor, stride: Grid, padding: Grid) -> Tensor:
+    """conv3d of channels-last x [B, C, T, H, W] with weight [C, 1, t, h, w], every channel by itself."""
+    groups, num_frames, num_taps = x.shape[1], x.shape[2], weight.shape[2]
+    keeps_time = stride[0] == 1 and num_taps == 2 * padding[0] + 1
+    if x.is_cuda or num_taps == 1 or not keeps_time or num_frames <= padding[0]:
+        return F.conv3d(x, weight, stride=stride, padding=padding, groups=groups)
+    # PyTorch's fast depthwise kernels for a CPU know two dimensions: all frames once for each tap in time, added up.
+    frames = x.transpose(1, 2).flatten(0, 1)
+
+    def tap(i: int) -> Tensor:
+        out = F.conv2d(frames, weight[:, :, i], stride=stride[1:], padding=padding[1:], groups=groups)
+        return out.unflatten(0, (-1, num_frames))
+
+    out = tap(padding[0])
+    for i in range(num_taps):
+        ahead = i - padding[0]
+        if ahead:
+            length = num_frames - abs(ahead)
+            out.narrow(1, max(-ahead, 0), length).add_(tap(i).narrow(1, max(ahead, 0), length))
+    return out.transpose(1, 2)
 
 
 def relative_table(table: Tensor, num_q: int, num_k: int) -> Tensor:
