@@ -295,14 +295,20 @@ def depthwise_convolution(x: Tensor, weight: Tensor, stride: Grid, padding: Grid
 def relative_table(table: Tensor, num_q: int, num_k: int) -> Tensor:
     """The rows of a table of distances [L, D] for every query and key along an axis: [num_q, num_k, D].
 
-    Distances are in units of the finer of the two grids, cut to whole numbers towards zero; a table of another length
-    is interpolated to 2 * max(num_q, num_k) - 1 (SlowFast `attention.py`, get_rel_pos).
+    A table of another length is interpolated to 2 * max(num_q, num_k) - 1 (SlowFast `attention.py`, get_rel_pos).
     """
-    table = resize_table(table, 2 * max(num_q, num_k) - 1)
+    return resize_table(table, 2 * max(num_q, num_k) - 1)[relative_index(num_q, num_k, table.device)]
+
+
+def relative_index(num_q: int, num_k: int, device: torch.device) -> Tensor:
+    """[num_q, num_k] int64, where a table of 2 * max(num_q, num_k) - 1 distances has that of a query and a key.
+
+    Distances are in units of the finer of the two grids, cut to whole numbers towards zero.
+    """
     step_q, step_k = max(num_k / num_q, 1.0), max(num_q / num_k, 1.0)
-    i = torch.arange(num_q, device=table.device)[:, None] * step_q
-    j = torch.arange(num_k, device=table.device)[None, :] * step_k
-    return table[(i - j + (num_k - 1) * step_k).long()]
+    i = torch.arange(num_q, device=device)[:, None] * step_q
+    j = torch.arange(num_k, device=device)[None, :] * step_k
+    return (i - j + (num_k - 1) * step_k).long()
 
 
 def resize_table(table: Tensor, length: int) -> Tensor:
