@@ -87,11 +87,11 @@ class MultiScaleATSBlock(nn.Module):
             scoring_q = matched_q
             if self.sampler.score != "mean_attention":
                 first = queries.layout.start
-                scoring_q = self.project_q(rows(x, first)) if q is None else rows(matched_q, first)
+                scoring_q = attn.project(rows(x, first), "q")[:, 0] if q is None else rows(matched_q, first)
             mask, slots = self.sample(queries, keys, scoring_q, matched_k, v, query_grid, key_grid)
             kept, index = queries.keep(mask, slots=slots)
         if q is None:
-            matched_q = self.project_q(rows(x, index))
+            matched_q = attn.project(rows(x, index), "q")[:, 0]
         else:
             matched_q = rows(matched_q, index)
 
@@ -102,7 +102,7 @@ class MultiScaleATSBlock(nn.Module):
                 patches = patches * (kept.position >= kept.num_prefix_tokens)[:, None, None]
             out = out + patches
         out = attn.proj_drop(attn.proj(out.flatten(1)))
-        skip = self.skip(tokens, x, queries, index, grid)
+        skip = self.skip(tokens, x, queries, kept, index, grid)
         x = skip + ATSBlock.drop_path(self.drop_path, out, kept.layout)
         x = self.feed_forward(x, lambda y: ATSBlock.drop_path(self.drop_path, y, kept.layout))
         return kept.with_x(x), query_grid
@@ -114,22 +114,13 @@ class MultiScaleATSBlock(nn.Module):
         and normalised.
         """
         attn, names = self.attn, "qkv" if self.projects_all_queries else "kv"
-        x = self.project_part(x, 3 - len(names), 3).unflatten(-1, (len(names), attn.num_heads, -1))
         parts = []
-        for group, part in attn.pooled_alike(names, x):
+        for group in attn.pooled_alike(names):
+            part = attn.project(x, group)
             if attn.pools(group):
                 part = pool_ragged(attn.pools(group), part, tokens, queries if "q" in group else keys, grid)
             parts += attn.normalised(group, part)
         return (None, *parts)[-3:]
-
-    def project_q(self, x: Tensor) -> Tensor:
-        """Queries [T, H, D] of tokens [T, C], where queries are not pooled."""
-        return self.project_part(x, 0, 1).unflatten(-1, (self.attn.num_heads, -1))
-
-    def project_part(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Some of the three parts (queries, keys, values) of the joint projection."""
-        qkv, part = self.attn.qkv, slice(start * self.spec.dim_attn, stop * self.spec.dim_attn)
-        return F.linear(x, qkv.weight[part], None if qkv.bias is None else qkv.bias[part])
 
     def with_positions(
         self, q: Tensor, k: Tensor, queries: RaggedTokens, keys: RaggedTokens, query_grid: Grid, key_grid: Grid
@@ -160,15 +151,19 @@ class MultiScaleATSBlock(nn.Module):
         ones = rows(ones, keys.position)[:, None].expand(-1, k.shape[1], -1)
         return torch.cat([q, products.gather(-1, columns)], dim=-1), torch.cat([k, ones], dim=-1)
 
-    def skip(self, tokens: RaggedTokens, x: Tensor, queries: RaggedTokens, index: Tensor | None, grid: Grid) -> Tensor:
+    def skip(
+        self,
+        tokens: RaggedTokens,
+        x: Tensor,
+        queries: RaggedTokens,
+        kept: RaggedTokens,
+        index: Tensor | None,
+        grid: Grid,
+    ) -> Tensor:
         """The residual path of the kept tokens [T', dim_attn]; `x` are the normalised tokens."""
-        skip = x if self.widens_in_attention else tokens.x
         if self.pool_skip is None:
-            skip = rows(skip, index)
-        if self.widens_in_attention:
-            skip = self.proj(skip)
-        if self.pool_skip is None:
-            return skip
+            return self.proj(rows(x, index)) if self.widens_in_attention else kept.x
+        skip = self.proj(x) if self.widens_in_attention else tokens.x
         skip = pool_ragged([self.pool_skip], skip[:, None, None], tokens, queries, grid)[:, 0, 0]
         return rows(skip, index)
 

@@ -125,7 +125,8 @@ class MultiScaleAttention(nn.Module):
     def forward(self, x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
         """Normalised tokens [B, N, C] on `grid` -> [B, N_q, A]."""
         parts = []
-        for names, part in self.pooled_alike("qkv", self.qkv(x).unflatten(-1, (3, self.num_heads, -1))):
+        for names in self.pooled_alike("qkv"):
+            part = self.project(x, names)
             if self.pools(names):
                 part = pool_grid(self.pools(names), part, grid, num_prefix_tokens)
             parts += self.normalised(names, part)
@@ -140,11 +141,24 @@ class MultiScaleAttention(nn.Module):
             out = out + F.pad(q[:, num_prefix_tokens:], (0, 0, 0, 0, num_prefix_tokens, 0))
         return self.proj_drop(self.proj(out.flatten(2)))
 
-    def pooled_alike(self, names: str, x: Tensor) -> list[tuple[str, Tensor]]:
-        """`names` (qkv or kv) and x [..., len(names), H, D] in groups of one pooling geometry, each pooled at once."""
+    def pooled_alike(self, names: str) -> list[str]:
+        """`names` (qkv or kv) in groups of one pooling geometry: each is projected and pooled at once."""
         if "q" not in names or self.spec.pool_q == self.spec.pool_kv:
-            return [(names, x)]
-        return [("q", x[..., :1, :, :]), (names[1:], x[..., 1:, :, :])]
+            return [names]
+        return ["q", names[1:]]
+
+    def project(self, x: Tensor, names: str) -> Tensor:
+        """Adjacent parts of the joint projection, `names` of q, k, v: [..., C] -> [..., len(names), H, D].
+
+        A projection for each group costs no copy; a slice of the joint one would have to be made contiguous to pool it.
+        """
+        if names == "qkv":
+            x = self.qkv(x)
+        else:
+            start = "qkv".index(names) * self.spec.dim_attn
+            part = slice(start, start + len(names) * self.spec.dim_attn)
+            x = F.linear(x, self.qkv.weight[part], None if self.qkv.bias is None else self.qkv.bias[part])
+        return x.unflatten(-1, (len(names), self.num_heads, -1))
 
     def pools(self, names: str) -> list[nn.Module]:
         """The poolings of a group; empty if it is not pooled."""
@@ -157,20 +171,21 @@ class MultiScaleAttention(nn.Module):
         return [t if norm is None else norm(t) for norm, t in zip(norms, x.unbind(-3), strict=True)]
 
     def relative_positions(self, q: Tensor, query_grid: Grid, key_grid: Grid) -> list[Tensor | None]:
-        """q . R for each axis (t, h, w): [B, T_q, H_q, W_q, H, keys along the axis]; None for an axis without a table.
+        """q . R for each axis (t, h, w): [B, H, T_q, H_q, W_q, keys along the axis]; None for an axis without a table.
 
         Args:
             q: [B, grid of the queries, H, D], pooled and normalised but not scaled; without CLS.
         """
         q = q.unflatten(1, query_grid)
         terms = []
-        equations = ("bthwnd,tkd->bthwnk", "bthwnd,hkd->bthwnk", "bthwnd,wkd->bthwnk")
+        equations = ("bthwnd,tkd->bnthwk", "bthwnd,hkd->bnthwk", "bthwnd,wkd->bnthwk")
         tables = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         for equation, table, num_q, num_k in zip(equations, tables, query_grid, key_grid, strict=True):
             if table is None:
                 terms.append(None)
             else:
-                terms.append(torch.einsum(equation, q, relative_table(table, num_q, num_k).to(q.dtype)))
+                term = torch.einsum(equation, q, relative_table(table, num_q, num_k).to(q.dtype))
+                terms.append(term.contiguous())  # else their sum, many times larger, comes out transposed as they are
         return terms
 
     def position_bias(self, q: Tensor, query_grid: Grid, key_grid: Grid, num_prefix_tokens: int) -> Tensor:
@@ -178,7 +193,7 @@ class MultiScaleAttention(nn.Module):
         t, h, w = self.relative_positions(q, query_grid, key_grid)
         bias = 0 if h is None else (h[..., :, None] + w[..., None, :])[..., None, :, :]
         bias = bias if t is None else bias + t[..., :, None, None]
-        bias = bias.expand(*bias.shape[:-3], *key_grid).flatten(-3).flatten(1, 3).transpose(1, 2)
+        bias = bias.expand(*bias.shape[:-3], *key_grid).flatten(-3).flatten(2, 4)
         # Padding by nothing would copy all of it.
         return F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0)) if num_prefix_tokens else bias
 
@@ -257,31 +272,32 @@ def pool_grid(pools: Sequence[nn.Module], x: Tensor, grid: Grid, num_prefix_toke
 
     All parts and heads are the channels of one operation, in the order that they have in memory: nothing is transposed.
     """
-    parts = x.shape[2:]
+    parts, pool = x.shape[2:], pools[0]
     prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:].flatten(2).contiguous()
-    volume = patches.transpose(1, 2).unflatten(-1, grid)  # [B, P * H * D, T, H, W], channels last
-    pool = pools[0]
+    canvas = patches.unflatten(1, grid)
     if isinstance(pool, nn.Conv3d):
         weight = torch.cat([own.weight for own in pools for _ in range(parts[1])])
-        pooled = depthwise_convolution(volume, weight, pool.stride, pool.padding)
+        pooled = depthwise_convolution(canvas, weight, pool.stride, pool.padding)
     else:
-        pooled = pool(volume)
-    pooled = pooled.flatten(2).transpose(1, 2).unflatten(-1, parts)
+        pooled = pool(canvas.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    pooled = pooled.flatten(1, 3).unflatten(-1, parts)
     return torch.cat([prefix, pooled], dim=1) if num_prefix_tokens else pooled
 
 
 def depthwise_convolution(x: Tensor, weight: Tensor, stride: Grid, padding: Grid) -> Tensor:
-    """conv3d of channels-last x [B, C, T, H, W] with weight [C, 1, t, h, w], every channel by itself."""
-    groups, num_frames, num_taps = x.shape[1], x.shape[2], weight.shape[2]
+    """conv3d of x [B, T, H, W, C] with weight [C, 1, t, h, w], every channel by itself."""
+    groups, num_frames, num_taps = x.shape[-1], x.shape[1], weight.shape[2]
     keeps_time = stride[0] == 1 and num_taps == 2 * padding[0] + 1
     if x.is_cuda or num_taps == 1 or not keeps_time or num_frames <= padding[0]:
-        return F.conv3d(x, weight, stride=stride, padding=padding, groups=groups)
+        volume = x.permute(0, 4, 1, 2, 3)  # channels last: nothing is moved
+        out = F.conv3d(volume, weight, stride=stride, padding=padding, groups=groups)
+        return out.permute(0, 2, 3, 4, 1)
     # PyTorch's fast depthwise kernels for a CPU know two dimensions: all frames once for each tap in time, added up.
-    frames = x.transpose(1, 2).flatten(0, 1)
+    frames = x.flatten(0, 1).permute(0, 3, 1, 2)
 
     def tap(i: int) -> Tensor:
         out = F.conv2d(frames, weight[:, :, i], stride=stride[1:], padding=padding[1:], groups=groups)
-        return out.unflatten(0, (-1, num_frames))
+        return out.permute(0, 2, 3, 1).unflatten(0, (-1, num_frames))
 
     out = tap(padding[0])
     for i in range(num_taps):
@@ -289,7 +305,7 @@ def depthwise_convolution(x: Tensor, weight: Tensor, stride: Grid, padding: Grid
         if ahead:
             length = num_frames - abs(ahead)
             out.narrow(1, max(-ahead, 0), length).add_(tap(i).narrow(1, max(ahead, 0), length))
-    return out.transpose(1, 2)
+    return out
 
 
 def relative_table(table: Tensor, num_q: int, num_k: int) -> Tensor:
