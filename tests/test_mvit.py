@@ -23,7 +23,7 @@ from ats.errors import UserError
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
 from ats.models.mvit_ats import MultiScaleATSBlock, rescale
-from ats.models.mvit_block import relative_table
+from ats.models.mvit_block import depthwise_convolution, relative_table
 from ats.sampling import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
@@ -319,6 +319,28 @@ def test_relative_positions_of_unequal_grids():
     assert relative_table(table, 4, 2)[..., 0].tolist() == [[2 + i - 2 * j for j in range(2)] for i in range(4)]
     assert relative_table(table, 2, 4)[..., 0].tolist() == [[3 + 2 * i - j for j in range(4)] for i in range(2)]
     assert relative_table(torch.ones(3, 5), 4, 4).shape == (4, 4, 5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    grid=st.tuples(*[st.integers(1, 6)] * 3),
+    kernel=st.tuples(*[st.sampled_from([1, 3, 5])] * 3),
+    stride=st.tuples(*[st.integers(1, 3)] * 3),
+    batch_size=st.integers(1, 2),
+)
+def test_depthwise_convolution_is_conv3d(grid, kernel, stride, batch_size):
+    """Frame by frame or not, values and gradients are those of a convolution in three dimensions."""
+    padding = tuple(size // 2 for size in kernel)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size, *grid, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(4, 1, *kernel, generator=generator, dtype=torch.float64).requires_grad_()
+    out = depthwise_convolution(x, weight, stride, padding)
+    volume = x.permute(0, 4, 1, 2, 3).contiguous()
+    wanted = torch.nn.functional.conv3d(volume, weight, stride=stride, padding=padding, groups=4)
+    torch.testing.assert_close(out, wanted.permute(0, 2, 3, 4, 1))
+    factor = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad((out * factor).sum(), (x, weight))
+    torch.testing.assert_close(grads, torch.autograd.grad((wanted.permute(0, 2, 3, 4, 1) * factor).sum(), (x, weight)))
 
 
 def test_slots_follow_the_grid():

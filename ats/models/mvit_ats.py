@@ -26,6 +26,8 @@ Shapes: as in `mvit_block.py` and `ats/tokens.py`; T_q, T_k packed queries and k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 from ats.attention import ragged_attention
 from ats.models.ats_block import ATSBlock, score_candidates
 from ats.models.canvas import ONE, Grid, coarsen, rescale, tokens_of_cells
-from ats.models.mvit_block import MultiScaleBlock, pool_grid
+from ats.models.mvit_block import MultiScaleBlock, pool_grid, relative_index, resize_table
 from ats.sampling import BlockSampler
 from ats.tokens import Layout, RaggedTokens
 
@@ -71,61 +73,54 @@ class MultiScaleATSBlock(nn.Module):
         """Tokens on `grid` in; those of the output's grid that are kept out, after a full block."""
         attn, spec = self.attn, self.spec
         query_grid, key_grid = spec.query_grid(grid), spec.key_grid(grid)
-        queries = coarsen(tokens, grid, ONE if spec.pool_q is None else spec.pool_q.stride)
-        keys = coarsen(tokens, grid, ONE if spec.pool_kv is None else spec.pool_kv.stride)
+        stride_q, stride_kv = (ONE if pool is None else pool.stride for pool in (spec.pool_q, spec.pool_kv))
+        queries = coarsen(tokens, grid, stride_q)
+        keys = queries if stride_q == stride_kv else coarsen(tokens, grid, stride_kv)
         x = self.norm1(tokens.x)
-        q, k, v = self.project(x, with_queries=self.projects_all_queries)
-        k, v = self.pooled("k", k, tokens, keys, grid), self.pooled("v", v, tokens, keys, grid)
+        q, k, v = self.pooled_parts(x, tokens, queries, keys, grid)
         matched_q, matched_k = q, k
-        if q is not None:
-            matched_q = q = self.pooled("q", q, tokens, queries, grid)
-            if attn.has_rel_pos:
-                matched_q, matched_k = self.with_positions(q, k, queries, keys, query_grid, key_grid)
+        if attn.has_rel_pos:
+            matched_q, matched_k = self.with_positions(q, k, queries, keys, query_grid, key_grid)
 
         kept, index = queries, None
         if self.sampler is not None:
             scoring_q = matched_q
             if self.sampler.score != "mean_attention":
                 first = queries.layout.start
-                scoring_q = self.project_q(x[first]) if q is None else matched_q[first]
+                scoring_q = attn.project(rows(x, first), "q")[:, 0] if q is None else rows(matched_q, first)
             mask, slots = self.sample(queries, keys, scoring_q, matched_k, v, query_grid, key_grid)
-            kept, index = queries.keep(queries.layout.pad(mask), slots=slots)
+            kept, index = queries.keep(mask, slots=slots)
         if q is None:
-            q = matched_q = self.project_q(x if index is None else x[index])
-        elif index is not None:
-            q, matched_q = q[index], matched_q[index]
+            matched_q = attn.project(rows(x, index), "q")[:, 0]
+        else:
+            matched_q = rows(matched_q, index)
 
         out = attend(matched_q, matched_k, v, queries=kept.layout, keys=keys.layout, scale=attn.scale)
         if attn.residual_pooling:
-            out = out + q * (kept.position >= kept.num_prefix_tokens)[:, None, None]
+            patches = matched_q[..., : attn.head_dim]
+            if kept.num_prefix_tokens:
+                patches = patches * (kept.position >= kept.num_prefix_tokens)[:, None, None]
+            out = out + patches
         out = attn.proj_drop(attn.proj(out.flatten(1)))
-        skip = self.skip(tokens, x, queries, index, grid)
+        skip = self.skip(tokens, x, queries, kept, index, grid)
         x = skip + ATSBlock.drop_path(self.drop_path, out, kept.layout)
         x = self.feed_forward(x, lambda y: ATSBlock.drop_path(self.drop_path, y, kept.layout))
         return kept.with_x(x), query_grid
 
-    def project(self, x: Tensor, *, with_queries: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Queries (if wanted), keys and values [T, H, D] of tokens [T, C]."""
-        if with_queries:
-            return self.attn.qkv(x).unflatten(-1, (3, self.attn.num_heads, -1)).unbind(1)
-        k, v = self.project_part(x, 1, 3).unflatten(-1, (2, self.attn.num_heads, -1)).unbind(1)
-        return None, k, v
-
-    def project_q(self, x: Tensor) -> Tensor:
-        """Queries [T, H, D] of tokens [T, C], where queries are not pooled."""
-        return self.project_part(x, 0, 1).unflatten(-1, (self.attn.num_heads, -1))
-
-    def project_part(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Some of the three parts (queries, keys, values) of the joint projection."""
-        qkv, rows = self.attn.qkv, slice(start * self.spec.dim_attn, stop * self.spec.dim_attn)
-        return F.linear(x, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
-
-    def pooled(self, name: str, x: Tensor, tokens: RaggedTokens, cells: RaggedTokens, grid: Grid) -> Tensor:
-        """q, k or v [T, H, D] of the tokens -> those of the pooled cells, normalised [T', H, D]."""
-        pool, norm = getattr(self.attn, f"pool_{name}"), getattr(self.attn, f"norm_{name}")
-        if pool is not None:
-            x = pool_ragged(pool, x, tokens, cells, grid)
-        return x if norm is None else norm(x)
+    def pooled_parts(
+        self, x: Tensor, tokens: RaggedTokens, queries: RaggedTokens, keys: RaggedTokens, grid: Grid
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Queries (if all are needed), keys and values of normalised tokens [T, C]: [T_q, H, D] and [T_k, H, D], pooled
+        and normalised.
+        """
+        attn, names = self.attn, "qkv" if self.projects_all_queries else "kv"
+        parts = []
+        for group in attn.pooled_alike(names):
+            part = attn.project(x, group)
+            if attn.pools(group):
+                part = pool_ragged(attn.pools(group), part, tokens, queries if "q" in group else keys, grid)
+            parts += attn.normalised(group, part)
+        return (None, *parts)[-3:]
 
     def with_positions(
         self, q: Tensor, k: Tensor, queries: RaggedTokens, keys: RaggedTokens, query_grid: Grid, key_grid: Grid
@@ -136,31 +131,41 @@ class MultiScaleATSBlock(nn.Module):
         key a 1 at its own. So the term needs no matrix of its own and any attention kernel will do. CLS carries zeros.
         The width is filled up to a multiple of 8, as fused kernels like it.
         """
-        num_prefix, scale = queries.num_prefix_tokens, self.attn.scale
-        canvas = queries.to_grid(q)[:, num_prefix:]
-        by_axis, coordinates = [], []
-        terms = self.attn.relative_positions(canvas, query_grid, key_grid)
-        for axis, (term, size) in enumerate(zip(terms, key_grid, strict=True)):
-            if term is not None:
-                by_axis.append(term.flatten(1, 3) / scale)
-                coordinates.append(F.one_hot(coordinate(key_grid, axis, q.device), size))
-        fill = -sum(term.shape[-1] for term in by_axis) % 8
-        query_part = F.pad(torch.cat(by_axis, dim=-1), (0, fill, 0, 0, num_prefix, 0))
-        key_part = F.pad(torch.cat(coordinates, dim=-1), (0, fill, num_prefix, 0)).to(k.dtype)
-        key_part = key_part[keys.position][:, None].expand(-1, k.shape[1], -1)
-        return torch.cat([q, queries.from_grid(query_part)], dim=-1), torch.cat([k, key_part], dim=-1)
+        attn, num_prefix = self.attn, queries.num_prefix_tokens
+        tables, columns, ones, start = [], [], [], 0
+        by_axis = zip((attn.rel_pos_t, attn.rel_pos_h, attn.rel_pos_w), query_grid, key_grid, strict=True)
+        for axis, (table, num_q, num_k) in enumerate(by_axis):
+            if table is not None:
+                tables.append(resize_table(table, 2 * max(num_q, num_k) - 1))
+                columns.append(along_axis(start + relative_index(num_q, num_k, q.device), query_grid, axis))
+                ones.append(along_axis(torch.eye(num_k, dtype=k.dtype, device=k.device), key_grid, axis))
+                start += len(tables[-1])
+        fill = -sum(one.shape[-1] for one in ones) % 8
+        # One product with all distances, from which every query takes those it has to the coordinates of keys; what
+        # CLS and the filling take is a product with zeros.
+        tables.append(tables[0].new_zeros(1, attn.head_dim))
+        products = F.linear(q, torch.cat(tables).to(q.dtype) / attn.scale)
+        columns = F.pad(torch.cat(columns, dim=-1).flatten(0, 2), (0, fill, num_prefix, 0), value=start)
+        columns = rows(columns, queries.position)[:, None].expand(-1, q.shape[1], -1)
+        ones = F.pad(torch.cat(ones, dim=-1).flatten(0, 2), (0, fill, num_prefix, 0))
+        ones = rows(ones, keys.position)[:, None].expand(-1, k.shape[1], -1)
+        return torch.cat([q, products.gather(-1, columns)], dim=-1), torch.cat([k, ones], dim=-1)
 
-    def skip(self, tokens: RaggedTokens, x: Tensor, queries: RaggedTokens, index: Tensor | None, grid: Grid) -> Tensor:
+    def skip(
+        self,
+        tokens: RaggedTokens,
+        x: Tensor,
+        queries: RaggedTokens,
+        kept: RaggedTokens,
+        index: Tensor | None,
+        grid: Grid,
+    ) -> Tensor:
         """The residual path of the kept tokens [T', dim_attn]; `x` are the normalised tokens."""
-        skip = x if self.widens_in_attention else tokens.x
-        if self.pool_skip is None and index is not None:
-            skip = skip[index]
-        if self.widens_in_attention:
-            skip = self.proj(skip)
         if self.pool_skip is None:
-            return skip
-        skip = pool_ragged(self.pool_skip, skip[:, None], tokens, queries, grid).squeeze(1)
-        return skip if index is None else skip[index]
+            return self.proj(rows(x, index)) if self.widens_in_attention else kept.x
+        skip = self.proj(x) if self.widens_in_attention else tokens.x
+        skip = pool_ragged([self.pool_skip], skip[:, None, None], tokens, queries, grid)[:, 0, 0]
+        return rows(skip, index)
 
     @torch.no_grad()
     def sample(
@@ -180,38 +185,48 @@ class MultiScaleATSBlock(nn.Module):
             k: with relative positions. v: the cells' values.
 
         Returns:
-            A mask [T_q] of the queries to keep, and the token slots afterwards.
+            A mask [S, M] of the queries to keep, and the token slots afterwards.
         """
         sampler, layout, num_prefix = self.sampler, keys.layout, keys.num_prefix_tokens
         candidates = score_candidates(sampler.score, keys, q, k, v, scale=self.attn.scale, queries=queries.layout)
         keep = sampler(candidates, slots=keys.slots, num_prefix_tokens=num_prefix)
-        keep = layout.unpad(torch.cat([keep.new_ones(len(keep), num_prefix), keep], dim=1))
-        cells = keys.to_grid(keep)[:, num_prefix:].unflatten(1, key_grid)
-        steps = tuple(num_q // num_k for num_q, num_k in zip(query_grid, key_grid, strict=True))
-        cells = tokens_of_cells(cells, query_grid, steps)
-        mask = torch.cat([cells.new_ones(len(cells), num_prefix), cells.flatten(1)], dim=1)
+        keep = F.pad(keep, (num_prefix, 0), value=True)
         slots = min(sampler.budget(keys.slots), keys.slots)
-        return queries.from_grid(mask), rescale(slots, keys.num_positions, queries.num_positions, num_prefix)
+        if keys is queries:
+            return keep, slots
+        steps = tuple(num_q // num_k for num_q, num_k in zip(query_grid, key_grid, strict=True))
+        cells = keys.to_grid(layout.unpad(keep))[:, num_prefix:].unflatten(1, key_grid)
+        cells = tokens_of_cells(cells, query_grid, steps)
+        mask = queries.from_grid(F.pad(cells.flatten(1), (num_prefix, 0), value=True))
+        return queries.layout.pad(mask), rescale(slots, keys.num_positions, queries.num_positions, num_prefix)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, queries: Layout, keys: Layout, scale: float) -> Tensor:
-    """`ragged_attention` for values narrower than queries and keys [T_q, H, D]; GPU kernels want one width."""
-    if not q.is_cuda or q.shape[-1] == v.shape[-1]:
+    """`ragged_attention` for values narrower than queries and keys [T_q, H, D]; fused kernels want one width."""
+    fill = q.shape[-1] - v.shape[-1]
+    if fill == 0:
         return ragged_attention(q, k, v, queries=queries, keys=keys, scale=scale)
-    wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    wide = F.pad(v, (0, fill))
     return ragged_attention(q, k, wide, queries=queries, keys=keys, scale=scale)[..., : v.shape[-1]]
 
 
-def pool_ragged(pool: nn.Module, x: Tensor, tokens: RaggedTokens, cells: RaggedTokens, grid: Grid) -> Tensor:
-    """Pool x [T, H, D] of `tokens` on a canvas of the whole `grid`; returns the values [T', H, D] of `cells`."""
-    is_max = isinstance(pool, nn.MaxPool3d)
+def rows(x: Tensor, index: Tensor | None) -> Tensor:
+    """Rows of x, or all; a gather of whole rows, which indexing by brackets is not sure to be."""
+    return x if index is None else x.index_select(0, index)
+
+
+def pool_ragged(pools: Sequence[nn.Module], x: Tensor, tokens: RaggedTokens, cells: RaggedTokens, grid: Grid) -> Tensor:
+    """Pool x [T, P, H, D] of `tokens` on a canvas of the whole `grid`, each of the P parts by its own of `pools`: the
+    values [T', P, H, D] of `cells`.
+    """
+    is_max = isinstance(pools[0], nn.MaxPool3d)
     canvas = tokens.to_grid(x, -torch.inf if is_max else 0)
-    out = cells.from_grid(pool_grid(pool, canvas, grid, tokens.num_prefix_tokens))
+    out = cells.from_grid(pool_grid(pools, canvas, grid, tokens.num_prefix_tokens))
     # With a stride above the kernel's reach a cell may be there by a token that the kernel does not see.
     return out.masked_fill(out == -torch.inf, 0) if is_max else out
 
 
-def coordinate(grid: Grid, axis: int, device: torch.device) -> Tensor:
-    """[T * H * W] int64, the coordinate along `axis` of every position of the grid."""
-    index = torch.arange(grid[axis], device=device)
-    return index.reshape([-1 if i == axis else 1 for i in range(3)]).expand(grid).flatten()
+def along_axis(x: Tensor, grid: Grid, axis: int) -> Tensor:
+    """[n, m], a row for every coordinate along `axis` -> [T, H, W, m], for every position of the grid; not copied."""
+    shape = [-1 if i == axis else 1 for i in range(3)]
+    return x.reshape(*shape, x.shape[-1]).expand(*grid, x.shape[-1])

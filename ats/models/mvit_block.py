@@ -10,6 +10,7 @@ Shapes: B clips or images, N = P + grid tokens, P prefix tokens (1 with CLS, els
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,8 +124,13 @@ class MultiScaleAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
         """Normalised tokens [B, N, C] on `grid` -> [B, N_q, A]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q, k, v = (self.pool(name, t, grid, num_prefix_tokens) for name, t in (("q", q), ("k", k), ("v", v)))
+        parts = []
+        for names in self.pooled_alike("qkv"):
+            part = self.project(x, names)
+            if self.pools(names):
+                part = pool_grid(self.pools(names), part, grid, num_prefix_tokens)
+            parts += self.normalised(names, part)
+        q, k, v = parts
         bias = None
         if self.has_rel_pos:
             query_grid, key_grid = self.spec.query_grid(grid), self.spec.key_grid(grid)
@@ -135,40 +141,61 @@ class MultiScaleAttention(nn.Module):
             out = out + F.pad(q[:, num_prefix_tokens:], (0, 0, 0, 0, num_prefix_tokens, 0))
         return self.proj_drop(self.proj(out.flatten(2)))
 
-    def pool(self, name: str, x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
-        """Queries, keys or values (`name` q, k, v) [B, N, H, D] on `grid`, pooled and normalised; CLS is not pooled."""
-        pool, norm = getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")
-        if pool is not None:
-            x = pool_grid(pool, x, grid, num_prefix_tokens)
-        return x if norm is None else norm(x)
+    def pooled_alike(self, names: str) -> list[str]:
+        """`names` (qkv or kv) in groups of one pooling geometry: each is projected and pooled at once."""
+        if "q" not in names or self.spec.pool_q == self.spec.pool_kv:
+            return [names]
+        return ["q", names[1:]]
+
+    def project(self, x: Tensor, names: str) -> Tensor:
+        """Adjacent parts of the joint projection, `names` of q, k, v: [..., C] -> [..., len(names), H, D].
+
+        A projection for each group costs no copy; a slice of the joint one would have to be made contiguous to pool it.
+        """
+        if names == "qkv":
+            x = self.qkv(x)
+        else:
+            start = "qkv".index(names) * self.spec.dim_attn
+            part = slice(start, start + len(names) * self.spec.dim_attn)
+            x = F.linear(x, self.qkv.weight[part], None if self.qkv.bias is None else self.qkv.bias[part])
+        return x.unflatten(-1, (len(names), self.num_heads, -1))
+
+    def pools(self, names: str) -> list[nn.Module]:
+        """The poolings of a group; empty if it is not pooled."""
+        pools = [getattr(self, f"pool_{name}") for name in names]
+        return [] if pools[0] is None else pools
+
+    def normalised(self, names: str, x: Tensor) -> list[Tensor]:
+        """The parts of x [..., len(names), H, D], each behind the norm that follows its pooling (if any)."""
+        norms = [getattr(self, f"norm_{name}") for name in names]
+        return [t if norm is None else norm(t) for norm, t in zip(norms, x.unbind(-3), strict=True)]
 
     def relative_positions(self, q: Tensor, query_grid: Grid, key_grid: Grid) -> list[Tensor | None]:
-        """q . R for each axis (t, h, w): [B, T_q, H_q, W_q, H, keys along the axis]; None for an axis without a table.
+        """q . R for each axis (t, h, w): [B, H, T_q, H_q, W_q, keys along the axis]; None for an axis without a table.
 
         Args:
             q: [B, grid of the queries, H, D], pooled and normalised but not scaled; without CLS.
         """
         q = q.unflatten(1, query_grid)
         terms = []
-        equations = ("bthwnd,tkd->bthwnk", "bthwnd,hkd->bthwnk", "bthwnd,wkd->bthwnk")
+        equations = ("bthwnd,tkd->bnthwk", "bthwnd,hkd->bnthwk", "bthwnd,wkd->bnthwk")
         tables = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         for equation, table, num_q, num_k in zip(equations, tables, query_grid, key_grid, strict=True):
             if table is None:
                 terms.append(None)
             else:
-                terms.append(torch.einsum(equation, q, relative_table(table, num_q, num_k).to(q.dtype)))
+                term = torch.einsum(equation, q, relative_table(table, num_q, num_k).to(q.dtype))
+                terms.append(term.contiguous())  # else their sum, many times larger, comes out transposed as they are
         return terms
 
     def position_bias(self, q: Tensor, query_grid: Grid, key_grid: Grid, num_prefix_tokens: int) -> Tensor:
         """The terms of all axes added up, [B, H, N_q, N_k], 0 in the row and the column of CLS."""
         t, h, w = self.relative_positions(q, query_grid, key_grid)
-        terms = []
-        if h is not None:
-            terms.append((h[..., :, None] + w[..., None, :])[..., None, :, :])
-        if t is not None:
-            terms.append(t[..., :, None, None])
-        bias = (sum(terms) + q.new_zeros(key_grid)).flatten(-3).flatten(1, 3).transpose(1, 2)
-        return F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0))
+        bias = 0 if h is None else (h[..., :, None] + w[..., None, :])[..., None, :, :]
+        bias = bias if t is None else bias + t[..., :, None, None]
+        bias = bias.expand(*bias.shape[:-3], *key_grid).flatten(-3).flatten(2, 4)
+        # Padding by nothing would copy all of it.
+        return F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0)) if num_prefix_tokens else bias
 
 
 class MLP(nn.Module):
@@ -227,7 +254,7 @@ class MultiScaleBlock(nn.Module):
         normed = self.norm1(x)
         skip = self.proj(normed) if self.widens_in_attention else x
         if self.pool_skip is not None:
-            skip = pool_grid(self.pool_skip, skip[:, :, None], grid, num_prefix_tokens).squeeze(2)
+            skip = pool_grid([self.pool_skip], skip[:, :, None, None], grid, num_prefix_tokens)[:, :, 0, 0]
         x = skip + self.drop_path(self.attn(normed, grid, num_prefix_tokens))
         return self.feed_forward(x, self.drop_path), self.spec.query_grid(grid)
 
@@ -239,26 +266,65 @@ class MultiScaleBlock(nn.Module):
         return x + drop_path(self.mlp(normed))
 
 
-def pool_grid(pool: nn.Module, x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
-    """Pool the patches of x [B, N, H, D] on their grid, the same way in every head; prefix tokens pass."""
-    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
-    num_heads = x.shape[2]
-    volume = patches.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, grid)  # [B * H, D, T, H, W]
-    pooled = pool(volume).flatten(2).unflatten(0, (-1, num_heads)).permute(0, 3, 1, 2)
-    return torch.cat([prefix, pooled], dim=1)
+def pool_grid(pools: Sequence[nn.Module], x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
+    """Pool the patches of x [B, N, P, H, D] on their grid, each of the P parts by its own of `pools`, which have one
+    geometry, and the same way in every head; prefix tokens pass. Returns [B, N', P, H, D].
+
+    All parts and heads are the channels of one operation, in the order that they have in memory: nothing is transposed.
+    """
+    parts, pool = x.shape[2:], pools[0]
+    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:].flatten(2).contiguous()
+    canvas = patches.unflatten(1, grid)
+    if isinstance(pool, nn.Conv3d):
+        weight = torch.cat([own.weight for own in pools for _ in range(parts[1])])
+        pooled = depthwise_convolution(canvas, weight, pool.stride, pool.padding)
+    else:
+        pooled = pool(canvas.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    pooled = pooled.flatten(1, 3).unflatten(-1, parts)
+    return torch.cat([prefix, pooled], dim=1) if num_prefix_tokens else pooled
+
+
+def depthwise_convolution(x: Tensor, weight: Tensor, stride: Grid, padding: Grid) -> Tensor:
+    """conv3d of x [B, T, H, W, C] with weight [C, 1, t, h, w], every channel by itself."""
+    groups, num_frames, num_taps = x.shape[-1], x.shape[1], weight.shape[2]
+    keeps_time = stride[0] == 1 and num_taps == 2 * padding[0] + 1
+    if x.is_cuda or num_taps == 1 or not keeps_time or num_frames <= padding[0]:
+        volume = x.permute(0, 4, 1, 2, 3)  # channels last: nothing is moved
+        out = F.conv3d(volume, weight, stride=stride, padding=padding, groups=groups)
+        return out.permute(0, 2, 3, 4, 1)
+    # PyTorch's fast depthwise kernels for a CPU know two dimensions: all frames once for each tap in time, added up.
+    frames = x.flatten(0, 1).permute(0, 3, 1, 2)
+
+    def tap(i: int) -> Tensor:
+        out = F.conv2d(frames, weight[:, :, i], stride=stride[1:], padding=padding[1:], groups=groups)
+        return out.permute(0, 2, 3, 1).unflatten(0, (-1, num_frames))
+
+    out = tap(padding[0])
+    for i in range(num_taps):
+        ahead = i - padding[0]
+        if ahead:
+            length = num_frames - abs(ahead)
+            out.narrow(1, max(-ahead, 0), length).add_(tap(i).narrow(1, max(ahead, 0), length))
+    return out
 
 
 def relative_table(table: Tensor, num_q: int, num_k: int) -> Tensor:
     """The rows of a table of distances [L, D] for every query and key along an axis: [num_q, num_k, D].
 
-    Distances are in units of the finer of the two grids, cut to whole numbers towards zero; a table of another length
-    is interpolated to 2 * max(num_q, num_k) - 1 (SlowFast `attention.py`, get_rel_pos).
+    A table of another length is interpolated to 2 * max(num_q, num_k) - 1 (SlowFast `attention.py`, get_rel_pos).
     """
-    table = resize_table(table, 2 * max(num_q, num_k) - 1)
+    return resize_table(table, 2 * max(num_q, num_k) - 1)[relative_index(num_q, num_k, table.device)]
+
+
+def relative_index(num_q: int, num_k: int, device: torch.device) -> Tensor:
+    """[num_q, num_k] int64, where a table of 2 * max(num_q, num_k) - 1 distances has that of a query and a key.
+
+    Distances are in units of the finer of the two grids, cut to whole numbers towards zero.
+    """
     step_q, step_k = max(num_k / num_q, 1.0), max(num_q / num_k, 1.0)
-    i = torch.arange(num_q, device=table.device)[:, None] * step_q
-    j = torch.arange(num_k, device=table.device)[None, :] * step_k
-    return table[(i - j + (num_k - 1) * step_k).long()]
+    i = torch.arange(num_q, device=device)[:, None] * step_q
+    j = torch.arange(num_k, device=device)[None, :] * step_k
+    return (i - j + (num_k - 1) * step_k).long()
 
 
 def resize_table(table: Tensor, length: int) -> Tensor:

@@ -2,9 +2,9 @@
 
 What a block computes depends on where the kept tokens lie (a cell is there if one of its tokens is), so the masks of
 kept tokens are carried through the network as in the forward pass. Convolutions run on the whole grid and are counted
-so. As run, an ATS block attends from kept queries alone, and relative positions are part of wider queries and keys
-(`mvit_ats.py`). In the paper's accounting every query is projected and meets every key, and positions are an added
-matrix, as in the dense block.
+so. As run, an ATS block attends from kept queries alone; relative positions are a product with all distances and part
+of wider queries and keys, with values as wide (`mvit_ats.py`). In the paper's accounting every query is projected and
+meets every key, and positions are an added matrix, as in the dense block.
 """
 
 from __future__ import annotations
@@ -69,17 +69,18 @@ def block_multiply_adds(block: nn.Module, counts: Counts, grid: Grid, num_prefix
         if isinstance(pool, nn.Conv3d):
             cost = cost + attn.num_heads * conv_multiply_adds(pool, size[0] * size[1] * size[2])
     tables = (attn.rel_pos_t, attn.rel_pos_h, attn.rel_pos_w)
-    coordinates = sum(size for table, size in zip(tables, key_grid, strict=True) if table is not None)
-    on_canvas = query_grid[0] * query_grid[1] * query_grid[2]
-    cost = cost + coordinates * dim * ((queries - num_prefix) if paper else on_canvas)
-
-    width = dim  # of queries and keys, all heads together
+    sizes = [sizes for table, *sizes in zip(tables, query_grid, key_grid, strict=True) if table is not None]
+    coordinates = sum(num_k for _, num_k in sizes)
     if paper or not is_ats:
+        cost = cost + coordinates * dim * (queries - num_prefix)
         cost = cost + n * spec.dim_in * dim + queries * keys * dim + m * keys * dim
     else:
-        width += attn.num_heads * (coordinates + -coordinates % 8)
+        if attn.has_rel_pos:
+            num_distances = sum(2 * max(size) - 1 for size in sizes)
+            cost = cost + (num_distances + 1) * dim * queries
+        width = dim + attn.num_heads * (coordinates + -coordinates % 8)  # of queries, keys and values, all heads
         num_projected = n if block.projects_all_queries else m + (sampler is not None)
-        cost = cost + num_projected * spec.dim_in * dim + m * keys * (width + dim)
+        cost = cost + num_projected * spec.dim_in * dim + 2 * m * keys * width
         if sampler is not None:
             cost = cost + keys * width * (queries if sampler.score == "mean_attention" else 1)
 
