@@ -51,7 +51,7 @@ def inputs(batch_size: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch_size, 3, 32, 32, generator=generator, dtype=torch.float64)
 
 
-def golden_model(name: str, point_gradient: str = "grid_sample") -> PSViT:
+def golden_model(name: str, point_gradient: str = "released") -> PSViT:
     case = json.loads((FIXTURES / "image" / name / "case.json").read_text())["config"]
     return build_model(
         config({
@@ -446,7 +446,7 @@ def test_layer_decay_knows_the_order_of_the_layers():
         ({"ATS.ENABLE": True, "ATS.BLOCKS": [6]}, "block 6 does not exist"),
         ({"PSVIT.NUM_POINTS": [14]}, "PSVIT.NUM_POINTS [14]: give 2 numbers"),
         ({"PSVIT.STEM_DIMS": [64, 64]}, "PSVIT.STEM_DIMS [64, 64]: give 3 numbers"),
-        ({"PSVIT.POINT_GRADIENT": "release"}, "choose from grid_sample, released. Did you mean released?"),
+        ({"PSVIT.POINT_GRADIENT": "release"}, "choose from released, grid_sample. Did you mean released?"),
         ({"PSVIT.NUM_ITERS": 7}, "PSVIT.NUM_ITERS 7: give 1 to PSVIT.DEPTH, 6"),
         ({"PSVIT.NUM_HEADS": 5}, "PSVIT.EMBED_DIM 24 is not a multiple of PSVIT.NUM_HEADS 5"),
     ],
@@ -459,5 +459,5 @@ def test_wrong_configs_are_named(settings, text):
 
 
 def test_unknown_point_gradient_is_named_without_a_config_too():
-    with pytest.raises(UserError, match=r"PSVIT\.POINT_GRADIENT true: choose from grid_sample, released"):
+    with pytest.raises(UserError, match=r"PSVIT\.POINT_GRADIENT true: choose from released, grid_sample"):
         PSViT(point_gradient="true")

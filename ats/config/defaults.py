@@ -181,10 +181,10 @@ KEYS: list[Key] = [
     Key("PSVIT.OFFSET_GAMMA", 1.0, "Factor on the offsets of the points where features are sampled."),
     Key(
         "PSVIT.POINT_GRADIENT",
-        "grid_sample",
-        "Backward pass of the sampling: its gradient, or that of the release's CUDA kernel, which differs for points "
-        "less than a pixel beyond the border. The outputs are the same.",
-        choices=("grid_sample", "released"),
+        "released",
+        "Backward pass of the sampling: that of the release's CUDA kernel, or the gradient, from which it differs for "
+        "points less than a pixel beyond the border. The outputs are the same.",
+        choices=("released", "grid_sample"),
     ),
     Key("PSVIT.DEPTH", 14, "Number of blocks."),
     Key("PSVIT.EMBED_DIM", 384, "Width of the tokens."),

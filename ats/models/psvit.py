@@ -63,7 +63,7 @@ class PSViT(nn.Module):
         num_iters: int = 4,
         stem_dims: tuple[int, int, int] = (64, 64, 256),
         offset_gamma: float = 1.0,
-        point_gradient: str = "grid_sample",
+        point_gradient: str = "released",
         depth: int = 14,
         embed_dim: int = 384,
         num_heads: int = 6,

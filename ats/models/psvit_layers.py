@@ -58,7 +58,7 @@ class SamplingLayer(nn.Module):
     """
 
     def __init__(
-        self, block: nn.Module, dim: int, *, gamma: float, predicts: bool, point_gradient: str = "grid_sample"
+        self, block: nn.Module, dim: int, *, gamma: float, predicts: bool, point_gradient: str = "released"
     ) -> None:
         super().__init__()
         if point_gradient not in POINT_GRADIENTS:
@@ -150,4 +150,4 @@ class ReleasedGradient(torch.autograd.Function):
 
 
 # The sampling with one or the other backward pass: features [B, C, H, W], points [B, P, 2] of one dtype -> [B, P, C].
-POINT_GRADIENTS = {"grid_sample": sample_at, "released": ReleasedGradient.apply}
+POINT_GRADIENTS = {"released": ReleasedGradient.apply, "grid_sample": sample_at}
