@@ -38,6 +38,21 @@ def _no_process_outlives_its_test():
         sys.modules["processes"].kill_all()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _meta_tensors_get_no_values():
+    """Most of the time of building a network on the meta device goes into clamping the values it does not have."""
+    from timm.layers import weight_init
+
+    draw = weight_init._trunc_normal_
+
+    def draw_values(tensor, *args):
+        return tensor if tensor.is_meta else draw(tensor, *args)
+
+    weight_init._trunc_normal_ = draw_values
+    yield
+    weight_init._trunc_normal_ = draw
+
+
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ImageNet layout, 4 classes: 32 x 32 PNGs, a coloured square on noise; per class 16 to train on, 8 in val."""
