@@ -24,8 +24,9 @@ study: $(INSTALLED)
 	@$(BIN)/python tools/study.py
 
 # One thread per test process: two processes that share two cores lose more to each other's threads than they gain.
+# Files are begun in the order of tests/conftest.py, not by their number of tests: some of the longest have few.
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-faults: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_faults.py -k any_moment --kills $(KILLS) -s

@@ -12,6 +12,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # tests import the tools by their names
 
+# The longest files, begun first: whole files go to the processes of `make test`, and a long one that is begun last
+# keeps one of them busy while the others have nothing left to do.
+LONGEST = ("compile", "distributed", "faults", "demo", "study", "mvit", "cvt", "demo_video_weights", "calibration")
+LONGEST += ("seed_command", "triton_sampling", "model_zoo", "run_net_video", "export", "make_digits", "benchmark")
+
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0), "yellow": (255, 255, 0)}
 
 
@@ -20,11 +25,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of LONGEST first, file by file."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def _no_process_outlives_its_test():
     yield
     if "processes" in sys.modules:
         sys.modules["processes"].kill_all()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _meta_tensors_get_no_values():
+    """Most of the time of building a network on the meta device goes into clamping the values it does not have."""
+    from timm.layers import weight_init
+
+    draw = weight_init._trunc_normal_
+
+    def draw_values(tensor, *args):
+        return tensor if tensor.is_meta else draw(tensor, *args)
+
+    weight_init._trunc_normal_ = draw_values
+    yield
+    weight_init._trunc_normal_ = draw
 
 
 @pytest.fixture(scope="session")

@@ -50,8 +50,10 @@ def weights_by_recipe(recipe: dict) -> dict[str, torch.Tensor]:
     return weights
 
 
-def rivals_weights(recipe: dict, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a case of ToMe or EViT for `model`, whose keys and shapes are the case's."""
+def weights_by_seed(recipe: dict, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a case for `model`, whose keys and shapes are the case's (see "weights_recipe" in its case.json);
+    to the bit those that its numbers were made with.
+    """
     rng, weights = np.random.default_rng(recipe["weights_seed"]), {}
     for key, value in sorted(model.state_dict().items()):
         z = rng.standard_normal(tuple(value.shape))

@@ -228,4 +228,5 @@ def test_command_line(digits_dir, tmp_path):
         == f"error: {TOOL} is a file; --output needs a folder that does not exist yet, or an older "
         + ("Digits folder.\n")
     )
-    assert "Traceback" in run("--output", TOOL, "--debug").stderr
+    with pytest.raises(UserError):  # which Python prints with its traceback
+        tool.main([*settings, "--output", str(TOOL), "--debug"])

@@ -20,7 +20,7 @@ def tool():
 
 
 def test_the_table_is_up_to_date(tool):
-    """Every config is built; its parameters and dense GFLOPs, and its header, are those in the table."""
+    """Every dense network is built; parameters and GFLOPs, and every config's header, are those in the table."""
     old, new = tool.TARGET.read_text().splitlines(), tool.render().splitlines()
     stale = [line for line in new if line not in old] + [f"no longer: {line}" for line in old if line not in new]
     if stale or old != new:

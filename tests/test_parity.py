@@ -12,7 +12,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden import FIXTURES, images, weights_by_recipe
+from golden import FIXTURES, golden_case, images, weights_by_recipe, weights_by_seed
 from safetensors.torch import load_file
 
 from ats.checkpoint import load_weights
@@ -44,11 +44,9 @@ def model_of(config: dict, dtype: torch.dtype = torch.float32, **ats: object) ->
 
 
 def load_case(name: str, dtype: torch.dtype) -> tuple[dict, torch.nn.Module, np.lib.npyio.NpzFile, torch.Tensor]:
-    folder = FIXTURES / "image" / name
-    case = json.loads((folder / "case.json").read_text())
-    model = model_of(case["config"], dtype)
-    load_weights(model, weights_by_recipe(case["weights"]) if "weights" in case else folder / "weights.safetensors")
-    golden = np.load(folder / "golden.npz")
+    case, golden = golden_case(name)
+    model, recipe = model_of(case["config"], dtype), case["weights"]
+    load_weights(model, weights_by_recipe(recipe) if "SEED" in recipe else weights_by_seed(recipe, model))
     return case, model, golden, images(golden["image_u8"], dtype)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from golden import golden_case, images, rivals_weights
+from golden import golden_case, images, weights_by_seed
 from helpers import check_gradients, counted_multiply_adds, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,7 +60,7 @@ def load_case(name: str, dtype: torch.dtype):
         "ATS.ENABLE", True, *keys,
     ])  # fmt: skip
     model = build_model(cfg)
-    load_weights(model, rivals_weights(case["weights"], model))
+    load_weights(model, weights_by_seed(case["weights"], model))
     return model.to(dtype).eval(), golden, images(golden["image_u8"], dtype)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import test_triton_scores
 import torch
 
 from ats.sampling import BlockSampler, Candidates, inverse_transform
@@ -84,26 +85,24 @@ def build(capability: int, block: int) -> None:
     assert len(built.asm["cubin"]) > 1000
 
 
-def run_python(code: str, tmp_path: Path, **environment: str) -> None:
+def test_interpreted_kernels_agree_with_the_plain_versions(tmp_path):
+    """The sampler exactly: NaN, infinity, no mass, equal scores, ties, one candidate, padding, several sizes of block.
+    The scores to round-off (test_triton_scores.py). In a process of its own: Triton asks whether to interpret as it is
+    imported.
+    """
+    code = "import test_triton_sampling as a, test_triton_scores as b; a.compare((1, 2, 6, 19)); b.compare()"
     root = Path(__file__).parents[1]
     paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)} | environment
+    environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
-def test_interpreted_kernels_agree_with_the_plain_versions(tmp_path):
-    """The sampler exactly: NaN, infinity, no mass, equal scores, ties, one candidate, padding, several sizes of block.
-    The scores to round-off (test_triton_scores.py; in one process, as most of its time is importing PyTorch).
-    """
-    code = "import test_triton_sampling as a, test_triton_scores as b; a.compare((1, 2, 6, 19)); b.compare()"
-    run_python(code, tmp_path, TRITON_INTERPRET="1")
-
-
-def test_kernels_build_for_a_gpu(tmp_path):
+def test_kernels_build_for_a_gpu(tmp_path, monkeypatch):
     """For compute capability 9.0 and the sizes of DeiT-S: machine code comes out, on any machine."""
-    code = "import test_triton_sampling as a, test_triton_scores as b; a.build(90, 256); b.build()"
-    run_python(code, tmp_path)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    build(90, 256)
+    test_triton_scores.build()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the sampling kernel needs a GPU; there is none")

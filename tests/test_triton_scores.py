@@ -64,7 +64,9 @@ def build() -> None:
     kernels += [(_scores, tensors | {"longest": "i32", "num_heads": "i32"}, {"BLOCK": 256, "WITH_NORM": True})]
     for kernel, signature, constants in kernels:
         source = ASTSource(fn=kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        built = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True}
+        )
         assert len(built.asm["cubin"]) > 1000
 
 

@@ -9,15 +9,21 @@ the network it builds.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ats.config import CfgNode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
 TARGET = ROOT / "docs" / "MODEL_ZOO.md"
+# Keys that say how a network is trained, tested or pruned: none of them changes its dense form.
+NOT_THE_NETWORK = ("ATS.", "TRAIN.", "SOLVER.", "TEST.", "MIXUP.", "AUG.", "EMA.", "OUTPUT_DIR", "LOG_PERIOD")
 HEAD = """# Model zoo
 
 Every config of this repository, written by `python tools/model_zoo.py`; a test compares it with the configs.
@@ -55,25 +61,45 @@ def read_header(path: Path) -> Header:
     return Header(" ".join(title.split()).rstrip("."), expected.rstrip("."), measured[1] if measured else "no")
 
 
-def row(path: Path) -> dict[str, str]:
-    """A line of the table: the config's header, and the size of the network it builds."""
+def network(cfg: CfgNode) -> str:
+    """What of a config makes its dense network and the input: equal for one that trains or prunes the same network."""
+    from ats.config.schema import flatten
+    from ats.datasets import input_shape
+
+    keys = {key: value for key, value in flatten(cfg) if not key.startswith(NOT_THE_NETWORK)}
+    return json.dumps([keys, input_shape(cfg)], sort_keys=True, default=str)
+
+
+def size(cfg: CfgNode) -> tuple[int, float]:
+    """Parameters and dense GFLOPs of a config's network."""
     import torch
 
-    from ats.config import load_config
     from ats.datasets import input_shape
     from ats.flops import dense_gflops
     from ats.models import build_model
 
-    cfg, header = load_config(path), read_header(path)
     with torch.device("meta"):
         model = build_model(cfg)
+    return sum(p.numel() for p in model.parameters()), dense_gflops(model, (1, *input_shape(cfg)))
+
+
+def row(path: Path, sizes: dict[str, tuple[int, float]]) -> dict[str, str]:
+    """A line of the table: the config's header, and the size of the network it builds, kept in `sizes`."""
+    from ats.config import load_config
+    from ats.datasets import input_shape
+
+    cfg, header = load_config(path), read_header(path)
+    key = network(cfg)
+    if key not in sizes:
+        sizes[key] = size(cfg)
+    num_parameters, gflops = sizes[key]
     shape = input_shape(cfg)
     views = f" x {cfg.TEST.NUM_ENSEMBLE_VIEWS * cfg.TEST.NUM_SPATIAL_CROPS}" if len(shape) == 4 else ""
     return {
         "config": f"[{path.stem}](../{path.relative_to(ROOT)})",
         "what": header.title,
-        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-        "GFLOPs": f"{dense_gflops(model, (1, *shape)):.4g}{views}",
+        "parameters": f"{num_parameters / 1e6:.2f} M",
+        "GFLOPs": f"{gflops:.4g}{views}",
         "expected, and whose number it is": header.expected or "-",
         "measured here": header.measured,
     }
@@ -81,9 +107,9 @@ def row(path: Path) -> dict[str, str]:
 
 def render() -> str:
     """The text of docs/MODEL_ZOO.md: a table for each folder of configs."""
-    text = HEAD
+    text, sizes = HEAD, {}
     for folder in sorted(path for path in (ROOT / "configs").iterdir() if path.is_dir()):
-        rows = [row(path) for path in sorted(folder.glob("[!_]*.yaml"))]
+        rows = [row(path, sizes) for path in sorted(folder.glob("[!_]*.yaml"))]
         cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(line.values()) for line in rows)]
         text += f"\n## {folder.name}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells)
     return text

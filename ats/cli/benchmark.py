@@ -28,6 +28,11 @@ Clips are as long as DATA.NUM_FRAMES and DATA.SAMPLING_RATE say. Without videos 
 340 x 256 pixels, 10 seconds). Reading images too, against a bare loop of Pillow and timm's transform, per core:
 
     python tools/benchmark.py --loader [FOLDER] [--cfg FILE] [KEY VALUE ...]
+
+What training has around its steps (log, checkpoints, signals, checks), against a bare loop that takes the same steps in
+turn with it. LOG_PERIOD steps are a round:
+
+    python tools/benchmark.py --train-loop --cfg FILE [KEY VALUE ...]
 """
 
 from __future__ import annotations
@@ -74,6 +79,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", help="a fixed list of measurements instead of --cfg: cpu, gpu, quick")
     parser.add_argument("--decode", nargs="?", const="", metavar="FOLDER_OR_CSV", help="time the decoding of clips")
     parser.add_argument("--loader", nargs="?", const="", metavar="FOLDER", help="time the reading of images")
+    parser.add_argument("--train-loop", action="store_true", help="time the training engine beside a bare loop")
     parser.add_argument("--compare", default="ats", help="variants beside dense, by commas (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="random images of this size")
@@ -90,6 +96,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.decode is None and args.loader is None and (args.cfg is None) == (args.suite is None):
         parser.error("give --cfg FILE, --suite NAME, --decode or --loader")
+    if args.train_loop and args.cfg is None:
+        parser.error("--train-loop needs --cfg FILE")
     return args
 
 
@@ -155,6 +163,13 @@ def run(args: argparse.Namespace) -> None:
 
         rows = benchmark_loading(args.loader, load_config(args.cfg, args.overrides), rounds=args.rounds)
         print(tabulate(rows, headers="keys", floatfmt=".4g"))
+    elif args.train_loop:
+        from tabulate import tabulate
+
+        from ats.benchmark.training import compare_training
+
+        row = compare_training(load_config(args.cfg, args.overrides), rounds=args.rounds)
+        print(tabulate([row], headers="keys", floatfmt=".4g"))
     elif args.suite is None:
         run_config(args)
     else:

@@ -135,5 +135,6 @@ def clip_gradients(
     if max_value is not None:
         nn.utils.clip_grad_value_(parameters, max_value)
     if max_norm is not None:
-        nn.utils.clip_grad_norm_(parameters, max_norm)
+        clipped = grad_norm if max_value is None else nn.utils.get_total_norm([p.grad for p in parameters])
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, clipped)
     return grad_norm
