@@ -51,7 +51,7 @@ def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Layout, scale: f
         from ats.triton_scores import try_cls_scores
 
         return try_cls_scores(q, k, v, start=keys.start, lengths=keys.lengths, longest=keys.longest, scale=scale)
-    fits = all(t.dtype == torch.float32 and t.stride(-1) == 1 for t in (q, k, k if v is None else v))
+    fits = k.dtype != torch.float64 and all(t.stride(-1) == 1 for t in (q, k, k if v is None else v))
     numba = _numba_for(k) if fits else None
     return None if numba is None else numba.cls_scores(q, k, v, keys=keys, scale=scale)
 

@@ -33,7 +33,7 @@ def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) 
 
 
 def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Layout, scale: float) -> Tensor:
-    """See `ats.kernels.cls_scores`; float32, channels side by side."""
+    """See `ats.kernels.cls_scores`; computed in float32, channels side by side."""
     with_norm = v is not None
     v = v if with_norm else k
     scores = np.zeros((len(q), keys.longest), np.float32)
@@ -52,10 +52,11 @@ def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, 
 
 
 def _flat(x: Tensor) -> tuple[np.ndarray, int, int]:
-    """[T, H, D] as one row of numbers that lie side by side, for the compiler to see it, and the strides of T and H."""
+    """[T, H, D] as one row of float32 that lie side by side, for the compiler to see it, and the strides of T and H."""
+    x = x.detach().float()
     (rows, heads, width), (row, head, _) = x.shape, x.stride()
     size = (rows - 1) * row + (heads - 1) * head + width
-    return x.detach().as_strided((size,), (1,)).numpy(), row, head
+    return x.as_strided((size,), (1,)).numpy(), row, head
 
 
 @njit(cache=True, nogil=True)

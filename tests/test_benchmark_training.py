@@ -20,12 +20,7 @@ from ats.engine.train_log import TrainLog
 CPU = ["DEVICE", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_same_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:

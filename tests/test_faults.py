@@ -26,12 +26,7 @@ from ats.errors import UserError
 TIMINGS = ("images_per_second", "data_wait_share")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def read_log(output_dir: Path) -> list[dict]:

@@ -48,14 +48,15 @@ def test_rule_keeps_what_the_plain_version_keeps_of_any_scores(rows, points, slo
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "static"])
 @pytest.mark.parametrize("with_norm", [True, False])
-def test_scores_are_those_of_the_plain_version(layout, with_norm):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_those_of_the_plain_version(layout, with_norm, dtype):
     """Sequences of 1 to 70 tokens, keys and values side by side as the host projects them; NaN stays where it is."""
     torch.manual_seed(0)
     tokens = RaggedTokens.from_dense(torch.zeros(3, 70, 1), 1, layout=layout)
     for _ in range(2):  # of equal lengths, and not
         rows = tokens.layout.total
-        q = torch.randn(3, 2, 24, requires_grad=True)
-        k, v = torch.randn(rows, 2, 2, 24).unbind(1)
+        q = torch.randn(3, 2, 24, dtype=dtype, requires_grad=True)
+        k, v = torch.randn(rows, 2, 2, 24, dtype=dtype).unbind(1)
         k[1, 1] *= 30  # one token takes nearly all attention
         name = "cls_attention_value_norm" if with_norm else "cls_attention"
         want = _plain_scores(name, tokens, q, k, v, scale=0.3, queries=None, bias=None)
@@ -127,7 +128,7 @@ def test_a_network_keeps_the_same_tokens_without_numba(monkeypatch):
 
 
 def test_counters_and_tracers_see_the_plain_operations(monkeypatch):
-    """Where a dispatch mode counts, or half precision or float64 is asked for, PyTorch computes."""
+    """Where a dispatch mode counts, or in float64, PyTorch computes."""
     monkeypatch.setattr(numba_kernels, "cls_scores", mock.Mock(side_effect=AssertionError))
     monkeypatch.setattr(numba_kernels, "official_rule", mock.Mock(side_effect=AssertionError))
     model, x = small_vit(num_tokens=0.6, dtype=torch.float32), torch.randn(2, 3, 32, 32)

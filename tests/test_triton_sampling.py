@@ -41,8 +41,8 @@ def cases(size: int, *, device: str = "cpu") -> list[tuple[Candidates, int]]:
             ),
             points,
         )
-        for points in (1, size // 2 + 1, 2 * size)
-        for slots in (size, 0)  # some fill them; none does
+        # where slots == size some sequences fill them, else none does
+        for points, slots in ((1, size), (size // 2 + 1, size), (size // 2 + 1, 0), (2 * size, 0))
     ]
 
 
