@@ -11,19 +11,25 @@ import logging
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-if TYPE_CHECKING:
-    from ats.tokens import Layout
-
 logger = logging.getLogger(__name__)
 
 _HAS_TRITON = find_spec("triton") is not None
+
+
+class Rows(Protocol):
+    """Where sequences lie among rows: what is asked here of a `Layout` (`tokens.py`, which builds on this module)."""
+
+    lengths: Tensor
+    longest: int
+    uniform: bool
+    start: Tensor
 
 
 def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor | None:
@@ -41,7 +47,7 @@ def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) 
     return None if numba is None else numba.official_rule(scores, lengths, slots, num_points)
 
 
-def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Layout, scale: float) -> Tensor | None:
+def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Rows, scale: float) -> Tensor | None:
     """Significance scores [S, M] of all tokens, prefix tokens included; 0 behind the end of a sequence.
 
     Args:
@@ -53,7 +59,10 @@ def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Layout, scale: f
         return try_cls_scores(q, k, v, start=keys.start, lengths=keys.lengths, longest=keys.longest, scale=scale)
     fits = k.dtype != torch.float64 and all(t.stride(-1) == 1 for t in (q, k, k if v is None else v))
     numba = _numba_for(k) if fits else None
-    return None if numba is None else numba.cls_scores(q, k, v, keys=keys, scale=scale)
+    if numba is None:
+        return None
+    rows_apart = keys.longest if keys.uniform else 0
+    return numba.cls_scores(q, k, v, lengths=keys.lengths, longest=keys.longest, rows_apart=rows_apart, scale=scale)
 
 
 def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

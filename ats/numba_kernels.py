@@ -12,15 +12,11 @@ Numba builds the functions when they are first called (seconds) and keeps the re
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ats.tokens import Layout
 
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
 
@@ -32,15 +28,20 @@ def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) 
     return keep
 
 
-def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Layout, scale: float) -> Tensor:
-    """See `ats.kernels.cls_scores`; computed in float32, channels side by side."""
+def cls_scores(
+    q: Tensor, k: Tensor, v: Tensor | None, *, lengths: Tensor, longest: int, rows_apart: int, scale: float
+) -> Tensor:
+    """See `ats.kernels.cls_scores`; computed in float32, channels side by side.
+
+    Args:
+        rows_apart: from the first row of a sequence to that of the next; 0: as many as it has.
+    """
     with_norm = v is not None
     v = v if with_norm else k
-    scores = np.zeros((len(q), keys.longest), np.float32)
-    rows_apart = keys.longest if keys.uniform else 0
+    scores = np.zeros((len(q), longest), np.float32)
     _cls_scores(
         *_flat(q), *_flat(k), *_flat(v),
-        keys.lengths.numpy(), rows_apart, q.shape[1], q.shape[2], v.shape[2], scale, with_norm, scores,
+        lengths.numpy(), rows_apart, q.shape[1], q.shape[2], v.shape[2], scale, with_norm, scores,
     )  # fmt: skip
     return torch.from_numpy(scores)
 
