@@ -45,7 +45,7 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"No checkpoint file {path}.")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or _holds_safetensors(path):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments in DeiT's and timm's files
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -63,6 +63,13 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds a {type(contents).__name__}, not a dictionary of weights.")
     return contents
+
+
+def _holds_safetensors(path: Path) -> bool:
+    """Whether a file of another name is one of safetensors: the length of its header, then the header, which is JSON."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def save_checkpoint(path: str | Path, contents: dict) -> None:

@@ -49,6 +49,13 @@ def test_safetensors(tmp_path, weights):
     )
 
 
+def test_safetensors_by_another_name(tmp_path, weights):
+    """A file is what it holds: renamed to .pth it is read all the same, and not called a pickle that runs code."""
+    save_file(weights, tmp_path / "weights.safetensors")
+    (tmp_path / "weights.safetensors").rename(tmp_path / "weights.pth")
+    assert load_checkpoint(tmp_path / "weights.pth").keys() == weights.keys()
+
+
 def test_another_architecture_is_told_by_groups_of_keys(weights):
     with pytest.raises(UserError) as error:
         load_weights(vit(depth=4, distilled=True), weights)
