@@ -66,7 +66,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def _holds_safetensors(path: Path) -> bool:
-    """Whether a file of another name is one of safetensors: the length of its header, then the header, which is JSON."""
+    """Whether a file of another name is of safetensors: it begins with the length of its header, which is JSON."""
     with open(path, "rb") as file:
         start = file.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
