@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from unittest import mock
 
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,7 +109,7 @@ def test_kept_rows_are_those_of_the_plain_version(rows):
 
 
 def test_a_network_keeps_the_same_tokens_without_numba(monkeypatch):
-    """And one that cannot be imported, or has nowhere to keep what it builds, is no error."""
+    """That it is not installed is no error."""
     model, x = (
         small_vit(num_tokens=0.6, dtype=torch.float32),
         torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
@@ -125,6 +126,24 @@ def test_a_network_keeps_the_same_tokens_without_numba(monkeypatch):
             kernels._numba_kernels.cache_clear()
     torch.testing.assert_close(logits, plain)
     assert all(torch.equal(a.position, b.position) for a, b in zip(trace, plain_trace, strict=True))
+
+
+def test_nowhere_to_keep_what_numba_builds(monkeypatch, caplog):
+    """Numba then raises as it meets the first function: a warning, once, and the plain operations."""
+
+    def no_locator(**_):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(numba, "njit", no_locator)
+    monkeypatch.delitem(sys.modules, "ats.numba_kernels")
+    monkeypatch.delattr("ats.numba_kernels")
+    kernels._numba_kernels.cache_clear()
+    try:
+        for _ in range(2):
+            assert kernels.kept_rows(torch.ones(1, 2, dtype=torch.bool), torch.arange(2), torch.tensor([2])) is None
+    finally:
+        kernels._numba_kernels.cache_clear()
+    assert caplog.text.count("no locator available") == 1
 
 
 def test_counters_and_tracers_see_the_plain_operations(monkeypatch):
