@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
+import multiprocessing
 import os
 import random
 import shutil
 import struct
 import tarfile
+import threading
+import time
 import zlib
 from itertools import chain
 from pathlib import Path
@@ -19,6 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from ats.config import get_cfg
 from ats.datasets import Draw, EvalSampler, ImageNet, Loader, Sample, TrainSampler, build_loader
@@ -310,6 +315,52 @@ def test_workers_change_nothing(shared_tree):
             assert torch.equal(batch.index, other.index)
     for batch, *parts in zip(expected, epochs(0, 0, 2), epochs(0, 1, 2), strict=True):
         assert torch.equal(batch.x, torch.cat([part.x for part in parts]))
+
+
+class Slow(Dataset):
+    """Samples that take long enough for a worker to be killed while it reads one."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.5)
+        return index
+
+
+def test_worker_that_closes_its_pipe_before_it_dies(monkeypatch):
+    """As a killed worker does, by chance: one error, which names what killed it, and none while the loader is deleted,
+    where Python only prints it.
+    """
+    ignored = []
+    monkeypatch.setattr("sys.unraisablehook", ignored.append)
+    batches = DataLoader.__iter__
+
+    def broken_pipe(loader):
+        iterator = batches(loader)
+        yield next(iterator)
+        (worker,) = multiprocessing.active_children()
+        threading.Timer(0.3, worker.kill).start()
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr(DataLoader, "__iter__", broken_pipe)
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid \d+\) is killed by signal: Killed"):
+        list(Loader(Slow(), num_workers=1))
+    gc.collect()
+    assert not ignored
+
+
+def test_an_error_of_the_pipe_alone_is_named(monkeypatch):
+    """No worker died: the error is one of the data all the same, and says which."""
+    monkeypatch.setattr(build_module, "LAST_SIGNAL", 0)
+    monkeypatch.setattr(DataLoader, "__iter__", lambda loader: iter(_raise_eof()))
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker exited unexpectedly .*EOFError"):
+        list(Loader(Slow(), num_workers=1))
+
+
+def _raise_eof():
+    raise EOFError
+    yield
 
 
 def damage(path: Path, kind: str) -> None:

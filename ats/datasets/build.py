@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 SPLITS = ("train", "val", "test")
+LAST_SIGNAL = 5.0  # seconds within which a worker whose pipe is closed has died
 DATASETS: dict[str, Callable[[CfgNode, Split], Dataset]] = {}  # TRAIN.DATASET, in lower case -> builder
 
 
@@ -60,7 +62,10 @@ class Loader(DataLoader):
         except (OSError, EOFError) as error:
             if not self.num_workers:
                 raise
-            # A worker that dies while it hands a batch over does not always give PyTorch's own error.
+            # A worker that dies while it hands a batch over does not always give PyTorch's own error: its pipe closes
+            # before its signal comes. That signal is PyTorch's error, and says what killed it. It is waited for here:
+            # later, while the iterator is deleted, Python would only print it.
+            time.sleep(LAST_SIGNAL)
             raise RuntimeError(
                 f"DataLoader worker exited unexpectedly while a batch was read from it ({error!r})."
             ) from error
