@@ -15,7 +15,8 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
@@ -23,8 +24,12 @@ _TINY = np.float32(torch.finfo(torch.float32).tiny)
 
 def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor:
     """See `ats.kernels.official_rule`; scores float32."""
-    keep = torch.zeros(scores.shape, dtype=torch.bool)
-    _official_rule(scores.detach().numpy(), lengths.numpy(), slots, num_points, keep.numpy())
+    num_sequences, longest = scores.shape
+    keep = torch.zeros(num_sequences, longest, dtype=torch.bool)
+    _official_rule(
+        scores.data_ptr(), *scores.stride(), lengths.data_ptr(), slots, num_points, num_sequences, longest,
+        keep.data_ptr(),
+    )  # fmt: skip
     return keep
 
 
@@ -36,47 +41,66 @@ def cls_scores(
     Args:
         rows_apart: from the first row of a sequence to that of the next; 0: as many as it has.
     """
-    with_norm = v is not None
-    v = v if with_norm else k
-    scores = np.zeros((len(q), longest), np.float32)
+    q, k, with_norm = q.float(), k.float(), v is not None
+    v = v.float() if with_norm else k
+    num_sequences, num_heads, head_dim = q.shape
+    scores = torch.empty(num_sequences, longest)
     _cls_scores(
-        *_flat(q), *_flat(k), *_flat(v),
-        lengths.numpy(), rows_apart, q.shape[1], q.shape[2], v.shape[2], scale, with_norm, scores,
+        q.data_ptr(), *q.stride()[:2], k.data_ptr(), *k.stride()[:2], v.data_ptr(), *v.stride()[:2],
+        lengths.data_ptr(), rows_apart, num_sequences, longest, num_heads, head_dim, v.shape[2], scale, with_norm,
+        scores.data_ptr(),
     )  # fmt: skip
-    return torch.from_numpy(scores)
+    return scores
 
 
 def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `ats.kernels.kept_rows`."""
-    rows, kept_position, kept_lengths = _kept_rows(mask.numpy(), position.numpy(), lengths.numpy())
-    return torch.from_numpy(rows), torch.from_numpy(kept_position), torch.from_numpy(kept_lengths)
+    num_sequences, size = len(lengths), len(position)
+    kept = torch.empty(2 * size + num_sequences, dtype=torch.int64)
+    total = _kept_rows(
+        mask.data_ptr(), *mask.stride(), position.data_ptr(), lengths.data_ptr(), num_sequences, size, kept.data_ptr()
+    )
+    return kept[:total], kept[size : size + total], kept[2 * size :]
 
 
-def _flat(x: Tensor) -> tuple[np.ndarray, int, int]:
-    """[T, H, D] as one row of float32 that lie side by side, for the compiler to see it, and the strides of T and H."""
-    x = x.detach().float()
-    (rows, heads, width), (row, head, _) = x.shape, x.stride()
-    size = (rows - 1) * row + (heads - 1) * head + width
-    return x.as_strided((size,), (1,)).numpy(), row, head
+def _pointer_to(element):
+    """A function of a tensor's address, for Numba's functions: the pointer to its elements."""
+
+    @intrinsic
+    def pointer(context, address):
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), generate
+
+    return pointer
+
+
+_floats, _integers, _booleans = _pointer_to(types.float32), _pointer_to(types.int64), _pointer_to(types.boolean)
 
 
 @njit(cache=True, nogil=True)
-def _official_rule(scores, lengths, slots, num_points, keep):
+def _official_rule(
+    scores, scores_row, scores_column, lengths, slots, num_points, num_sequences, longest, keep
+):  # fmt: skip
+    scores = carray(_floats(scores), num_sequences * scores_row)
+    lengths = carray(_integers(lengths), num_sequences)
+    keep = carray(_booleans(keep), (num_sequences, longest))
     half, one = np.float32(0.5), np.float32(1)
-    for s in range(len(lengths)):
+    for s in range(num_sequences):
         count = lengths[s]
         if count == 0:
             continue
         total = np.float32(0)
         for i in range(count):
-            total += scores[s, i]
+            total += scores[s * scores_row + i * scores_column]
         usable = total > 0 and total < np.inf
         # Bits of a float that is not negative order like the float: sorting them with the index below is stable.
         keys = np.empty(count, np.uint64)
         row = np.ones(count, np.float32)
         if usable:
             for i in range(count):
-                row[i] = scores[s, i]
+                row[i] = scores[s * scores_row + i * scores_column]
         bits = row.view(np.uint32)
         for i in range(count):
             keys[i] = (np.uint64(bits[i]) << np.uint64(32)) | np.uint64(i)
@@ -111,12 +135,18 @@ def _official_rule(scores, lengths, slots, num_points, keep):
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _cls_scores(
     q, q_row, q_head, k, k_row, k_head, v, v_row, v_head,
-    lengths, rows_apart, num_heads, head_dim, value_dim, scale, with_norm, scores,
+    lengths, rows_apart, num_sequences, longest, num_heads, head_dim, value_dim, scale, with_norm, scores,
 ):  # fmt: skip
+    lengths = carray(_integers(lengths), num_sequences)
+    num_rows = num_sequences * longest
+    q, k = carray(_floats(q), num_sequences * q_row), carray(_floats(k), num_rows * k_row)
+    v = carray(_floats(v), num_rows * v_row)
+    scores = carray(_floats(scores), (num_sequences, longest))
+    scores[:] = 0
     scaled = np.empty(head_dim, np.float32)
-    logits = np.empty(scores.shape[1], np.float32)
+    logits = np.empty(longest, np.float32)
     first, after = 0, 0
-    for s in range(len(lengths)):
+    for s in range(num_sequences):
         count = lengths[s]
         first, after = after, after + (rows_apart if rows_apart else count)
         for h in range(num_heads):
@@ -150,17 +180,19 @@ def _cls_scores(
 
 
 @njit(cache=True, nogil=True)
-def _kept_rows(mask, position, lengths):
-    rows, kept_position = np.empty_like(position), np.empty_like(position)
-    kept_lengths = np.empty_like(lengths)
+def _kept_rows(mask, mask_row, mask_column, position, lengths, num_sequences, size, kept):
+    """`kept` is rows [size], positions [size] and lengths [num_sequences]; returns how many of the first two there are."""
+    mask = carray(_booleans(mask), num_sequences * mask_row)
+    position, lengths = carray(_integers(position), size), carray(_integers(lengths), num_sequences)
+    kept = carray(_integers(kept), 2 * size + num_sequences)
     first, total = 0, 0
-    for s in range(len(lengths)):
+    for s in range(num_sequences):
         before = total
         for t in range(lengths[s]):
-            if mask[s, t]:
-                rows[total] = first + t
-                kept_position[total] = position[first + t]
+            if mask[s * mask_row + t * mask_column]:
+                kept[total] = first + t
+                kept[size + total] = position[first + t]
                 total += 1
         first += lengths[s]
-        kept_lengths[s] = total - before
-    return rows[:total], kept_position[:total], kept_lengths
+        kept[2 * size + s] = total - before
+    return total

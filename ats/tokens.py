@@ -156,8 +156,11 @@ class RaggedTokens:
         return cls(x.flatten(0, 1), layout, position, num_prefix_tokens, length, length, group)
 
     def with_x(self, x: Tensor) -> RaggedTokens:
-        """The same tokens with other values [T, C']."""
-        return replace(self, x=x)
+        """The same tokens with other values [T, C'], and what has been looked up of their places (`cached`)."""
+        tokens = object.__new__(RaggedTokens)
+        tokens.__dict__.update(self.__dict__)
+        tokens.x = x
+        return tokens
 
     def prefix(self) -> Tensor:
         """[S, P, C], the prefix tokens."""
