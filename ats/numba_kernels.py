@@ -181,7 +181,7 @@ def _cls_scores(
 
 @njit(cache=True, nogil=True)
 def _kept_rows(mask, mask_row, mask_column, position, lengths, num_sequences, size, kept):
-    """`kept` is rows [size], positions [size] and lengths [num_sequences]; returns how many of the first two there are."""
+    """`kept` holds rows [size], positions [size], lengths [num_sequences]; returns the number of the first two."""
     mask = carray(_booleans(mask), num_sequences * mask_row)
     position, lengths = carray(_integers(position), size), carray(_integers(lengths), num_sequences)
     kept = carray(_integers(kept), 2 * size + num_sequences)

@@ -15,6 +15,7 @@ from ats.benchmark import report, suite_items, suites
 from ats.benchmark.counts import PAPER_BLOCKS, PAPER_MEAN, PAPER_STD, imposed_counts
 from ats.benchmark.memory import peak_megabytes
 from ats.benchmark.parts import PARTS, part_seconds
+from ats.benchmark.products import LinearCalls
 from ats.benchmark.sampler import sampler_rows
 from ats.benchmark.timing import Measured, Settings, measure
 from ats.benchmark.variants import build_variant
@@ -22,6 +23,7 @@ from ats.cli import benchmark as tool
 from ats.config import get_cfg, load_config
 from ats.datasets import build_dataset
 from ats.errors import UserError
+from ats.flops import gflops
 from ats.models import build_model
 
 TINY = ["VIT.EMBED_DIM", 32, "VIT.NUM_HEADS", 2, "VIT.MLP_RATIO", 2, "MODEL.NUM_CLASSES", 5, "ATS.ENABLE", True]
@@ -99,6 +101,9 @@ def test_measure_reports_every_variant_beside_dense():
         assert row.flop_ratio == pytest.approx(row.gflops_dense / torch.tensor(row.gflops).mean().item(), rel=0.05)
     assert by_name["ats"].parts["scoring and sampling"] > 0 == dense.parts["scoring and sampling"]
     assert by_name["ats"].gflops == by_name["padded"].gflops
+    assert dense.linear_efficiency == 1
+    assert by_name["ats"].linear_efficiency > 0
+    assert "linear alone" in report.table(rows)
 
 
 def test_other_methods_cost_what_ats_costs():
@@ -170,6 +175,27 @@ def test_parts_add_up_and_leave_the_network_alone():
     assert set(seconds) == set(PARTS)
     assert seconds.pop("scatter and gather") == 0  # a ViT has no use for the grid
     assert min(seconds.values()) > 0
+
+
+def test_linear_layers_are_those_of_the_network():
+    """All of them, with the rows that are left: their FLOPs are the network's less embedding and attention."""
+    torch.manual_seed(0)
+    model, x = build_model(tiny("ATS.NUM_TOKENS", 0.5)).eval(), torch.randn(2, 3, 224, 224)
+    with torch.inference_mode(), LinearCalls() as linear:
+        trace = model.forward_tokens(x)[1]
+    kept = {entry.block: entry.num_tokens.double() for entry in trace}
+    num_in = torch.full((2,), 197.0, dtype=torch.float64)
+    attention = 0
+    for block in range(len(model.blocks)):
+        num_out = kept.get(block, num_in)
+        attention += (2 * num_in * num_out + (num_in if block in kept else 0)).sum().item() * model.embed_dim
+        num_in = num_out
+    total = gflops(model, trace, x.shape).as_run.sum().item() * 1e9
+    assert linear.multiply_adds() + attention + 2 * 196 * model.embed_dim * 768 == pytest.approx(total)
+    shapes = [shape for shape, _, _ in linear.calls]
+    with LinearCalls() as again:
+        linear.again()()
+    assert [shape for shape, _, _ in again.calls] == shapes
 
 
 def test_efficiency_is_time_ratio_over_flop_ratio():

@@ -62,6 +62,7 @@ def as_dict(row: Measured) -> dict:
         "peak_mb": row.peak_mb,
         "saved_for_backward_mb": row.saved_mb,
         "parts": row.parts,
+        "linear_efficiency": row.linear_efficiency,
         "host_waits": row.host_waits,
     }
 
@@ -98,6 +99,7 @@ def table(rows: list[Measured], *, tablefmt: str = "github") -> str:
                 "dense time / time": f"{speedup['p50']:.2f} ({speedup['p5']:.2f} - {speedup['p95']:.2f})",
                 "dense FLOPs / FLOPs": f"{row.flop_ratio:.2f}",
                 "efficiency": f"{row.efficiency:.3f}",
+                **({} if row.linear_efficiency is None else {"linear alone": f"{row.linear_efficiency:.3f}"}),
                 **({} if memory is None else {"MB": f"{memory:.4g}"}),
             }
         )

@@ -25,6 +25,7 @@ from ats.benchmark.equal import MATCHED, describe_samplers, match_gflops
 from ats.benchmark.memory import peak_megabytes, saved_bytes
 from ats.benchmark.meters import host_waits, pass_seconds
 from ats.benchmark.parts import part_seconds
+from ats.benchmark.products import linear_efficiencies
 from ats.benchmark.variants import GRAPHS, build_variants, labelled_images
 from ats.cuda_graph import capture
 from ats.engine.device import autocast, select_device
@@ -52,6 +53,7 @@ class Measured:
         peak_mb: peak memory of the pass, the weights included; None on a CPU where it is compiled.
         saved_mb: activations kept for the backward pass, when training.
         parts: share of the time by part.
+        linear_efficiency: of the linear layers alone, see `products.py`; None where it was not measured.
         host_waits: how often a pass makes the host wait for the GPU; None on a CPU.
     """
 
@@ -71,6 +73,7 @@ class Measured:
     peak_mb: float | None = None
     saved_mb: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    linear_efficiency: float | None = None
     host_waits: int | None = None
 
     @property
@@ -102,7 +105,8 @@ class Settings:
         variants: names in VARIANTS; dense is always measured too, and ats where others are to cost the same.
         rounds: that count. dtype: None for float32; of weights and inputs for inference, of autocast in training.
         compile: torch.compile all variants. train: time forward and backward instead of inference.
-        threads: of the CPU; None leaves them. parts: also say where the time goes.
+        threads: of the CPU; None leaves them.
+        parts: also say where the time goes, and how efficient the linear layers are by themselves.
         max_seconds: begin no round after these, once MIN_ROUNDS are done.
         token_scale, mean_std: of the imposed counts, see `ImposedCounts`.
         dense_keys: more keys of the dense network, e.g. those that make it timm's own.
@@ -193,6 +197,10 @@ def _measure_batch(
     _draw(counts, x, seed=0)
     runs = {name: _pass_of(name, model, x, settings) for name, model in models.items()}
     seconds, seeds = _time_in_turn(runs, x, settings, counts)
+    eager = {name: model for name, model in models.items() if name not in GRAPHS}
+    apart = settings.parts and not settings.train and not settings.compile
+    _draw(counts, x, seed=0)
+    linear = linear_efficiencies(eager, x, rounds=len(seeds)) if apart else {}
     rows = []
     for name, model in models.items():
         row = _describe(name, model, x, counts, seeds)
@@ -204,10 +212,11 @@ def _measure_batch(
         row.host_waits = host_waits(runs[name], x.device)
         if settings.train:
             row.saved_mb = saved_bytes(runs[name]) / 1e6
-        elif settings.parts and not settings.compile and name not in GRAPHS:
+        elif apart and name in eager:
             parts = part_seconds(model, x, rounds=2)
             total = sum(parts.values())
             row.parts = {part: own / total for part, own in parts.items()}
+            row.linear_efficiency = linear[name]
         rows.append(row)
     return rows
 
