@@ -106,6 +106,20 @@ def test_measure_reports_every_variant_beside_dense():
     assert "linear alone" in report.table(rows)
 
 
+def test_imposed_counts_in_a_compiled_network():
+    """Every draw reaches a compiled network, also the first after it was compiled."""
+    torch._dynamo.reset()
+    model = build_model(tiny("VIT.DEPTH", 2, "ATS.BLOCKS", [1])).eval()
+    compiled = torch.compile(model.forward_tokens, backend="aot_eager")
+    x = torch.randn(2, 3, 224, 224)
+    with imposed_counts([model]) as counts:
+        for seed in range(3):
+            counts.draw(2, seed=seed, device=x.device)
+            with torch.inference_mode():
+                kept = [entry.num_tokens.tolist() for entry in compiled(x)[1]]
+                assert kept == [entry.num_tokens.tolist() for entry in model.forward_tokens(x)[1]]
+
+
 def test_other_methods_cost_what_ats_costs():
     """Their samplers are set so that GFLOPs agree within 2 %, in the blocks where their authors work, and say how;
     ats is measured though it was not asked for.

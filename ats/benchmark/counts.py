@@ -70,11 +70,15 @@ class ImposedCounts:
         inverse_transform(candidates, num_points, options)  # paid for; its choice is not used
         what = (options.block, len(candidates.scores), candidates.num_positions, num_points)
         if what not in self._wanted:
-            with torch.inference_mode(False):  # or `draw` could not write into it
-                self._wanted[what] = self._wanted_by(*what)
+            self._remember(*what)
         rank = torch.arange(candidates.scores.shape[1], device=candidates.scores.device)
         # Which ones makes no difference to the time.
         return rank < self._wanted[what].minimum(candidates.lengths)[:, None]
+
+    @torch.compiler.disable  # a compiled graph would make it in the mode that the network runs in
+    def _remember(self, *what: int) -> None:
+        with torch.inference_mode(False):  # or `draw` could not write into it
+            self._wanted[what] = self._wanted_by(*what)
 
     def _wanted_by(self, block: int, num_sequences: int, num_positions: int, num_points: int) -> Tensor:
         """[S] int64, how many candidates each sequence is to keep."""
