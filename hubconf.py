@@ -3,7 +3,7 @@
     model = torch.hub.load("<a clone>", "deit_small", source="local", checkpoint="deit_small_patch16_224-cd65a155.pth")
     model = torch.hub.load("<a clone>", "deit_small", source="local", pretrained=True, num_tokens=108)
     model = torch.hub.load("<a clone>", "timm_model", "deit3_small_patch16_224", source="local", blocks=range(3, 12))
-    model = torch.hub.load("<a clone>", "config", "Kinetics/XViT_B16_16x16_K400_ATS.yaml", source="local")
+    model = torch.hub.load("<a clone>", "config", "Kinetics/XViT_B16_16x16_K600_ATS.yaml", source="local")
 
 `torch.hub.list` and `torch.hub.help` show them where the repository is on GitHub. Every entry point of a network takes
 
@@ -141,7 +141,7 @@ cvt_13 = _entry_point("ImageNet/CvT_13_ATS.yaml", "CvT-13 with ATS in its last s
 cvt_21_384 = _entry_point("ImageNet/CvT_21_384_ATS.yaml", "CvT-21 at 384 pixels with ATS in its last stage")
 psvit_b18 = _entry_point("ImageNet/PSViT_B_18_ATS.yaml", "PS-ViT-B/18 with ATS")
 mvitv2_small = _entry_point("ImageNet/MViTv2_S_ATS.yaml", "MViTv2-S on images with ATS")
-xvit_b16 = _entry_point("Kinetics/XViT_B16_16x16_K400_ATS.yaml", "X-ViT-B/16 of 16 frames, Kinetics-400, with ATS")
+xvit_b16 = _entry_point("Kinetics/XViT_B16_16x16_K600_ATS.yaml", "X-ViT-B/16 of 16 frames, Kinetics-600, with ATS")
 timesformer = _entry_point(
     "Kinetics/TimeSformer_divST_8x32_224_ATS.yaml", "TimeSformer, divided attention, 8 frames, with ATS"
 )
