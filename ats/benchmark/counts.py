@@ -68,11 +68,14 @@ class ImposedCounts:
     def __call__(self, candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
         """See `ats.sampling.Sampler`."""
         inverse_transform(candidates, num_points, options)  # paid for; its choice is not used
+        return self.choose(candidates, num_points, options)
+
+    def choose(self, candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
+        """[S, M] bool, the first so many candidates: which ones makes no difference to the time."""
         what = (options.block, len(candidates.scores), candidates.num_positions, num_points)
         if what not in self._wanted:
             self._remember(*what)
         rank = torch.arange(candidates.scores.shape[1], device=candidates.scores.device)
-        # Which ones makes no difference to the time.
         return rank < self._wanted[what].minimum(candidates.lengths)[:, None]
 
     @torch.compiler.disable  # a compiled graph would make it in the mode that the network runs in

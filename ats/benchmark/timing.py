@@ -213,7 +213,7 @@ def _measure_batch(
         if settings.train:
             row.saved_mb = saved_bytes(runs[name]) / 1e6
         elif apart and name in eager:
-            parts = part_seconds(model, x, rounds=2)
+            parts = part_seconds(model, x, rounds=min(len(seeds), 10))
             total = sum(parts.values())
             row.parts = {part: own / total for part, own in parts.items()}
             row.linear_efficiency = linear[name]
