@@ -6,12 +6,15 @@ batch. PyTorch's operations (`sampling.py`, `models/ats_block.py`, `tokens.py`) 
 everywhere else; tests/test_numba_kernels.py compares the two: the choice of tokens number by number, the scores to
 round-off.
 
-Numba builds the functions when they are first called (seconds) and keeps the result on disk.
+Numba builds the functions when they are first called (seconds) and keeps the result on disk. They take addresses, as
+handing tensors over as NumPy arrays takes longer than the work for one image; so the functions of tensors here see to
+the types, and to it that nothing lies apart but by the strides that are handed over.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,10 +23,14 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
+# Where a tensor ends follows from its shape and strides, and nothing reads behind it. A slice of an array is cut where
+# the array is said to end, so that is said to be nowhere.
+_ENDLESS = 2**48
 
 
 def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor:
     """See `ats.kernels.official_rule`; scores float32."""
+    lengths = lengths.long().contiguous()
     num_sequences, longest = scores.shape
     keep = torch.zeros(num_sequences, longest, dtype=torch.bool)
     _official_rule(
@@ -43,6 +50,7 @@ def cls_scores(
     """
     q, k, with_norm = q.float(), k.float(), v is not None
     v = v.float() if with_norm else k
+    lengths = lengths.long().contiguous()
     num_sequences, num_heads, head_dim = q.shape
     scores = torch.empty(num_sequences, longest)
     _cls_scores(
@@ -55,6 +63,7 @@ def cls_scores(
 
 def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `ats.kernels.kept_rows`."""
+    mask, position, lengths = mask.bool(), position.long().contiguous(), lengths.long().contiguous()
     num_sequences, size = len(lengths), len(position)
     kept = torch.empty(2 * size + num_sequences, dtype=torch.int64)
     total = _kept_rows(
@@ -63,8 +72,8 @@ def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, 
     return kept[:total], kept[size : size + total], kept[2 * size :]
 
 
-def _pointer_to(element):
-    """A function of a tensor's address, for Numba's functions: the pointer to its elements."""
+def _pointer_to(element: types.Type) -> Callable:
+    """For Numba's functions: the pointer to elements of this type, from a tensor's address."""
 
     @intrinsic
     def pointer(context, address):
@@ -80,10 +89,8 @@ _floats, _integers, _booleans = _pointer_to(types.float32), _pointer_to(types.in
 
 
 @njit(cache=True, nogil=True)
-def _official_rule(
-    scores, scores_row, scores_column, lengths, slots, num_points, num_sequences, longest, keep
-):  # fmt: skip
-    scores = carray(_floats(scores), num_sequences * scores_row)
+def _official_rule(scores, scores_row, scores_column, lengths, slots, num_points, num_sequences, longest, keep):
+    scores = carray(_floats(scores), _ENDLESS)
     lengths = carray(_integers(lengths), num_sequences)
     keep = carray(_booleans(keep), (num_sequences, longest))
     half, one = np.float32(0.5), np.float32(1)
@@ -138,9 +145,7 @@ def _cls_scores(
     lengths, rows_apart, num_sequences, longest, num_heads, head_dim, value_dim, scale, with_norm, scores,
 ):  # fmt: skip
     lengths = carray(_integers(lengths), num_sequences)
-    num_rows = num_sequences * longest
-    q, k = carray(_floats(q), num_sequences * q_row), carray(_floats(k), num_rows * k_row)
-    v = carray(_floats(v), num_rows * v_row)
+    q, k, v = carray(_floats(q), _ENDLESS), carray(_floats(k), _ENDLESS), carray(_floats(v), _ENDLESS)
     scores = carray(_floats(scores), (num_sequences, longest))
     scores[:] = 0
     scaled = np.empty(head_dim, np.float32)
@@ -182,7 +187,7 @@ def _cls_scores(
 @njit(cache=True, nogil=True)
 def _kept_rows(mask, mask_row, mask_column, position, lengths, num_sequences, size, kept):
     """`kept` holds rows [size], positions [size], lengths [num_sequences]; returns the number of the first two."""
-    mask = carray(_booleans(mask), num_sequences * mask_row)
+    mask = carray(_booleans(mask), _ENDLESS)
     position, lengths = carray(_integers(position), size), carray(_integers(lengths), num_sequences)
     kept = carray(_integers(kept), 2 * size + num_sequences)
     first, total = 0, 0

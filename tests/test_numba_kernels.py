@@ -108,6 +108,24 @@ def test_kept_rows_are_those_of_the_plain_version(rows):
     assert torch.equal(native.layout.lengths, plain.layout.lengths)
 
 
+def test_numbers_that_do_not_lie_side_by_side():
+    """Scores, lengths, masks and positions as views, and lengths of another type: read as what they say."""
+    torch.manual_seed(0)
+    scores, lengths = torch.rand(3, 20), torch.tensor([20, 7, 13])
+    want = numba_kernels.official_rule(scores, lengths, 20, 9)
+    for apart in (lengths.repeat_interleave(2)[::2], lengths.int()):
+        assert torch.equal(numba_kernels.official_rule(scores.t().contiguous().t(), apart, 20, 9), want)
+    position = torch.randperm(40)
+    packed = numba_kernels.kept_rows(want, position, lengths)
+    apart = (want.t().contiguous().t(), position.repeat_interleave(3)[::3], lengths.repeat_interleave(2)[::2])
+    assert all(map(torch.equal, numba_kernels.kept_rows(*apart), packed))
+    q, k = torch.randn(3, 2, 8), torch.randn(40, 2, 8)
+    about = {"longest": 20, "rows_apart": 0, "scale": 0.3}
+    want = numba_kernels.cls_scores(q, k, k, lengths=lengths, **about)
+    k = k.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(numba_kernels.cls_scores(q, k, k, lengths=lengths.int(), **about), want)
+
+
 def test_a_network_keeps_the_same_tokens_without_numba(monkeypatch):
     """That it is not installed is no error."""
     model, x = (

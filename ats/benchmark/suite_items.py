@@ -109,7 +109,7 @@ def _budgets(
 
 
 def cpu() -> Items:
-    """About twelve minutes on two slow cores. What has a goal gets rounds until its median stands still."""
+    """About a quarter of an hour on two slow cores. What has a goal gets rounds until its median stands still."""
     one = Settings(threads=1, rounds=41, max_seconds=30)
     two = replace(one, threads=2)
     brief = replace(one, rounds=5, max_seconds=10, parts=False)
