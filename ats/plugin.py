@@ -20,10 +20,9 @@ from types import ModuleType
 
 from torch import nn
 
-from ats.errors import UserError, suggest
+from ats.errors import UserError
 from ats.models import timm_vit
 from ats.sampling import BlockSampler, TokenReducer, plan_samplers
-from ats.tokens import KeptTokens
 
 REDUCER_OPTIONS = ("r", "prop_attn", "keep_rate", "fuse_token")
 
@@ -51,7 +50,7 @@ def patch(
         r, prop_attn: of sampler "tome", as TOME.*. keep_rate, fuse_token: of sampler "evit", as EVIT.*.
 
     Returns:
-        The same model object, with a handle `model.ats` (`Handle`).
+        The same model object, with a handle `model.ats` (`models.host.Handle`).
 
     Raises:
         UserError: the model is not understood (class and reason), it has ATS already, or a setting is out of range.
@@ -122,48 +121,6 @@ def _wrapped(model: nn.Module) -> str:
     return ""
 
 
-class Handle:
-    """`model.ats`: the settings of `patch`, each of which can be read and set, and the trace.
-
-    Attributes:
-        trace: remember what the blocks keep. Off by default: a trace holds on to memory.
-        last: with `trace`, a `KeptTokens` for each ATS block, of the last batch: `.block`, `.num_tokens` [B] (prefix
-            tokens counted) and `.patches`, the original indices of the patches kept by each image.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        object.__setattr__(self, "_model", model)
-
-    @property
-    def last(self) -> list[KeptTokens]:
-        """What the last batch kept, block by block."""
-        state = self._model.ats_state
-        if state.last is None:
-            raise UserError("No batch has been traced: set model.ats.trace = True and run the model on a batch.")
-        return state.last
-
-    def __getattr__(self, name: str) -> object:
-        state = self._model.ats_state
-        if name == "trace":
-            return state.trace
-        if name in state.settings:
-            return state.settings[name]
-        raise AttributeError(f"model.ats has no {name}.{suggest(name, [*state.settings, 'trace', 'last'])}")
-
-    def __setattr__(self, name: str, value: object) -> None:
-        state = self._model.ats_state
-        if name == "trace":
-            state.trace, state.last = bool(value), None
-        elif name in state.settings:
-            _apply(self._model, state.settings | {name: value})
-        else:
-            names = [*state.settings, "trace"]
-            raise UserError(f"model.ats has no setting {name}: choose from {', '.join(names)}.{suggest(name, names)}")
-
-    def __repr__(self) -> str:
-        return f"ats({', '.join(f'{name}={value!r}' for name, value in self._model.ats_state.settings.items())})"
-
-
 def _apply(model: nn.Module, settings: dict) -> None:
     """Give the model's blocks the samplers that the settings describe; nothing changes if they are wrong."""
     settings = settings | {"blocks": _block_list(settings["blocks"])}
@@ -174,7 +131,8 @@ def _apply(model: nn.Module, settings: dict) -> None:
                 raise UserError(f"{name} {value!r}: give {number}, or a list with one per block.")
             settings[name] = list(value)
     library_of(model).adopt(model, _plan(model, settings))
-    model.ats_state.settings = settings
+    state = model.ats_state
+    state.settings, state.apply = settings, _apply
 
 
 def _plan(model: nn.Module, settings: dict) -> dict[int, BlockSampler | TokenReducer]:

@@ -157,7 +157,7 @@ class RaggedTokens:
 
     def with_x(self, x: Tensor) -> RaggedTokens:
         """The same tokens with other values [T, C'], and what has been looked up of their places (`cached`)."""
-        tokens = object.__new__(RaggedTokens)
+        tokens = object.__new__(type(self))
         tokens.__dict__.update(self.__dict__)
         tokens.x = x
         return tokens

@@ -8,24 +8,70 @@ libraries; each has `MODELS` (host class -> ATS version), `HOSTS` (the other way
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from ats.errors import UserError, suggest
 from ats.sampling import BlockSampler
 from ats.tokens import KeptTokens
 
 
 @dataclass
 class State:
-    """What a patched model knows beyond its host: settings (those of `ats.patch`), and the trace if it is wanted."""
+    """What a patched model knows beyond its host: settings (those of `ats.patch`) and what gives it others
+    (`apply(model, settings)`, from `ats/plugin.py`), and the trace if it is wanted.
+    """
 
     settings: dict = field(default_factory=dict)
+    apply: Callable[[nn.Module, dict], None] | None = None
     layout: str = "packed"  # name in tokens.LAYOUTS
     trace: bool = False
     last: list[KeptTokens] | None = None
     embedding_costs: dict = field(default_factory=dict)  # see timm_cost.py
+
+
+class Handle:
+    """`model.ats`: the settings of `ats.patch`, each of which can be read and set, and the trace.
+
+    Attributes:
+        trace: remember what the blocks keep. Off by default: a trace holds on to memory.
+        last: with `trace`, a `KeptTokens` for each ATS block, of the last batch: `.block`, `.num_tokens` [B] (prefix
+            tokens counted) and `.patches`, the original indices of the patches kept by each image.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        object.__setattr__(self, "_model", model)
+
+    @property
+    def last(self) -> list[KeptTokens]:
+        """What the last batch kept, block by block."""
+        state = self._model.ats_state
+        if state.last is None:
+            raise UserError("No batch has been traced: set model.ats.trace = True and run the model on a batch.")
+        return state.last
+
+    def __getattr__(self, name: str) -> object:
+        state = self._model.ats_state
+        if name == "trace":
+            return state.trace
+        if name in state.settings:
+            return state.settings[name]
+        raise AttributeError(f"model.ats has no {name}.{suggest(name, [*state.settings, 'trace', 'last'])}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        state = self._model.ats_state
+        if name == "trace":
+            state.trace, state.last = bool(value), None
+        elif name in state.settings:
+            state.apply(self._model, state.settings | {name: value})
+        else:
+            names = [*state.settings, "trace"]
+            raise UserError(f"model.ats has no setting {name}: choose from {', '.join(names)}.{suggest(name, names)}")
+
+    def __repr__(self) -> str:
+        return f"ats({', '.join(f'{name}={value!r}' for name, value in self._model.ats_state.settings.items())})"
 
 
 class Patched:
@@ -34,10 +80,8 @@ class Patched:
     ats_state: State
 
     @property
-    def ats(self) -> object:
-        """The handle to re-tune and to look: `ats.plugin.Handle`."""
-        from ats.plugin import Handle
-
+    def ats(self) -> Handle:
+        """The handle to re-tune and to look."""
         return Handle(self)
 
 
