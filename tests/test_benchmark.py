@@ -12,7 +12,7 @@ from helpers import randomise
 from safetensors.torch import save_file
 
 from ats.benchmark import report, suite_items, suites
-from ats.benchmark.counts import PAPER_BLOCKS, PAPER_MEAN, PAPER_STD, imposed_counts
+from ats.benchmark.counts import PAPER_BLOCKS, PAPER_MEAN, PAPER_STD, ImposedCounts, imposed_counts
 from ats.benchmark.memory import peak_megabytes
 from ats.benchmark.parts import PARTS, part_seconds
 from ats.benchmark.products import LinearCalls
@@ -25,6 +25,7 @@ from ats.datasets import build_dataset
 from ats.errors import UserError
 from ats.flops import gflops
 from ats.models import build_model
+from ats.sampling import BlockSampler, Candidates
 
 TINY = ["VIT.EMBED_DIM", 32, "VIT.NUM_HEADS", 2, "VIT.MLP_RATIO", 2, "MODEL.NUM_CLASSES", 5, "ATS.ENABLE", True]
 
@@ -107,17 +108,22 @@ def test_measure_reports_every_variant_beside_dense():
 
 
 def test_imposed_counts_in_a_compiled_network():
-    """Every draw reaches a compiled network, also the first after it was compiled."""
+    """Every draw reaches a compiled graph, also the first after it was compiled."""
     torch._dynamo.reset()
-    model = build_model(tiny("VIT.DEPTH", 2, "ATS.BLOCKS", [1])).eval()
-    compiled = torch.compile(model.forward_tokens, backend="aot_eager")
-    x = torch.randn(2, 3, 224, 224)
-    with imposed_counts([model]) as counts:
-        for seed in range(3):
-            counts.draw(2, seed=seed, device=x.device)
-            with torch.inference_mode():
-                kept = [entry.num_tokens.tolist() for entry in compiled(x)[1]]
-                assert kept == [entry.num_tokens.tolist() for entry in model.forward_tokens(x)[1]]
+    counts, lengths = ImposedCounts(depth=12), torch.tensor([196, 150])
+
+    def keep(scores):
+        about = {"lengths": lengths, "slots": 196, "num_positions": 197, "position": lambda: scores}
+        return counts.choose(Candidates(scores, **about), 196, BlockSampler(5, 1.0))
+
+    compiled = torch.compile(keep, backend="aot_eager")
+    for seed in range(3):
+        counts.draw(2, seed=seed, device=lengths.device)
+        with torch.inference_mode():
+            kept = compiled(torch.rand(2, 196))
+            assert torch.equal(kept, keep(torch.rand(2, 196)))
+        wanted = (counts.share_kept(5) * 197).round()
+        assert torch.equal(kept.sum(dim=1), wanted.minimum(lengths).long())
 
 
 def test_other_methods_cost_what_ats_costs():
