@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=DATA, help="the canvases; made if they are not there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows are kept as they are done")
     parser.add_argument("--output", type=Path, default=None, help="where STUDY.md goes; default docs")
-    parser.add_argument("--quick", action="store_true", help="few canvases, two budgets, two steps of training")
+    parser.add_argument("--quick", action="store_true", help="few canvases, seeds and budgets, one step of training")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     asked_for = partial(run, data=args.data, results=args.results, output=args.output, quick=args.quick)

@@ -53,7 +53,9 @@ class Settings:
     sweep: tuple[int, ...] = (8, 16, 32, 65, 130, 260, 520)
 
 
-QUICK = Settings(canvases=1, num_digits=24, budgets=(10, 4), tune_steps=2, calibration_images=16, sweep=(8, 65))
+QUICK = Settings(
+    num_seeds=2, canvases=1, num_digits=24, budgets=(10, 4), tune_steps=1, calibration_images=16, sweep=(8, 65)
+)
 
 
 @dataclass(frozen=True)
