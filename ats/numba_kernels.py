@@ -32,7 +32,7 @@ def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) 
     """See `ats.kernels.official_rule`; scores float32."""
     lengths = lengths.long().contiguous()
     num_sequences, longest = scores.shape
-    keep = torch.zeros(num_sequences, longest, dtype=torch.bool)
+    keep = scores.new_zeros((num_sequences, longest), dtype=torch.bool)
     _official_rule(
         scores.data_ptr(), *scores.stride(), lengths.data_ptr(), slots, num_points, num_sequences, longest,
         keep.data_ptr(),
@@ -52,7 +52,7 @@ def cls_scores(
     v = v.float() if with_norm else k
     lengths = lengths.long().contiguous()
     num_sequences, num_heads, head_dim = q.shape
-    scores = torch.empty(num_sequences, longest)
+    scores = q.new_empty((num_sequences, longest))
     _cls_scores(
         q.data_ptr(), *q.stride()[:2], k.data_ptr(), *k.stride()[:2], v.data_ptr(), *v.stride()[:2],
         lengths.data_ptr(), rows_apart, num_sequences, longest, num_heads, head_dim, v.shape[2], scale, with_norm,
@@ -65,7 +65,7 @@ def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, 
     """See `ats.kernels.kept_rows`."""
     mask, position, lengths = mask.bool(), position.long().contiguous(), lengths.long().contiguous()
     num_sequences, size = len(lengths), len(position)
-    kept = torch.empty(2 * size + num_sequences, dtype=torch.int64)
+    kept = position.new_empty(2 * size + num_sequences)
     total = _kept_rows(
         mask.data_ptr(), *mask.stride(), position.data_ptr(), lengths.data_ptr(), num_sequences, size, kept.data_ptr()
     )

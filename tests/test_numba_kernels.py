@@ -126,6 +126,20 @@ def test_numbers_that_do_not_lie_side_by_side():
     assert torch.equal(numba_kernels.cls_scores(q, k, k, lengths=lengths.int(), **about), want)
 
 
+def test_another_default_type_changes_nothing():
+    """The functions write float32 whatever `torch.set_default_dtype` says."""
+    torch.manual_seed(0)
+    q, k, layout = torch.randn(2, 2, 8), torch.randn(30, 2, 8), Layout.from_lengths(torch.tensor([20, 10]))
+    want = kernels.cls_scores(q, k, k, keys=layout, scale=0.3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = kernels.cls_scores(q, k, k, keys=layout, scale=0.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
 def test_a_network_keeps_the_same_tokens_without_numba(monkeypatch):
     """That it is not installed is no error."""
     model, x = (
