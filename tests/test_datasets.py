@@ -334,12 +334,12 @@ def test_worker_that_closes_its_pipe_before_it_dies(monkeypatch):
     """
     ignored = []
     monkeypatch.setattr("sys.unraisablehook", ignored.append)
-    batches = DataLoader.__iter__
+    batches, others = DataLoader.__iter__, set(multiprocessing.active_children())
 
     def broken_pipe(loader):
         iterator = batches(loader)
         yield next(iterator)
-        (worker,) = multiprocessing.active_children()
+        (worker,) = set(multiprocessing.active_children()) - others
         threading.Timer(0.3, worker.kill).start()
         raise ConnectionResetError("Connection reset by peer")
 
@@ -352,7 +352,7 @@ def test_worker_that_closes_its_pipe_before_it_dies(monkeypatch):
 
 def test_an_error_of_the_pipe_alone_is_named(monkeypatch):
     """No worker died: the error is one of the data all the same, and says which."""
-    monkeypatch.setattr(build_module, "LAST_SIGNAL", 0)
+    monkeypatch.setattr(build_module, "WORKER_DEATH_WAIT", 0)
     monkeypatch.setattr(DataLoader, "__iter__", lambda loader: iter(_raise_eof()))
     with pytest.raises(RuntimeError, match=r"^DataLoader worker exited unexpectedly .*EOFError"):
         list(Loader(Slow(), num_workers=1))

@@ -52,9 +52,9 @@ class LinearCalls(TorchFunctionMode):
         return run
 
 
-def linear_efficiencies(models: dict[str, nn.Module], x: Tensor, *, rounds: int, warmup: int = 2) -> dict[str, float]:
+def linear_efficiencies(models: dict[str, nn.Module], x: Tensor, *, rounds: int) -> dict[str, float]:
     """Of each of `models`, one of them "dense": (dense time / time) / (dense FLOPs / FLOPs) of their linear layers
-    alone, with the shapes that `x` gives them. Run in turn; the median over `rounds`.
+    alone, with the shapes that `x` gives them. Run in turn; the median over `rounds`, behind two that warm up.
     """
     noted = {}
     for name, model in models.items():
@@ -62,14 +62,12 @@ def linear_efficiencies(models: dict[str, nn.Module], x: Tensor, *, rounds: int,
             model(x)
     runs = {name: linear.again() for name, linear in noted.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(warmup + rounds):
+    for _ in range(2 + rounds):
         for name, run in runs.items():
-            taken = pass_seconds(run, x.device)
-            if index >= warmup:
-                seconds[name].append(taken)
+            seconds[name].append(pass_seconds(run, x.device))
     work = {name: linear.multiply_adds() for name, linear in noted.items()}
     return {
-        name: statistics.median(d / own for d, own in zip(seconds["dense"], seconds[name], strict=True))
+        name: statistics.median(d / own for d, own in zip(seconds["dense"][2:], seconds[name][2:], strict=True))
         * work[name]
         / work["dense"]
         for name in runs

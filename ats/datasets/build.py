@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 SPLITS = ("train", "val", "test")
-LAST_SIGNAL = 5.0  # seconds within which a worker whose pipe is closed has died
+WORKER_DEATH_WAIT = 5.0  # seconds within which a worker whose pipe is closed has died
 DATASETS: dict[str, Callable[[CfgNode, Split], Dataset]] = {}  # TRAIN.DATASET, in lower case -> builder
 
 
@@ -65,7 +65,7 @@ class Loader(DataLoader):
             # A worker that dies while it hands a batch over does not always give PyTorch's own error: its pipe closes
             # before its signal comes. That signal is PyTorch's error, and says what killed it. It is waited for here:
             # later, while the iterator is deleted, Python would only print it.
-            time.sleep(LAST_SIGNAL)
+            time.sleep(WORKER_DEATH_WAIT)
             raise RuntimeError(
                 f"DataLoader worker exited unexpectedly while a batch was read from it ({error!r})."
             ) from error
