@@ -26,7 +26,8 @@ def test_shipped_weights(tmp_path, monkeypatch):
     batches = list(loader)
     for name in ("dense", "ATS fine-tuned, blocks 5-11"):
         cfg = demo.row_config(rows[name], data=tmp_path / "data", output=tmp_path)
-        result, shuffled = demo_video.evaluate_row(cfg, batches, dataset=loader.dataset)
+        model, device = demo.load_model(cfg)
+        result, shuffled = demo_video.evaluate_both(model, batches, device=device, cfg=cfg, dataset=loader.dataset)
         top1, shuffled_top1, as_run, paper, dense = map(float, table[name][:5])
         assert result.video["num_videos"] == 359
         assert result.top1 == pytest.approx(top1, abs=4)  # twice the sampling error of 359 videos

@@ -9,9 +9,11 @@ writes output/demo/{table.md, results.json, kept_tokens.png}. How the weights we
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +30,8 @@ from ats.errors import exit_status  # noqa: E402
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from ats.engine.evaluate import Result
 
 
 class Row(NamedTuple):
@@ -72,6 +76,25 @@ def load_model(cfg: CfgNode) -> tuple[nn.Module, torch.device]:
     return model.to(device), device
 
 
+def time_together(
+    results: dict[str, Result], models: dict[str, nn.Module], x: torch.Tensor, *, rounds: int = 9
+) -> None:
+    """Give each result its network's rate on `x`: of the median of rounds in which every network runs once.
+
+    The rates that `evaluate` measures are minutes apart, in which a shared machine's speed changes.
+    """
+    import torch
+
+    from ats.benchmark.timing import Settings, time_in_turn
+
+    print(f"all {len(models)} in turn, {rounds} times, for their speed", file=sys.stderr)
+    with torch.inference_mode():
+        runs = {name: partial(model.eval(), x) for name, model in models.items()}
+        seconds, _ = time_in_turn(runs, x, Settings(rounds=rounds))
+    for name, result in results.items():
+        result.images_per_second = len(x) / statistics.median(seconds[name])
+
+
 def run_demo(run: Callable[..., None], *, about: str, data: str, output: str, argv: list[str] | None) -> int:
     """The command line of a demo, with the default names of its data set and results; returns the exit status."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,18 +112,23 @@ def main(argv: list[str] | None = None) -> int:
 def run(*, data: Path, output: Path) -> None:
     """Make the data, evaluate every row, write table and picture."""
     import simplejson
+    import torch
 
     from ats.datasets import build_loader
     from ats.engine.evaluate import evaluate, format_table
 
     made = make_digits(data)
     print(f"Digits data set: {data}{'' if made else ' (already there)'}", file=sys.stderr)
-    results = {}
+    results, models = {}, {}
     for number, row in enumerate(ROWS, start=1):
         print(f"[{number}/{len(ROWS)}] {row.name}", file=sys.stderr)
         cfg = row_config(row, data=data, output=output)
+        loader = build_loader(cfg, "val")
         model, device = load_model(cfg)
-        results[row.name] = evaluate(model, build_loader(cfg, "val"), device=device)
+        models[row.name] = model
+        results[row.name] = evaluate(model, loader, device=device)
+    some = range(0, len(loader.dataset), len(loader.dataset) // 64)
+    time_together(results, models, torch.stack([loader.dataset[index].x for index in some]).to(device))
     output.mkdir(parents=True, exist_ok=True)
     table = format_table(results)
     (output / "results.json").write_text(

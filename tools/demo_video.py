@@ -17,13 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from demo import load_model, make_rows, row_config, run_demo  # beside this file
+from demo import load_model, make_rows, row_config, run_demo, time_together  # beside this file
 from make_moving_digits import CLASSES, make_moving_digits
 
 from ats.config import CfgNode
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
     from ats.datasets import Sample
     from ats.engine.evaluate import Result
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(*, data: Path, output: Path) -> None:
     """Make the data, evaluate every row, write table and pictures."""
     import simplejson
+    import torch
 
     from ats.datasets import build_loader
 
@@ -70,11 +72,16 @@ def run(*, data: Path, output: Path) -> None:
     print(f"moving Digits data set: {data}{'' if made else ' (already there)'}", file=sys.stderr)
     loader = build_loader(row_config(ROWS[0], data=data, output=output), "test")
     batches = list(loader)  # decoded once for all rows
-    results = {}
+    results, models = {}, {}
     for number, row in enumerate(ROWS, start=1):
         print(f"[{number}/{len(ROWS)}] {row.name}", file=sys.stderr)
         cfg = row_config(row, data=data, output=output)
-        results[row.name] = evaluate_row(cfg, batches, dataset=loader.dataset)
+        model, device = load_model(cfg)
+        models[row.name] = model
+        results[row.name] = evaluate_both(model, batches, device=device, cfg=cfg, dataset=loader.dataset)
+    clips = torch.cat([batch.x for batch in batches])
+    plain = {name: result for name, (result, _) in results.items()}
+    time_together(plain, models, clips[:: -(-len(clips) // 16)].to(device))
     output.mkdir(parents=True, exist_ok=True)
     contents = {name: asdict(result) | {"shuffled": asdict(shuffled)} for name, (result, shuffled) in results.items()}
     (output / "results.json").write_text(simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
@@ -84,12 +91,13 @@ def run(*, data: Path, output: Path) -> None:
     print(f"Table and numbers: {output}")
 
 
-def evaluate_row(cfg: CfgNode, batches: Sequence[Sample], *, dataset: object) -> tuple[Result, Result]:
+def evaluate_both(
+    model: nn.Module, batches: Sequence[Sample], *, device: torch.device, cfg: CfgNode, dataset: object
+) -> tuple[Result, Result]:
     """The result on the videos as they are, and with their frames shuffled."""
     from ats.engine.ensemble import build_ensemble
     from ats.engine.evaluate import evaluate
 
-    model, device = load_model(cfg)
     return tuple(
         evaluate(model, clips, device=device, ensemble=build_ensemble(cfg, dataset))
         for clips in (batches, Shuffled(batches))

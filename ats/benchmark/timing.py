@@ -196,7 +196,7 @@ def _measure_batch(
 ) -> list[Measured]:
     _draw(counts, x, seed=0)
     runs = {name: _pass_of(name, model, x, settings) for name, model in models.items()}
-    seconds, seeds = _time_in_turn(runs, x, settings, counts)
+    seconds, seeds = time_in_turn(runs, x, settings, counts)
     eager = {name: model for name, model in models.items() if name not in GRAPHS}
     apart = settings.parts and not settings.train and not settings.compile
     _draw(counts, x, seed=0)
@@ -221,10 +221,18 @@ def _measure_batch(
     return rows
 
 
-def _time_in_turn(
-    runs: dict[str, Callable[[], None]], x: Tensor, settings: Settings, counts: ImposedCounts | None
+def time_in_turn(
+    runs: dict[str, Callable[[], None]], x: Tensor, settings: Settings, counts: ImposedCounts | None = None
 ) -> tuple[dict[str, list[float]], range]:
-    """Seconds of every counted round by variant, and the rounds' seeds."""
+    """Run each once per round, in rotating order.
+
+    Args:
+        runs: name -> a pass on `x`.
+        settings: its `rounds` and `max_seconds`.
+
+    Returns:
+        Seconds of every counted round by name, and the rounds' seeds.
+    """
     names, start = list(runs), time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     warmup = NUM_WARMUP
