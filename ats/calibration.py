@@ -118,7 +118,7 @@ def calibrate(
             the dense network over the mean. Give one of the three.
         accounting: what `gflops` and `speedup` count: "run", what is computed; "paper", what the paper's tables count.
         refine_rounds: rounds in which tokens are moved between the blocks to change the logits less at the same
-            cost; each takes some 5 passes per ATS block and direction.
+            cost; each takes some 7 passes per ATS block.
         tolerance: relative; the search stops when the mean is this near.
         progress: show a bar if the console is a terminal.
 

@@ -74,7 +74,7 @@ def test_paper_beside_measured(places, tmp_path):
     rows = tiny_rows("imagenet")
     outcomes = run_table(rows, places, folder=tmp_path / "rows")
     found = {outcome.row.name: outcome for outcome in outcomes}
-    dense, ats = found["DeiT-S"], found["DeiT-S + ATS, off the shelf"]
+    dense, ats = found["DeiT-S"], found["DeiT-S + ATS, not fine-tuned"]
     assert dense.measured["num_samples"] == ats.measured["num_samples"] == 32
     assert ats.gflops < dense.gflops == pytest.approx(dense.measured["gflops"]["dense"])
     assert len(ats.measured["hits"]) == 32
@@ -161,7 +161,7 @@ def test_every_family_has_its_colour():
 def test_warning_only_where_accuracy_is_far():
     """By the published accuracy of the dense network; ATS may cost some points, not more."""
     dense = next(row for row in TABLES["imagenet"] if row.name == "DeiT-S")
-    ats = next(row for row in TABLES["imagenet"] if row.name == "DeiT-S + ATS, off the shelf")
+    ats = next(row for row in TABLES["imagenet"] if row.name == "DeiT-S + ATS, not fine-tuned")
     file = Path("a.pth")
     assert accuracy_warning(dense, file, 79.8) == accuracy_warning(ats, file, 72.7) == ""
     tuned = next(row for row in TABLES["imagenet"] if row.name == "DeiT-S + ATS, fine-tuned")

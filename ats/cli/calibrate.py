@@ -5,7 +5,7 @@
     python tools/calibrate.py --cfg X.yaml --speedup 1.6 --refine --output configs/mine.yaml
 
 prints what it reached, how GFLOPs spread over the images, and the YAML lines with ATS.NUM_TOKENS. Any key can be given
-behind the file, as KEY VALUE or KEY=VALUE. Which tokens survive hangs on the weights and on ATS.BLOCKS, ATS.SAMPLER,
+after the file, as KEY VALUE or KEY=VALUE. Which tokens survive depends on the weights and on ATS.BLOCKS, ATS.SAMPLER,
 ATS.SCORE and ATS.RULE: change one, and calibrate again. A K above the number of tokens is meant: more sample points
 than tokens pick more of them.
 """
@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         const=2,
         default=0,
         metavar="ROUNDS",
-        help="then move tokens between blocks where that changes the logits less at the same cost; some 10 passes over "
+        help="then move tokens between blocks where that changes the logits less at the same cost; some 7 passes over "
         "the images per block and round (default: 2 rounds)",
     )
     parser.add_argument(

@@ -29,7 +29,8 @@ HEAD = """# The paper's studies on Digits
 
 Written by `make study` (`python tools/study.py`); every number and every verdict is computed from the measurements in
 [study.json](study.json). This is a network of 0.61 M parameters on images of 56 x 56 pixels, not ImageNet: it says
-what the implementation does and how the method behaves here, not whether the paper's numbers are right.
+what the implementation does and how the method behaves here, not whether the paper's numbers are right. Budgets are
+named by patches: "10 patches" is what a network costs that keeps exactly 10 patches from block 3 on.
 
 ![The studies](images/study.png)
 """
@@ -41,16 +42,16 @@ PROTOCOL = """## How
 * **Seeds**: {num_seeds} groups of {group} canvases: in each group {canvases} of each of {num_digits} digits of the
   validation split, with placement, slant and clutter of their own. Seed s is group s, the seed of the random sampler
   and the seed of the fine-tuning. "±" behind an accuracy is the standard deviation over the seeds.
-* **Cost**: GFLOPs in the paper's accounting, as a fraction of the dense network's {dense:.4f}. A budget is what a
-  network costs that keeps exactly {budgets} patches from block 3 on: {shares} of dense. K of inverse transform sampling
+* **Cost**: GFLOPs in the paper's accounting, as a fraction of the dense network's {dense:.4f}. The budgets
+  of {budgets} patches are {shares} of dense. K of inverse transform sampling
   was set on {calibration} training images to cost the same. The paper's budgets are 0.43, 0.54 and 0.65 of dense;
   there these images lose hardly anything (sweep of K), so that nothing could be told apart. The budgets were chosen
   after a look at some of these validation canvases.
 * **Fine-tuning**: {tune_steps} steps of 64 training images with the recipe of configs/Digits/DeiT_ATS.yaml, sampling
   in the blocks named at the middle budget, {num_seeds} trainings each. The paper's takes 30 epochs of ImageNet. The
   same steps move the dense network by {more_training} points.
-* **Differences** are between variants on the same canvases, at exactly the budget's cost: K is a whole number and was
-  set on other images, so costs miss the budget a little, which is made up for by linear interpolation between a
+* **Differences** are between variants on the same canvases, at the same cost: K is a whole number and was
+  set on other images, so costs miss the budget a little, which is corrected by linear interpolation between a
   variant's own budgets (the tables below have costs and accuracies as measured). That correction was added after a
   look at the first results, in which inverse transform sampling was behind top-K too. The 95 % interval takes the
   digit, not the canvas, as the unit, and the seeds into account where a variant was trained or draws at random

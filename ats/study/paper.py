@@ -99,7 +99,7 @@ def _pair(
     off_the_shelf: str | None = None,
     published: float | None = None,
 ) -> tuple[PaperRow, ...]:
-    """Dense, ATS off the shelf and ATS fine-tuned of one network; `dense` and `tuned` are (top-1, GFLOPs, top-5).
+    """Dense, ATS not fine-tuned and ATS fine-tuned of one network; `dense` and `tuned` are (top-1, GFLOPs, top-5).
 
     `off_the_shelf`: the config of that row, by default `config`; `published`: of the weights, by default dense's top-1.
     """
@@ -111,7 +111,7 @@ def _pair(
     return (
         PaperRow(name, *dense, config=f"{shelf}.yaml", overrides=DENSE, **shared, **base),
         PaperRow(
-            f"{name} + ATS, off the shelf", config=f"{shelf}.yaml", overrides=("ATS.ENABLE", True), **shared, **base
+            f"{name} + ATS, not fine-tuned", config=f"{shelf}.yaml", overrides=("ATS.ENABLE", True), **shared, **base
         ),
         PaperRow(
             f"{name} + ATS, fine-tuned",
@@ -231,7 +231,7 @@ BUDGETS = (2.0, 2.5, 3.0)  # GFLOPs of the ablations
 
 
 def _ablation(family: str, top1: tuple[float, ...], *overrides: object, tuned: bool = False) -> tuple[PaperRow, ...]:
-    """DeiT-S at the three budgets, off the shelf, or fine-tuned in block 3 alone."""
+    """DeiT-S at the three budgets, not fine-tuned, or fine-tuned in block 3 alone."""
     config = "ImageNet/DeiT_S_ATS_finetune" if tuned else "ImageNet/DeiT_S"
     if tuned:
         origin = _tuned(config, DEIT_S, "ATS.BLOCKS", "[3]")
