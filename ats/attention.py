@@ -49,7 +49,17 @@ def ragged_attention(
         return _padded(q, k, v, queries, keys, scale, dropout_p, bias)
     if backend == "auto":
         backend = choose_backend(q, queries=queries, keys=keys, dropout_p=dropout_p)
-    return _BACKENDS[backend](q, k, v, queries, keys, scale, dropout_p)
+    attend = _BACKENDS[backend]
+    if not q.is_cuda or keys.kind == "static" or torch.compiler.is_compiling():
+        return attend(q, k, v, queries, keys, scale, dropout_p)
+    # cuDNN's attention makes a plan, which takes tens of milliseconds, for all lengths that it has not met before, as
+    # ragged sequences bring them at every call; flash attention needs none.
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return attend(q, k, v, queries, keys, scale, dropout_p)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 def choose_backend(q: Tensor, *, queries: Layout, keys: Layout, dropout_p: float = 0.0) -> str:
@@ -57,7 +67,8 @@ def choose_backend(q: Tensor, *, queries: Layout, keys: Layout, dropout_p: float
     if queries.uniform and keys.uniform:
         return "padded"  # nothing is padded: one plain call
     if q.is_cuda:
-        return "varlen" if q.dtype in (torch.float16, torch.bfloat16) and dropout_p == 0 and _has_varlen() else "padded"
+        fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+        return "varlen" if fits and dropout_p == 0 and _has_varlen() else "padded"
     # A compiled graph cannot loop over lengths that it does not know.
     return "padded" if torch.compiler.is_compiling() else "loop"
 

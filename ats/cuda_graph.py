@@ -54,8 +54,15 @@ def capture(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = No
             forward()
     torch.cuda.current_stream(x.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = forward()
+    try:
+        # Of this thread alone: what a loader's thread does with pinned memory is not part of it.
+        with torch.cuda.device(x.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = forward()
+    except RuntimeError as error:
+        raise UserError(
+            "This network cannot be captured as a CUDA graph: it does in a pass what a graph cannot hold, as timm's "
+            f"DINOv3, which makes tensors on the CPU ({error})."
+        ) from error
 
     def replay(new: Tensor) -> Tensor:
         if (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):

@@ -158,7 +158,11 @@ class RaggedTokens:
     def with_x(self, x: Tensor) -> RaggedTokens:
         """The same tokens with other values [T, C'], and what has been looked up of their places (`cached`)."""
         tokens = object.__new__(type(self))
-        tokens.__dict__.update(self.__dict__)
+        for name in type(self).__dataclass_fields__:  # torch.compile of PyTorch 2.11 cannot go over `__dict__`
+            setattr(tokens, name, getattr(self, name))
+        for name in ("grid_index", "row_at_position"):
+            if name in self.__dict__:
+                setattr(tokens, name, self.__dict__[name])
         tokens.x = x
         return tokens
 

@@ -57,7 +57,8 @@ def try_official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: i
     if _failed or not fits:
         return None
     try:
-        return official_rule(scores, lengths, slots, num_points)
+        with torch.cuda.device_of(scores):  # Triton launches on the current device
+            return official_rule(scores, lengths, slots, num_points)
     except Exception as error:  # Triton raises anything from RuntimeError to CalledProcessError
         _failed = True
         logger.warning("The sampling kernel cannot run (%s: %s); PyTorch samples instead.", type(error).__name__, error)

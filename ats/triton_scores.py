@@ -60,7 +60,8 @@ def try_cls_scores(
     if _failed or not fits:
         return None
     try:
-        return cls_scores(q, k, v, start=start, lengths=lengths, longest=longest, scale=scale)
+        with torch.cuda.device_of(k):  # Triton launches on the current device
+            return cls_scores(q, k, v, start=start, lengths=lengths, longest=longest, scale=scale)
     except Exception as error:  # Triton raises anything from RuntimeError to CalledProcessError
         _failed = True
         logger.warning("The scoring kernels cannot run (%s: %s); PyTorch scores instead.", type(error).__name__, error)
@@ -72,7 +73,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @triton.jit(do_not_specialize=["longest"])
 def _logits(
-    q, k, v, start, lengths, logits, norms, scale, longest, num_heads, head_dim,
+    q, k, v, start, lengths, logits, norms, scale, longest, num_heads: tl.constexpr, head_dim,
     q_row, q_head, k_row, k_head, v_row, v_head,
     TILE: tl.constexpr, WIDTH: tl.constexpr, WITH_NORM: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +98,7 @@ def _logits(
 
 @triton.jit(do_not_specialize=["longest"])
 def _scores(
-    logits, norms, lengths, scores, longest, num_heads, BLOCK: tl.constexpr, WITH_NORM: tl.constexpr
+    logits, norms, lengths, scores, longest, num_heads: tl.constexpr, BLOCK: tl.constexpr, WITH_NORM: tl.constexpr
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, BLOCK)

@@ -11,6 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from ats.config import schema
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # tests import the tools by their names
 
 # The longest files, begun first: whole files go to the processes of `make test`, and a long one that is begun last
@@ -54,6 +56,16 @@ def _meta_tensors_get_no_values():
     weight_init._trunc_normal_ = draw
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _device_cpu():
+    """What tests compare is exact on a CPU, and DEVICE auto takes a GPU where there is one. Tests of a GPU ask for it."""
+    [number] = [number for number, key in enumerate(schema.KEYS) if key.name == "DEVICE"]
+    key = schema.KEYS[number]
+    schema.KEYS[number] = key._replace(default="cpu")
+    yield
+    schema.KEYS[number] = key
+
+
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ImageNet layout, 4 classes: 32 x 32 PNGs, a coloured square on noise; per class 16 to train on, 8 in val."""
@@ -74,6 +86,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(colours: Path, tmp_path: Path) -> Path:
     """A YAML file for `colours`: a ViT of 3 blocks, ATS in two of them; 4 steps per epoch; OUTPUT_DIR in tmp_path."""
     settings = {
+        "DEVICE": "cpu",
         "MODEL": {"NUM_CLASSES": 4},
         "VIT": {"IMG_SIZE": 32, "PATCH_SIZE": 8, "EMBED_DIM": 32, "DEPTH": 3, "NUM_HEADS": 2},
         "ATS": {"ENABLE": True, "BLOCKS": [1, 2]},

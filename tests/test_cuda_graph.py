@@ -168,6 +168,6 @@ def test_captured_network_says_what_the_network_says(dtype):
         x = torch.randn_like(x)
         with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype is not None):
             want = model(x)
-        torch.testing.assert_close(fast(x), want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(fast(x), want, atol=1e-5 if dtype is None else 2e-2, rtol=0)
     with pytest.raises(ValueError, match="captured for"):
         fast(x[:1])

@@ -26,6 +26,7 @@ COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), 
 NUM_VIDEOS, NUM_VIEWS, NUM_CROPS = 18, 2, 3
 
 SETTINGS = {
+    "DEVICE": "cpu",
     "MODEL": {"NUM_CLASSES": 6},
     "VIT": {"IMG_SIZE": 32, "PATCH_SIZE": 8, "EMBED_DIM": 32, "DEPTH": 2, "NUM_HEADS": 2},
     "ATS": {"ENABLE": True, "BLOCKS": [1], "NUM_TOKENS": 14},

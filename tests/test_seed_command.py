@@ -35,7 +35,7 @@ def files(tmp_path_factory) -> Path:
 def words(files: Path, output: Path, *overrides: str, cfg: str = SEED_CONFIG) -> list[str]:
     """What is typed behind tools/run_net.py."""
     weights = ["TEST.CHECKPOINT_FILE_PATH", str(files / "deit_small_patch16_224-cd65a155.pth"), *overrides]
-    data = ["DATA.PATH_TO_DATA_DIR", str(files), "DATA_LOADER.NUM_WORKERS", "0"]
+    data = ["DATA.PATH_TO_DATA_DIR", str(files), "DATA_LOADER.NUM_WORKERS", "0", "DEVICE", "cpu"]
     return ["--cfg", cfg, *data, *weights, "OUTPUT_DIR", str(output)]
 
 

@@ -55,13 +55,14 @@ def build() -> None:
 
     from ats.triton_scores import TILE, _logits, _scores
 
-    numbers = ["longest", "num_heads", "head_dim", "q_row", "q_head", "k_row", "k_head", "v_row", "v_head"]
+    numbers = ["longest", "head_dim", "q_row", "q_head", "k_row", "k_head", "v_row", "v_head"]
     tensors = dict.fromkeys("qkv", "*bf16") | {"start": "*i64", "lengths": "*i64"}
     tensors |= {"logits": "*fp32", "norms": "*fp32", "scale": "fp32"}
-    constants = {"TILE": TILE, "WIDTH": 64, "WITH_NORM": True}
+    constants = {"TILE": TILE, "WIDTH": 64, "WITH_NORM": True, "num_heads": 6}
     kernels = [(_logits, tensors | dict.fromkeys(numbers, "i32"), constants)]
     tensors = {"logits": "*fp32", "norms": "*fp32", "lengths": "*i64", "scores": "*fp32"}
-    kernels += [(_scores, tensors | {"longest": "i32", "num_heads": "i32"}, {"BLOCK": 256, "WITH_NORM": True})]
+    constants = {"BLOCK": 256, "WITH_NORM": True, "num_heads": 6}
+    kernels += [(_scores, tensors | {"longest": "i32"}, constants)]
     for kernel, signature, constants in kernels:
         source = ASTSource(fn=kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
         built = triton.compile(

@@ -42,7 +42,9 @@ class LinearCalls(TorchFunctionMode):
 
     def again(self) -> Callable[[], None]:
         """A function that runs the same layers, in order, on other numbers."""
-        inputs = {shape: torch.randn(shape).to(weight) for shape, weight, _ in self.calls}
+        inputs = {
+            shape: torch.randn(shape, device=weight.device, dtype=weight.dtype) for shape, weight, _ in self.calls
+        }
 
         def run() -> None:
             with torch.inference_mode():

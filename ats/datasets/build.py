@@ -292,7 +292,7 @@ def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int =
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available(),
+        pin_memory=cfg.DATA_LOADER.PIN_MEMORY and cfg.DEVICE != "cpu" and torch.cuda.is_available(),
         worker_init_fn=_ignore_stop_signals,
     )
 

@@ -122,6 +122,7 @@ class Trainer:
             num_epochs=self.num_epochs,
             num_steps=self.num_steps,
             period=cfg.LOG_PERIOD,
+            device=self.device,
             epoch=self.state.epoch,
             step=self.state.step,
             window=self.state.log_state.get("window"),

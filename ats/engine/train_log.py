@@ -40,13 +40,14 @@ class TrainLog:
         num_epochs: int,
         num_steps: int,
         period: int,
+        device: torch.device | None = None,
         epoch: int = 0,
         step: int = 0,
         window: dict | None = None,
         tensorboard: bool = False,
     ) -> None:
         self._num_epochs, self._num_steps, self._period = num_epochs, num_steps, max(period, 1)
-        self._path = output_dir / "log.jsonl"
+        self._path, self._device = output_dir / "log.jsonl", device
         total, done = num_epochs * num_steps, epoch * num_steps + step
         self._writer = None
         if is_main():
@@ -91,8 +92,8 @@ class TrainLog:
             values["loss_scale"] = stats.loss_scale
         values["images_per_second"] = means["images"] / means["seconds"]
         values["data_wait_share"] = min(means["waited"] / means["seconds"], 1.0)
-        if torch.cuda.is_available():
-            values["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self._device is not None and self._device.type == "cuda":
+            values["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         self._write("train", epoch, step, values)
         tokens = " ".join(f"{mean:.1f}" for mean in values["tokens_per_block"].values())
         self._bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {lr:.2e}", refresh=False)

@@ -104,8 +104,9 @@ class SamplingLayer(nn.Module):
 
 def sample_at(features: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of features [B, C, H, W] at points [B, P, 2]; zeros beyond the border. [B, P, C]."""
-    size = torch.tensor(features.shape[2:], dtype=points.dtype, device=points.device)
-    grid = (2 * points / (size - 1) - 1).flip(-1)  # grid_sample wants (x, y) in -1..1
+    height, width = features.shape[2:]
+    y, x = points.unbind(-1)
+    grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)  # grid_sample wants -1..1
     sampled = F.grid_sample(features, grid[:, :, None], align_corners=True)
     return sampled.squeeze(3).transpose(1, 2)
 
