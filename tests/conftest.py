@@ -58,7 +58,7 @@ def _meta_tensors_get_no_values():
 
 @pytest.fixture(autouse=True, scope="session")
 def _device_cpu():
-    """What tests compare is exact on a CPU, and DEVICE auto takes a GPU where there is one. Tests of a GPU ask for it."""
+    """What tests compare is exact on a CPU; DEVICE auto takes a GPU where there is one. Tests of a GPU ask for it."""
     [number] = [number for number, key in enumerate(schema.KEYS) if key.name == "DEVICE"]
     key = schema.KEYS[number]
     schema.KEYS[number] = key._replace(default="cpu")
