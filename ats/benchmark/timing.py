@@ -1,15 +1,13 @@
 """Variants of one network, run in turn in one process, and the ratios of their times.
 
-Machines are noisy and throttle, so a time alone says little. Every round runs each variant once, in an order that
-rotates; what is reported is the median over rounds of the ratio to the dense network of the same round. A round is:
-new token counts if they are imposed, synchronise the device, `time.perf_counter`, the pass, synchronise, the clock
-again. The first rounds warm up (kernels chosen, caches filled, graphs compiled) and are not counted.
+What is reported is the median over rounds (`turns`) of the ratio to the dense network of the same round. A variant's
+turn is: new token counts if they are imposed, synchronise the device, `time.perf_counter`, the pass, synchronise, the
+clock again.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,23 +16,20 @@ import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ats.benchmark.counts import ImposedCounts, imposed_counts
 from ats.benchmark.equal import MATCHED, describe_samplers, match_gflops
 from ats.benchmark.memory import peak_megabytes, saved_bytes
-from ats.benchmark.meters import host_waits, pass_seconds
+from ats.benchmark.meters import host_waits
 from ats.benchmark.parts import part_seconds
 from ats.benchmark.products import linear_efficiencies
+from ats.benchmark.turns import time_in_turn
 from ats.benchmark.variants import GRAPHS, build_variants, labelled_images
 from ats.cuda_graph import capture
 from ats.engine.device import autocast, select_device
 from ats.engine.evaluate import evaluate
 from ats.errors import UserError
 from ats.flops import gflops
-
-NUM_WARMUP = 2
-MIN_ROUNDS = 3
 
 
 @dataclass
@@ -107,7 +102,7 @@ class Settings:
         compile: torch.compile all variants. train: time forward and backward instead of inference.
         threads: of the CPU; None leaves them.
         parts: also say where the time goes, and how efficient the linear layers are by themselves.
-        max_seconds: begin no round after these, once MIN_ROUNDS are done.
+        max_seconds: begin no round after these, once `turns.MIN_ROUNDS` are done.
         token_scale, mean_std: of the imposed counts, see `ImposedCounts`.
         dense_keys: more keys of the dense network, e.g. those that make it timm's own.
         equal_gflops: the variants of `equal.MATCHED` cost what ats costs; False: as configured.
@@ -196,7 +191,14 @@ def _measure_batch(
 ) -> list[Measured]:
     _draw(counts, x, seed=0)
     runs = {name: _pass_of(name, model, x, settings) for name, model in models.items()}
-    seconds, seeds = time_in_turn(runs, x, settings, counts)
+    seconds, seeds = time_in_turn(
+        runs,
+        x.device,
+        rounds=settings.rounds,
+        max_seconds=settings.max_seconds,
+        prepare=lambda seed: _draw(counts, x, seed=seed),
+        label=f"batch {len(x)}",
+    )
     eager = {name: model for name, model in models.items() if name not in GRAPHS}
     apart = settings.parts and not settings.train and not settings.compile
     _draw(counts, x, seed=0)
@@ -219,35 +221,6 @@ def _measure_batch(
             row.linear_efficiency = linear[name]
         rows.append(row)
     return rows
-
-
-def time_in_turn(
-    runs: dict[str, Callable[[], None]], x: Tensor, settings: Settings, counts: ImposedCounts | None = None
-) -> tuple[dict[str, list[float]], range]:
-    """Run each once per round, in rotating order.
-
-    Args:
-        runs: name -> a pass on `x`.
-        settings: its `rounds` and `max_seconds`.
-
-    Returns:
-        Seconds of every counted round by name, and the rounds' seeds.
-    """
-    names, start = list(runs), time.perf_counter()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    warmup = NUM_WARMUP
-    for index in tqdm(range(settings.rounds + NUM_WARMUP), desc=f"batch {len(x)}", leave=False, disable=None):
-        spent = time.perf_counter() - start
-        if index == 1 and spent > settings.max_seconds / 4:
-            warmup = 1  # passes this long are warm after one
-        if index >= warmup + MIN_ROUNDS and (spent > settings.max_seconds or index == settings.rounds + warmup):
-            break
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            _draw(counts, x, seed=index)
-            seconds[name].append(pass_seconds(runs[name], x.device))
-    num_rounds = len(seconds[names[0]])
-    return {name: own[warmup:] for name, own in seconds.items()}, range(warmup, num_rounds)
 
 
 def _draw(counts: ImposedCounts | None, x: Tensor, *, seed: int) -> None:
