@@ -8,7 +8,7 @@ clock again.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from ats.benchmark.blocks import block_gflops, token_ratio
 from ats.benchmark.counts import ImposedCounts, imposed_counts
 from ats.benchmark.equal import MATCHED, describe_samplers, match_gflops
 from ats.benchmark.memory import peak_megabytes, saved_bytes
@@ -42,14 +43,17 @@ class Measured:
         top1: per cent of the images of `Settings.accuracy`, and their mean GFLOPs; None: not evaluated.
         gflops, gflops_paper: of each sample, as run and in the paper's accounting.
         gflops_dense: of a sample of the dense network.
+        block_gflops, block_gflops_paper: block -> what it has of `gflops` and `gflops_paper`.
         tokens: block -> tokens kept by each sequence.
+        token_ratio: tokens over the dense network's, mean over blocks; None where blocks change the grid.
         seconds: of each round. ratios: dense time / time of each round. flop_ratios: dense GFLOPs / mean GFLOPs of
             what each round computed.
         peak_mb: peak memory of the pass, the weights included; None on a CPU where it is compiled.
-        saved_mb: activations kept for the backward pass, when training.
+        saved_mb: tensors kept for the backward pass, when training. activations_mb: of them, without the weights.
         parts: share of the time by part.
         linear_efficiency: of the linear layers alone, see `products.py`; None where it was not measured.
         host_waits: how often a pass makes the host wait for the GPU; None on a CPU.
+        image_size, dtype: side of the inputs in pixels; of weights and inputs, or of autocast in training.
     """
 
     variant: str
@@ -61,15 +65,21 @@ class Measured:
     gflops: list[float] = field(default_factory=list)
     gflops_paper: list[float] = field(default_factory=list)
     gflops_dense: float = 0.0
+    block_gflops: dict[int, list[float]] = field(default_factory=dict)
+    block_gflops_paper: dict[int, list[float]] = field(default_factory=dict)
     tokens: dict[int, list[int]] = field(default_factory=dict)
+    token_ratio: float | None = None
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     flop_ratios: list[float] = field(default_factory=list)
     peak_mb: float | None = None
     saved_mb: float | None = None
+    activations_mb: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
     linear_efficiency: float | None = None
     host_waits: int | None = None
+    image_size: int = 0
+    dtype: str = "float32"
 
     @property
     def speedup(self) -> float:
@@ -125,13 +135,18 @@ class Settings:
 
 
 def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> list[Measured]:
+    """All that `measure_each` yields."""
+    return list(measure_each(cfg, batches, settings))
+
+
+def measure_each(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> Iterator[Measured]:
     """Measure the variants of `cfg` (ATS.ENABLE True) on each batch.
 
     Args:
         batches: batch size -> images [B, 3, H, W] or clips [B, 3, T, H, W].
 
-    Returns:
-        One entry per variant and batch size.
+    Yields:
+        One entry per variant and batch size, those of a batch as soon as it is done.
     """
     if settings.train and set(settings.variants) & set(GRAPHS):
         raise UserError(f"--train: {' and '.join(GRAPHS)} are for inference.")
@@ -155,15 +170,19 @@ def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> lis
         limit = torch._dynamo.config.patch(recompile_limit=64) if settings.compile else nullcontext()
         with imposed as counts, limit:
             accuracy = _set_and_evaluate(cfg, models, batches[max(batches)].to(device), settings, counts)
-            rows = []
             for x in batches.values():
                 for row in _measure_batch(models, x.to(device), settings, counts):
                     row.setting = describe_samplers(models[row.variant])
                     row.top1, row.top1_gflops = accuracy.get(row.variant, (None, None))
-                    rows.append(row)
-            return rows
+                    row.image_size, row.dtype = x.shape[-1], dtype_name(settings.dtype)
+                    yield row
     finally:
         torch.set_num_threads(threads)
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """Of `Settings.dtype`: "float32", "bfloat16" or "float16"."""
+    return str(dtype or torch.float32).removeprefix("torch.")
 
 
 def _set_and_evaluate(
@@ -214,6 +233,7 @@ def _measure_batch(
         row.host_waits = host_waits(runs[name], x.device)
         if settings.train:
             row.saved_mb = saved_bytes(runs[name]) / 1e6
+            row.activations_mb = saved_bytes(runs[name], without=model.parameters()) / 1e6
         elif apart and name in eager:
             parts = part_seconds(model, x, rounds=min(len(seeds), 10))
             total = sum(parts.values())
@@ -244,6 +264,10 @@ def _describe(name: str, model: nn.Module, x: Tensor, counts: ImposedCounts | No
         row.gflops_paper += cost.paper.tolist()
         row.gflops_dense = cost.dense
         row.flop_ratios.append(cost.dense / cost.as_run.mean().item())
+        for of_blocks, paper in ((row.block_gflops, False), (row.block_gflops_paper, True)):
+            for block, own in enumerate(block_gflops(model, trace, x.shape, paper=paper)):
+                of_blocks.setdefault(block, []).extend(own.tolist())
+        row.token_ratio = token_ratio(model, trace, x.shape)
         for entry in trace:
             row.tokens.setdefault(entry.block, []).extend(entry.num_tokens.tolist())
     row.flop_ratios *= len(seeds) // len(row.flop_ratios)
