@@ -227,6 +227,8 @@ def test_linear_layers_are_those_of_the_network():
         (lambda: video_model("xvit", "ATS.ENABLE", True, dtype=torch.float32), (2, 3, 8, 32, 32), 4),
         (lambda: video_model("divided", "ATS.ENABLE", True, dtype=torch.float32), (2, 3, 8, 32, 32), 4),
         (lambda: build_model(load_config("configs/ImageNet/MViTv2_T_ATS.yaml")), (1, 3, 224, 224), 10),
+        (lambda: build_model(load_config("configs/ImageNet/CvT_13_ATS.yaml")), (1, 3, 224, 224), 13),
+        (lambda: build_model(load_config("configs/ImageNet/PSViT_Ti_14_ATS.yaml")), (1, 3, 224, 224), 12),
     ],
 )
 def test_gflops_of_blocks_add_up(make, shape, num_blocks):
@@ -329,8 +331,8 @@ def test_what_is_measured_is_not_lost(tmp_path, monkeypatch, capsys):
         (["--cfg", "configs/ImageNet/DeiT_S.yaml", "--accuracy"], "TEST.CHECKPOINT_FILE_PATH"),
         (["--cfg", "configs/ImageNet/MViTv2_T_ATS.yaml", "--compare", "tome"], "not for MODEL.NAME MViT"),
         ([], "Give --cfg FILE, --suite NAME, --decode, --loader, or --train-loop --cfg FILE."),
-        (["--suite", "cpu", "DEVICE", "cpu", "--rounds", "15"], "--suite takes no --rounds, KEY VALUE."),
-        (["--suite", "cpu", "--cfg", "X.yaml"], "--suite takes no --cfg."),
+        (["--suite", "cpu", "DEVICE", "cpu", "--rounds", "15"], "--suite cpu takes no --rounds, KEY VALUE."),
+        (["--suite", "cpu", "--cfg", "X.yaml"], "--suite cpu takes no --cfg."),
         (["--decode", "--threads", "1", "--dtype", "float32"], "--decode takes no --threads, --dtype."),
         (["--loader", "--compare", "ats", "--train"], "--loader takes no --compare, --train."),
         (["--train-loop", "--cfg", "X.yaml", "--compile"], "--train-loop takes no --compile."),

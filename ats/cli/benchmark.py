@@ -179,7 +179,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         typed = [_option(name) for name in given if name not in (task, "debug", *TASKS[task])]
         typed += ["KEY VALUE"] if overrides and "overrides" not in TASKS[task] else []
         if typed:
-            raise UserError(f"{_option(task)} takes no {', '.join(typed)}.")
+            name = f" {given[task]}" if task == "suite" else ""
+            raise UserError(f"{_option(task)}{name} takes no {', '.join(typed)}.")
         if task == "train_loop" and "cfg" not in given:
             raise UserError("--train-loop needs --cfg FILE: which training?")
     args = argparse.Namespace(**(DEFAULTS | given), overrides=overrides)
