@@ -8,10 +8,11 @@ import statistics
 
 import pytest
 import torch
-from helpers import randomise
+from helpers import randomise, video_model
 from safetensors.torch import save_file
 
-from ats.benchmark import report, suite_items, suites
+from ats.benchmark import report, suite_items, suites, timing
+from ats.benchmark.blocks import block_gflops, token_ratio
 from ats.benchmark.counts import PAPER_BLOCKS, PAPER_MEAN, PAPER_STD, ImposedCounts, imposed_counts
 from ats.benchmark.memory import peak_megabytes
 from ats.benchmark.parts import PARTS, part_seconds
@@ -25,6 +26,7 @@ from ats.datasets import build_dataset
 from ats.errors import UserError
 from ats.flops import gflops
 from ats.models import build_model
+from ats.models.timesformer import TimeSformer
 from ats.sampling import BlockSampler, Candidates
 
 TINY = ["VIT.EMBED_DIM", 32, "VIT.NUM_HEADS", 2, "VIT.MLP_RATIO", 2, "MODEL.NUM_CLASSES", 5, "ATS.ENABLE", True]
@@ -218,6 +220,43 @@ def test_linear_layers_are_those_of_the_network():
     assert [shape for shape, _, _ in again.calls] == shapes
 
 
+@pytest.mark.parametrize(
+    ("make", "shape", "num_blocks"),
+    [
+        (lambda: build_model(tiny("ATS.NUM_TOKENS", 0.5)), (2, 3, 224, 224), 12),
+        (lambda: video_model("xvit", "ATS.ENABLE", True, dtype=torch.float32), (2, 3, 8, 32, 32), 4),
+        (lambda: video_model("divided", "ATS.ENABLE", True, dtype=torch.float32), (2, 3, 8, 32, 32), 4),
+        (lambda: build_model(load_config("configs/ImageNet/MViTv2_T_ATS.yaml")), (1, 3, 224, 224), 10),
+        (lambda: build_model(load_config("configs/ImageNet/CvT_13_ATS.yaml")), (1, 3, 224, 224), 13),
+        (lambda: build_model(load_config("configs/ImageNet/PSViT_Ti_14_ATS.yaml")), (1, 3, 224, 224), 12),
+    ],
+)
+def test_gflops_of_blocks_add_up(make, shape, num_blocks):
+    """To the whole less what lies outside the blocks, which the dense network has too."""
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.inference_mode():
+        trace = model.forward_tokens(torch.randn(shape))[1]
+    whole = gflops(model, trace, shape)
+    for paper, total in ((False, whole.as_run), (True, whole.paper)):
+        blocks = torch.stack(block_gflops(model, trace, shape, paper=paper))
+        dense = torch.stack(block_gflops(model, [], (1, *shape[1:]), paper=True))
+        assert blocks.shape == (num_blocks, shape[0])
+        assert (blocks.sum(dim=0) < total).all()
+        if not isinstance(model, TimeSformer):  # temporal attention is outside, and has fewer tokens
+            torch.testing.assert_close(total - blocks.sum(dim=0), (whole.dense - dense.sum()).expand(shape[0]))
+
+
+def test_tokens_over_dense_tokens():
+    """By hand, from what each block keeps; not where the grid shrinks by itself."""
+    model, x = build_model(tiny("ATS.NUM_TOKENS", 0.5)).eval(), torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        trace = model.forward_tokens(x)[1]
+    tokens = [197.0] * 3 + [entry.num_tokens.double().mean().item() for entry in trace]
+    assert token_ratio(model, trace, x.shape) == pytest.approx(sum(tokens) / (12 * 197))
+    assert token_ratio(build_model(load_config("configs/ImageNet/MViTv2_T_ATS.yaml")), [], (1, 3, 224, 224)) is None
+
+
 def test_efficiency_is_time_ratio_over_flop_ratio():
     """By hand: twice as fast for a quarter of the FLOPs is one half."""
     row = Measured("ats", 1, 1.0, ratios=[2.0, 2.0, 4.0], flop_ratios=[4.0, 4.0, 4.0])
@@ -230,14 +269,57 @@ def test_command_writes_json_table_and_plot(tmp_path, capsys):
     keys = [*map(str, TINY), "DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
     command = ["--cfg", "configs/ImageNet/DeiT_S.yaml", "--batch-size", "1", "2", "--rounds", "2", *keys]
     assert tool.main(command) == 0
-    assert "paper's histograms" in capsys.readouterr().out
+    assert "they are imposed, drawn for every image from the paper's histograms" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(row["variant"], row["batch_size"]) for row in results["rows"]] == [
         ("dense", 1), ("ats", 1), ("dense", 2), ("ats", 2),
     ]  # fmt: skip
     assert results["rows"][1]["tokens_per_block"]["11"]["mean"] < 130
+    assert "paper's histograms" in results["token_counts"]
+    for accounting in ("gflops", "gflops_paper"):
+        blocks = [block["mean"] for block in results["rows"][1][f"{accounting}_per_block"].values()]
+        assert len(blocks) == 12
+        assert 0.5 < sum(blocks) / results["rows"][1][accounting]["mean"] < 1
     assert (tmp_path / "out" / "speed.png").stat().st_size > 5000
-    assert "efficiency" in (tmp_path / "out" / "table.md").read_text()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.startswith("Token counts: no checkpoint")
+    assert all(text in table for text in ("efficiency", "tokens kept", "GFLOPs, paper"))
+
+
+def test_sizes_and_dtypes_without_data(tmp_path, capsys):
+    """A table for each image size and dtype, and a plot by size; --synthetic looks for no data."""
+    keys = [*map(str, TINY), "DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
+    keys += ["DATA.PATH_TO_DATA_DIR", str(tmp_path / "nowhere")]
+    command = ["--cfg", "configs/ImageNet/DeiT_S.yaml", "--rounds", "1", "--batch-size", "1", *keys]
+    assert tool.main([*command, "--synthetic", "--dtype", "float32", "bfloat16", "--image-size", "64", "96"]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [(row["image_size"], row["dtype"], row["variant"]) for row in rows] == [
+        (size, dtype, name) for size in (64, 96) for dtype in ("float32", "bfloat16") for name in ("dense", "ats")
+    ]
+    assert (tmp_path / "out" / "size.png").stat().st_size > 5000
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "table.md").read_text()):
+        assert text.index("### 64 pixels, float32") < text.index("### 96 pixels, bfloat16")
+        assert "is the limit" not in text
+    assert tool.main([*command, "--synthetic"]) == 0
+    assert tool.main(command) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_what_is_measured_is_not_lost(tmp_path, monkeypatch, capsys):
+    """The second batch does not fit: the first is printed and written."""
+    measure_batch = timing._measure_batch
+
+    def limited(models, x, *args):
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return measure_batch(models, x, *args)
+
+    monkeypatch.setattr(timing, "_measure_batch", limited)
+    keys = [*map(str, TINY), "DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
+    with pytest.raises(torch.OutOfMemoryError):
+        tool.main(["--cfg", "configs/ImageNet/DeiT_S.yaml", "--batch-size", "1", "2", "--rounds", "1", *keys])
+    assert "dense FLOPs / FLOPs" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["rows"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -248,12 +330,32 @@ def test_command_writes_json_table_and_plot(tmp_path, capsys):
         (["--suite", "cpus"], "Did you mean"),
         (["--cfg", "configs/ImageNet/DeiT_S.yaml", "--accuracy"], "TEST.CHECKPOINT_FILE_PATH"),
         (["--cfg", "configs/ImageNet/MViTv2_T_ATS.yaml", "--compare", "tome"], "not for MODEL.NAME MViT"),
+        ([], "Give --cfg FILE, --suite NAME, --decode, --loader, or --train-loop --cfg FILE."),
+        (["--suite", "cpu", "DEVICE", "cpu", "--rounds", "15"], "--suite cpu takes no --rounds, KEY VALUE."),
+        (["--suite", "cpu", "--cfg", "X.yaml"], "--suite cpu takes no --cfg."),
+        (["--decode", "--threads", "1", "--dtype", "float32"], "--decode takes no --threads, --dtype."),
+        (["--loader", "--compare", "ats", "--train"], "--loader takes no --compare, --train."),
+        (["--train-loop", "--cfg", "X.yaml", "--compile"], "--train-loop takes no --compile."),
+        (["--suite", "cpu", "--decode"], "--suite and --decode: one at a time."),
+        (["--cfg", "X.yaml", "--image-size", "64", "large"], "argument --image-size: invalid int value: 'large'"),
+        (["--cfg", "X.yaml", "--dtypes", "float16"], "Unknown option --dtypes. Did you mean --dtype"),
+        (["--cfg", "configs/ImageNet/DeiT_S.yaml", "--batch-size", "0"], "must be at least 1"),
     ],
 )
 def test_mistakes_get_one_message(arguments, message, capsys):
     """Exit status 1 and what to type."""
     assert tool.main(arguments) == 1
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_keys_behind_an_option_with_several_values():
+    """They are keys, wherever they stand."""
+    command = ["--cfg", "X", "A.B=1", "--batch-size", "1", "8", "DEVICE", "cpu", "--dtype", "float16", "C.D", "-1"]
+    args = tool.parse_args(command)
+    assert args.overrides == ["A.B", "1", "DEVICE", "cpu", "C.D", "-1"]
+    assert (args.batch_size, args.dtype, args.rounds) == ([1, 8], ["float16"], 15)
 
 
 def test_suite_writes_its_section_and_keeps_the_rest(tmp_path, capsys):
@@ -275,6 +377,14 @@ def test_suite_writes_its_section_and_keeps_the_rest(tmp_path, capsys):
     assert [(g["quantity"], g["batch"]) for g in results[0]["goals"]] == [
         ("efficiency", 1), ("share of sampling", 1), ("efficiency", 2), ("share of sampling", 2),
     ]  # fmt: skip
+    goals = {(g["variant"], g["quantity"]): g for entry in results for g in entry.get("goals", ())}
+    assert {("train", "loader / bare"), ("val", "loader / bare")} <= set(goals)
+    memory = goals["ats", "activations / dense"]
+    assert 0.5 < memory["measured"] < 1
+    assert memory["met"]
+    assert "activations / dense" in text
+    assert all("imposed" in entry["token_counts"] for entry in results if "rows" in entry)
+    assert text.count("imposed, drawn for every image") == 2  # once, and where the counts are others
     for family in ("batch", "image", "clip", "tokens", "sampler"):
         assert (tmp_path / f"quick_{family}.png").stat().st_size > 5000
         assert f"quick_{family}.png" in text
@@ -341,6 +451,10 @@ def test_goals_are_judged_by_what_was_measured():
     judged = suites._judge(item, row, [dense, row, graph])
     assert [(g["measured"], g["met"]) for g in judged] == [(0.8, False), (2.0, True), (0.2, False), (1.5, False)]
     assert [g["goal"] for g in judged] == [">= 0.85", ">= 1", "<= 0.1", ">= 2"]
+    row.activations_mb, dense.activations_mb, row.token_ratio = 7.0, 10.0, 0.65
+    training = suite_items.Measurement("x", "x", Settings(), (2,), goals=suite_items.TRAINING[1:])
+    [memory] = suites._judge(training, row, [dense, row])
+    assert (memory["goal"], memory["measured"], memory["met"]) == ("<= 0.75", 0.7, True)
     dense.batch_size = row.batch_size = graph.batch_size = 1
     assert [g["quantity"] for g in suites._judge(item, row, [dense, row, graph])] == [
         "dense time / time", "share of sampling", "dense_graph time / time",

@@ -85,12 +85,12 @@ def time_together(
     """
     import torch
 
-    from ats.benchmark.timing import Settings, time_in_turn
+    from ats.benchmark.turns import time_in_turn
 
     print(f"all {len(models)} in turn, {rounds} times, for their speed", file=sys.stderr)
     with torch.inference_mode():
         runs = {name: partial(model.eval(), x) for name, model in models.items()}
-        seconds, _ = time_in_turn(runs, x, Settings(rounds=rounds))
+        seconds, _ = time_in_turn(runs, x.device, rounds=rounds)
     for name, result in results.items():
         result.images_per_second = len(x) / statistics.median(seconds[name])
 

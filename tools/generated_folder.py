@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -160,6 +161,12 @@ def _call(item: int) -> list:
 def run_tool(parser: argparse.ArgumentParser, make: Callable[..., bool], argv: list[str] | None) -> int:
     """Call `make(output, ...)` with the options of `parser` as keywords, say what happened, return the exit status."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = vars(parser.parse_args(argv))
-    debug, output = options.pop("debug"), options.pop("output")
-    return exit_status(lambda: print(f"{output}: {'made' if make(output, **options) else 'up to date'}"), debug=debug)
+    argv = sys.argv[1:] if argv is None else argv
+
+    def run() -> None:
+        options = vars(parser.parse_args(argv))
+        output = options.pop("output")
+        del options["debug"]
+        print(f"{output}: {'made' if make(output, **options) else 'up to date'}")
+
+    return exit_status(run, debug="--debug" in argv)

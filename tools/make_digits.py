@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from generated_folder import Kind, make_folder, map_in_processes, run_tool  # beside this file
 
+from ats.cli.parser import Parser
 from ats.errors import UserError
 
 KIND = Kind("Digits", "digits.json")
@@ -410,7 +411,7 @@ def make_digits(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="data/digits", metavar="DIR", help="where to (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--train-per-digit", type=int, default=16, metavar="N", help="canvases (default: %(default)s)")

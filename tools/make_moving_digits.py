@@ -55,6 +55,7 @@ from make_digits import (
     to_pixels,
 )
 
+from ats.cli.parser import Parser
 from ats.errors import UserError
 
 KIND = Kind("moving Digits", "moving_digits.json")
@@ -274,7 +275,7 @@ def make_moving_digits(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="data/moving_digits", metavar="DIR", help="where to (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--train-per-digit", type=int, default=4, metavar="N", help="clips (default: %(default)s)")

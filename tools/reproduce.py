@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
+from ats.cli.parser import Parser  # noqa: E402
 from ats.cli.run_net import parse_overrides  # noqa: E402
 from ats.engine.logging import setup_logging  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
@@ -31,8 +32,14 @@ DATASETS = ("imagenet", "kinetics400", "kinetics600")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    return exit_status(lambda: run(*parse_args(argv)), debug="--debug" in argv)
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the overrides as [KEY, VALUE, ...]."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", metavar="TABLE", help="which; see above")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="the checkpoints, by the names that are asked for")
     for name in DATASETS:
@@ -41,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "reproduce", help="default: %(default)s")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args, words = parser.parse_known_args(argv)
-    return exit_status(lambda: run(args, parse_overrides(words)), debug=args.debug)
+    return args, parse_overrides(words)
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +20,7 @@ sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
 from make_digits import make_digits  # noqa: E402 - beside this file
 
+from ats.cli.parser import Parser  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
 
 CONFIGS = ROOT / "configs" / "Digits"
@@ -29,16 +29,25 @@ RESULTS = ROOT / "output" / "study"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def measure() -> None:
+        args = parse_args(argv)
+        run(data=args.data, results=args.results, output=args.output, quick=args.quick)
+
+    return exit_status(measure, debug="--debug" in argv)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The options."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="the canvases; made if they are not there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows are kept as they are done")
     parser.add_argument("--output", type=Path, default=None, help="where STUDY.md goes; default docs")
     parser.add_argument("--quick", action="store_true", help="few canvases, seeds and budgets, one step of training")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    asked_for = partial(run, data=args.data, results=args.results, output=args.output, quick=args.quick)
-    return exit_status(asked_for, debug=args.debug)
+    return parser.parse_args(argv)
 
 
 def run(*, data: Path, results: Path, output: Path | None, quick: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,17 @@ class ImposedCounts:
         """[S] int64, how many candidates each sequence is to keep."""
         share = self.share_kept(block).repeat_interleave(num_sequences // len(self.z))
         return (share * num_positions).round().clamp(max=num_points).long()
+
+
+def describe_counts(checkpoint: str, *, scale: float = 1.0, mean_std: tuple[int, int] | None = None) -> str:
+    """Where the token counts of inverse transform sampling come from: of weights, or imposed."""
+    if checkpoint:
+        return f"Token counts: what the weights of {Path(checkpoint).name} keep."
+    profile = "the paper's histograms (DeiT-S on ImageNet)"
+    if mean_std is not None:
+        profile = f"{mean_std[0]} +- {mean_std[1]} of {PAPER_NUM_TOKENS} tokens in every block"
+    times = "" if scale == 1 else f", times {scale:g}"
+    return f"Token counts: no checkpoint, so they are imposed, drawn for every image from {profile}{times}."
 
 
 @contextmanager

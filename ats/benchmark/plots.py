@@ -38,7 +38,7 @@ def by_batch(entries: Sequence[dict], path: Path, *, title: str) -> None:
 
 
 def by_size(entries: Sequence[dict], path: Path, *, title: str, label: str) -> None:
-    """GFLOPs and milliseconds per sample of dense and ATS over `at`: pixels, or frames."""
+    """GFLOPs and milliseconds per sample of every variant over `at`: pixels, or frames. An entry has each once."""
     figure, panels = _panels(2, title)
     quantities = (
         ("GFLOPs per sample", lambda row: row["gflops"]["mean"]),
@@ -46,13 +46,21 @@ def by_size(entries: Sequence[dict], path: Path, *, title: str, label: str) -> N
     )
     places = [entry["at"] for entry in entries]
     for axes, (unit, value) in zip(panels, quantities, strict=True):
-        for index, name in enumerate(("dense", "ats")):
+        for index, name in enumerate(dict.fromkeys(row["variant"] for entry in entries for row in entry["rows"])):
             numbers = [value(row) for entry in entries for row in entry["rows"] if row["variant"] == name]
             axes.plot(places, numbers, marker="o", color=f"C{index}", label=name)
         axes.set(xlabel=label, ylabel=unit, xscale="log", yscale="log")
         _ticks(axes, set(places))
     panels[0].legend(frameon=False)
     _save(figure, path)
+
+
+def one_line(entries: Sequence[dict]) -> list[dict]:
+    """Of entries by size: those of the first row's dtype, at the largest batch that all of them have."""
+    dtype = entries[0]["rows"][0]["dtype"]
+    entries = [entry for entry in entries if entry["rows"][0]["dtype"] == dtype]
+    batch_size = max(set.intersection(*({row["batch_size"] for row in entry["rows"]} for entry in entries)))
+    return [entry | {"rows": [row for row in entry["rows"] if row["batch_size"] == batch_size]} for entry in entries]
 
 
 def by_tokens(entries: Sequence[dict], path: Path, *, title: str) -> None:

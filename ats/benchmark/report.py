@@ -46,6 +46,8 @@ def as_dict(row: Measured) -> dict:
     return {
         "variant": row.variant,
         "batch_size": row.batch_size,
+        "image_size": row.image_size,
+        "dtype": row.dtype,
         "params_m": row.params_m,
         "setting": row.setting,
         "top1": row.top1,
@@ -53,7 +55,10 @@ def as_dict(row: Measured) -> dict:
         "gflops": _spread(row.gflops),
         "gflops_paper": _spread(row.gflops_paper),
         "gflops_dense": row.gflops_dense,
+        "gflops_per_block": {block: _spread(own) for block, own in row.block_gflops.items()},
+        "gflops_paper_per_block": {block: _spread(own) for block, own in row.block_gflops_paper.items()},
         "tokens_per_block": {block: _spread(counts) for block, counts in row.tokens.items()},
+        "token_ratio": row.token_ratio,
         "latency_ms": _spread([1e3 * value for value in row.seconds]),
         "samples_per_second": row.batch_size / statistics.median(row.seconds),
         "speedup": _spread(row.ratios),
@@ -61,6 +66,7 @@ def as_dict(row: Measured) -> dict:
         "efficiency": _spread(row.efficiencies),
         "peak_mb": row.peak_mb,
         "saved_for_backward_mb": row.saved_mb,
+        "activations_mb": row.activations_mb,
         "parts": row.parts,
         "linear_efficiency": row.linear_efficiency,
         "host_waits": row.host_waits,
@@ -121,15 +127,29 @@ def variants_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
     return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True)
 
 
-def tokens_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
-    """Tokens kept by each block, mean and standard deviation; empty if no variant samples."""
-    lines, blocks = [], sorted({block for row in rows for block in row.tokens})
-    for row in rows:
-        if row.tokens and row.variant not in {line["variant"] for line in lines}:
-            spreads = {block: _spread(counts) for block, counts in row.tokens.items()}
-            cells = {b: f"{spreads[b]['mean']:.0f} ({spreads[b]['std']:.0f})" if b in spreads else "" for b in blocks}
-            lines.append({"variant": row.variant, **{f"block {b}": cell for b, cell in cells.items()}})
-    return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True) if lines else ""
+def blocks_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
+    """Tokens kept by each block, mean and standard deviation, and its mean GFLOPs, as run and in the paper's
+    accounting; of each variant at its first batch size. "others": GFLOPs outside the blocks.
+    """
+    lines: list[dict[str, str]] = []
+    first = {row.variant: row for row in reversed(rows)}
+    for name in dict.fromkeys(row.variant for row in rows):
+        row = first[name]
+        spreads = {block: _spread(counts) for block, counts in row.tokens.items()}
+        kept = {f"{block}": f"{own['mean']:.0f} ({own['std']:.0f})" for block, own in spreads.items()}
+        costs = {
+            "GFLOPs": (row.gflops, row.block_gflops),
+            "GFLOPs, paper": (row.gflops_paper, row.block_gflops_paper),
+        }
+        if kept:
+            empty = {f"{block}": "" for block in row.block_gflops}
+            lines.append({"variant": name, "per block": "tokens kept", **empty, **kept, "others": ""})
+        for heading, (whole, blocks) in costs.items():
+            means = {f"{block}": statistics.fmean(own) for block, own in blocks.items()}
+            means["others"] = statistics.fmean(whole) - sum(means.values())
+            cells = {block: f"{value:.3g}" for block, value in means.items()}
+            lines.append({"variant": name, "per block": heading, **cells})
+    return tabulate(lines, headers="keys", tablefmt=tablefmt, disable_numparse=True)
 
 
 def parts_table(rows: list[Measured], *, tablefmt: str = "github") -> str:
@@ -148,14 +168,35 @@ def extra_table(table: Sequence[dict], *, tablefmt: str = "github") -> str:
     return tabulate(table, headers="keys", tablefmt=tablefmt, floatfmt=".3g")
 
 
-def write(output: Path, rows: list[Measured], tables: str, *, command: Sequence[str], title: str) -> None:
-    """results.json, table.md and speed.png in the folder `output`."""
+def all_tables(rows: list[Measured]) -> str:
+    """Every table that there are numbers for."""
+    tables = (variants_table(rows), table(rows), blocks_table(rows), parts_table(rows))
+    return "\n\n".join(text for text in tables if text)
+
+
+def write(output: Path, rows: list[Measured], tables: str, *, command: Sequence[str], title: str, counts: str) -> None:
+    """results.json, table.md, speed.png and, of several image sizes, size.png in the folder `output`.
+
+    Args:
+        counts: where token counts come from, see `counts.describe_counts`.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    entry = {"title": title, "rows": [as_dict(row) for row in rows]}
-    about = {"machine": machine(), "command": " ".join(command), "rows": entry["rows"]}
+    dicts = [as_dict(row) for row in rows]
+    about = {"machine": machine(), "command": " ".join(command), "token_counts": counts, "rows": dicts}
     (output / "results.json").write_text(json.dumps(about, indent=1) + "\n")
-    (output / "table.md").write_text(tables + "\n")
-    plots.by_batch([entry], output / "speed.png", title=title)
+    (output / "table.md").write_text(f"{counts}\n\n{tables}\n")
+    kinds = dict.fromkeys((row.image_size, row.dtype) for row in rows)
+    entries = [
+        {
+            "title": f"{size} pixels, {dtype}",
+            "at": size,
+            "rows": [row for row in dicts if (row["image_size"], row["dtype"]) == (size, dtype)],
+        }
+        for size, dtype in kinds
+    ]
+    plots.by_batch(entries, output / "speed.png", title=title)
+    if len({size for size, _ in kinds}) > 1:
+        plots.by_size(plots.one_line(entries), output / "size.png", title=title, label="side of the image in pixels")
 
 
 def replace_section(document: Path, name: str, text: str) -> None:

@@ -16,7 +16,9 @@ class Goal:
     """A bound on a measured number.
 
     Attributes:
-        quantity: "efficiency", "share of sampling", or "NAME time / time" with the name of another variant.
+        variant: or, of an Extra, the split of the row.
+        quantity: "efficiency", "share of sampling", "NAME time / time" with the name of another variant, or
+            "activations / dense", whose bound is on top of the ratio of tokens; of an Extra, a column of its table.
         at_most: the bound is an upper one. batch_size: 0 for every one.
     """
 
@@ -49,11 +51,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Extra:
-    """Something timed by itself: kind "loader" or "sampler", see `suites._EXTRAS`."""
+    """Something timed by itself: kind "loader" or "sampler", see `suites._EXTRAS`; goals are of its rows by split."""
 
     title: str
     kind: str
     arguments: dict = field(default_factory=dict)
+    goals: tuple[Goal, ...] = ()
 
 
 Items = list[Measurement | Extra]
@@ -65,6 +68,8 @@ ALL_TOKENS = ("ATS.NUM_TOKENS", 1.0)  # K grows with the image; the imposed coun
 # Static shapes cost their slots, kept or not: room for the paper's mean and one standard deviation.
 BUDGET = ("ATS.NUM_TOKENS", [197] * 3 + [mean + std for mean, std in zip(PAPER_MEAN, PAPER_STD, strict=True)])
 NEVER_SLOWER = Goal("ats", "dense time / time", 1)
+TRAINING = (Goal("ats", "efficiency", 0.85), Goal("ats", "activations / dense", 0.1, at_most=True))
+LOADING = (Goal("train", "loader / bare", 0.95), Goal("val", "loader / bare", 0.95))
 
 
 def _image_sizes(settings: Settings, batch_size: int, sides: tuple[int, ...], name: str, keys: tuple) -> Items:
@@ -133,7 +138,7 @@ def cpu() -> Items:
             DEIT,
             replace(brief, train=True),
             (4,),
-            goals=(Goal("ats", "efficiency", 0.85),),
+            goals=TRAINING,
         ),
         Measurement("MViTv2-T", MVIT, steady, (2, 8), goals=(Goal("ats", "efficiency", 0.9),)),
         Measurement("MViTv1-B 16x4", MVIT_CLIP, steady, (1,), goals=(Goal("ats", "efficiency", 0.9),)),
@@ -144,7 +149,7 @@ def cpu() -> Items:
         *_clip_lengths(brief, 1, (8, 16, 32), "XViT of width 192", TINY_XVIT),
         *_budgets(brief, 8, "DeiT-Ti", TINY_VIT),
         Extra("Sampler", "sampler", {"device": "cpu", "sizes": (196, 576, 1024, 2304, 4096), "num_sequences": 8}),
-        Extra("Loader, images of ImageNet's size", "loader", {"rounds": 20}),
+        Extra("Loader, images of ImageNet's size", "loader", {"rounds": 20}, goals=LOADING),
     ]
     on_cpu = ("DEVICE", "cpu")
     return [
@@ -194,13 +199,13 @@ def gpu() -> Items:
         Measurement("DeiT-S, static shapes and CUDA graphs, bfloat16", DEIT, graphs, (1, 2, 4, 8), BUDGET, goals=small),
         Measurement("DeiT-S, bfloat16, torch.compile", DEIT, compiled, (256,), goals=at_256[:1]),
         Measurement("DeiT-S, padded layout, bfloat16", DEIT, replace(own, variants=("ats", "padded")), (256,)),
-        Measurement("DeiT-S, training step, bfloat16", DEIT, replace(brief, train=True), (256,), (), goals=at_256[:1]),
+        Measurement("DeiT-S, training step, bfloat16", DEIT, replace(brief, train=True), (256,), goals=TRAINING),
         *_image_sizes(own, 16, (224, 384, 512, 768, 1024), "DeiT-S, bfloat16", ()),
         *_clip_lengths(own, 2, (8, 16, 32, 64), "XViT, bfloat16", ()),
         *_budgets(own, 256, "DeiT-S, bfloat16"),
         Measurement("MViTv2-T, bfloat16", MVIT, own, (64, 256)),
         Extra("Sampler", "sampler", {"device": "cuda", "sizes": (196, 576, 1024, 2304, 4096), "num_sequences": 256}),
-        Extra("Loader, images of ImageNet's size", "loader", {"rounds": 20}),
+        Extra("Loader, images of ImageNet's size", "loader", {"rounds": 20}, goals=LOADING),
     ]
 
 
@@ -223,14 +228,14 @@ def quick() -> Items:
             goals=goals,
         ),
         Measurement("Tiny ViT, bfloat16", DEIT, half, (2,), tiny),
-        Measurement("Tiny ViT, training step", DEIT, replace(brief, train=True), (2,), tiny),
+        Measurement("Tiny ViT, training step", DEIT, replace(brief, train=True), (2,), tiny, goals=TRAINING),
         *_image_sizes(brief, 1, (64, 128), "Tiny ViT", tiny),
         *_clip_lengths(
             brief, 1, (8, 16), "Tiny XViT", (*tiny, "DATA.TEST_CROP_SIZE", 64, "TEMPORAL_HEAD.NUM_ATTENTION_HEADS", 2)
         ),
         *_budgets(brief, 1, "Tiny ViT", tiny, (1, 0.5)),
         Extra("Sampler", "sampler", {"device": "cpu", "sizes": (16, 64), "num_sequences": 2}),
-        Extra("Loader, images of ImageNet's size", "loader", {"rounds": 1}),
+        Extra("Loader, images of ImageNet's size", "loader", {"rounds": 1}, goals=LOADING),
     ]
 
 

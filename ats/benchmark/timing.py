@@ -1,16 +1,14 @@
 """Variants of one network, run in turn in one process, and the ratios of their times.
 
-Machines are noisy and throttle, so a time alone says little. Every round runs each variant once, in an order that
-rotates; what is reported is the median over rounds of the ratio to the dense network of the same round. A round is:
-new token counts if they are imposed, synchronise the device, `time.perf_counter`, the pass, synchronise, the clock
-again. The first rounds warm up (kernels chosen, caches filled, graphs compiled) and are not counted.
+What is reported is the median over rounds (`turns`) of the ratio to the dense network of the same round. A variant's
+turn is: new token counts if they are imposed, synchronise the device, `time.perf_counter`, the pass, synchronise, the
+clock again.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -18,23 +16,21 @@ import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ats.benchmark.blocks import block_gflops, token_ratio
 from ats.benchmark.counts import ImposedCounts, imposed_counts
 from ats.benchmark.equal import MATCHED, describe_samplers, match_gflops
 from ats.benchmark.memory import peak_megabytes, saved_bytes
-from ats.benchmark.meters import host_waits, pass_seconds
+from ats.benchmark.meters import host_waits
 from ats.benchmark.parts import part_seconds
 from ats.benchmark.products import linear_efficiencies
+from ats.benchmark.turns import time_in_turn
 from ats.benchmark.variants import GRAPHS, build_variants, labelled_images
 from ats.cuda_graph import capture
 from ats.engine.device import autocast, select_device
 from ats.engine.evaluate import evaluate
 from ats.errors import UserError
 from ats.flops import gflops
-
-NUM_WARMUP = 2
-MIN_ROUNDS = 3
 
 
 @dataclass
@@ -47,14 +43,17 @@ class Measured:
         top1: per cent of the images of `Settings.accuracy`, and their mean GFLOPs; None: not evaluated.
         gflops, gflops_paper: of each sample, as run and in the paper's accounting.
         gflops_dense: of a sample of the dense network.
+        block_gflops, block_gflops_paper: block -> what it has of `gflops` and `gflops_paper`.
         tokens: block -> tokens kept by each sequence.
+        token_ratio: tokens over the dense network's, mean over blocks; None where blocks change the grid.
         seconds: of each round. ratios: dense time / time of each round. flop_ratios: dense GFLOPs / mean GFLOPs of
             what each round computed.
         peak_mb: peak memory of the pass, the weights included; None on a CPU where it is compiled.
-        saved_mb: activations kept for the backward pass, when training.
+        saved_mb: tensors kept for the backward pass, when training. activations_mb: of them, without the weights.
         parts: share of the time by part.
         linear_efficiency: of the linear layers alone, see `products.py`; None where it was not measured.
         host_waits: how often a pass makes the host wait for the GPU; None on a CPU.
+        image_size, dtype: side of the inputs in pixels; of weights and inputs, or of autocast in training.
     """
 
     variant: str
@@ -66,15 +65,21 @@ class Measured:
     gflops: list[float] = field(default_factory=list)
     gflops_paper: list[float] = field(default_factory=list)
     gflops_dense: float = 0.0
+    block_gflops: dict[int, list[float]] = field(default_factory=dict)
+    block_gflops_paper: dict[int, list[float]] = field(default_factory=dict)
     tokens: dict[int, list[int]] = field(default_factory=dict)
+    token_ratio: float | None = None
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     flop_ratios: list[float] = field(default_factory=list)
     peak_mb: float | None = None
     saved_mb: float | None = None
+    activations_mb: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
     linear_efficiency: float | None = None
     host_waits: int | None = None
+    image_size: int = 0
+    dtype: str = "float32"
 
     @property
     def speedup(self) -> float:
@@ -107,7 +112,7 @@ class Settings:
         compile: torch.compile all variants. train: time forward and backward instead of inference.
         threads: of the CPU; None leaves them.
         parts: also say where the time goes, and how efficient the linear layers are by themselves.
-        max_seconds: begin no round after these, once MIN_ROUNDS are done.
+        max_seconds: begin no round after these, once `turns.MIN_ROUNDS` are done.
         token_scale, mean_std: of the imposed counts, see `ImposedCounts`.
         dense_keys: more keys of the dense network, e.g. those that make it timm's own.
         equal_gflops: the variants of `equal.MATCHED` cost what ats costs; False: as configured.
@@ -130,13 +135,18 @@ class Settings:
 
 
 def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> list[Measured]:
+    """All that `measure_each` yields."""
+    return list(measure_each(cfg, batches, settings))
+
+
+def measure_each(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> Iterator[Measured]:
     """Measure the variants of `cfg` (ATS.ENABLE True) on each batch.
 
     Args:
         batches: batch size -> images [B, 3, H, W] or clips [B, 3, T, H, W].
 
-    Returns:
-        One entry per variant and batch size.
+    Yields:
+        One entry per variant and batch size, those of a batch as soon as it is done.
     """
     if settings.train and set(settings.variants) & set(GRAPHS):
         raise UserError(f"--train: {' and '.join(GRAPHS)} are for inference.")
@@ -160,15 +170,19 @@ def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: Settings) -> lis
         limit = torch._dynamo.config.patch(recompile_limit=64) if settings.compile else nullcontext()
         with imposed as counts, limit:
             accuracy = _set_and_evaluate(cfg, models, batches[max(batches)].to(device), settings, counts)
-            rows = []
             for x in batches.values():
                 for row in _measure_batch(models, x.to(device), settings, counts):
                     row.setting = describe_samplers(models[row.variant])
                     row.top1, row.top1_gflops = accuracy.get(row.variant, (None, None))
-                    rows.append(row)
-            return rows
+                    row.image_size, row.dtype = x.shape[-1], dtype_name(settings.dtype)
+                    yield row
     finally:
         torch.set_num_threads(threads)
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """Of `Settings.dtype`: "float32", "bfloat16" or "float16"."""
+    return str(dtype or torch.float32).removeprefix("torch.")
 
 
 def _set_and_evaluate(
@@ -196,7 +210,14 @@ def _measure_batch(
 ) -> list[Measured]:
     _draw(counts, x, seed=0)
     runs = {name: _pass_of(name, model, x, settings) for name, model in models.items()}
-    seconds, seeds = time_in_turn(runs, x, settings, counts)
+    seconds, seeds = time_in_turn(
+        runs,
+        x.device,
+        rounds=settings.rounds,
+        max_seconds=settings.max_seconds,
+        prepare=lambda seed: _draw(counts, x, seed=seed),
+        label=f"batch {len(x)}",
+    )
     eager = {name: model for name, model in models.items() if name not in GRAPHS}
     apart = settings.parts and not settings.train and not settings.compile
     _draw(counts, x, seed=0)
@@ -212,6 +233,7 @@ def _measure_batch(
         row.host_waits = host_waits(runs[name], x.device)
         if settings.train:
             row.saved_mb = saved_bytes(runs[name]) / 1e6
+            row.activations_mb = saved_bytes(runs[name], without=model.parameters()) / 1e6
         elif apart and name in eager:
             parts = part_seconds(model, x, rounds=min(len(seeds), 10))
             total = sum(parts.values())
@@ -219,35 +241,6 @@ def _measure_batch(
             row.linear_efficiency = linear[name]
         rows.append(row)
     return rows
-
-
-def time_in_turn(
-    runs: dict[str, Callable[[], None]], x: Tensor, settings: Settings, counts: ImposedCounts | None = None
-) -> tuple[dict[str, list[float]], range]:
-    """Run each once per round, in rotating order.
-
-    Args:
-        runs: name -> a pass on `x`.
-        settings: its `rounds` and `max_seconds`.
-
-    Returns:
-        Seconds of every counted round by name, and the rounds' seeds.
-    """
-    names, start = list(runs), time.perf_counter()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    warmup = NUM_WARMUP
-    for index in tqdm(range(settings.rounds + NUM_WARMUP), desc=f"batch {len(x)}", leave=False, disable=None):
-        spent = time.perf_counter() - start
-        if index == 1 and spent > settings.max_seconds / 4:
-            warmup = 1  # passes this long are warm after one
-        if index >= warmup + MIN_ROUNDS and (spent > settings.max_seconds or index == settings.rounds + warmup):
-            break
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            _draw(counts, x, seed=index)
-            seconds[name].append(pass_seconds(runs[name], x.device))
-    num_rounds = len(seconds[names[0]])
-    return {name: own[warmup:] for name, own in seconds.items()}, range(warmup, num_rounds)
 
 
 def _draw(counts: ImposedCounts | None, x: Tensor, *, seed: int) -> None:
@@ -271,6 +264,10 @@ def _describe(name: str, model: nn.Module, x: Tensor, counts: ImposedCounts | No
         row.gflops_paper += cost.paper.tolist()
         row.gflops_dense = cost.dense
         row.flop_ratios.append(cost.dense / cost.as_run.mean().item())
+        for of_blocks, paper in ((row.block_gflops, False), (row.block_gflops_paper, True)):
+            for block, own in enumerate(block_gflops(model, trace, x.shape, paper=paper)):
+                of_blocks.setdefault(block, []).extend(own.tolist())
+        row.token_ratio = token_ratio(model, trace, x.shape)
         for entry in trace:
             row.tokens.setdefault(entry.block, []).extend(entry.num_tokens.tolist())
     row.flop_ratios *= len(seeds) // len(row.flop_ratios)

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
-from ats.cli.run_net import Parser, parse_overrides
+from ats.cli.parser import Parser
+from ats.cli.run_net import parse_overrides
 from ats.config import CfgNode, find_config, load_config
 from ats.engine.logging import setup_logging
 from ats.errors import UserError, exit_status

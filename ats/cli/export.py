@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
+from ats.cli.parser import Parser
 from ats.cli.run_net import parse_overrides
 from ats.config import CfgNode, load_config
 from ats.errors import UserError, exit_status
@@ -33,7 +34,7 @@ OPTIONS = ("--cfg", "--output", "--format", "--dense", "--images", "--debug", "-
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     """The command line, and the config it describes."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=as_typed(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file")

@@ -13,10 +13,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 # Only what --help and config errors need; PyTorch is imported once the config is known to be right.
 from ats.cli import as_typed
+from ats.cli.parser import Parser
 from ats.config import CfgNode, describe, load_config
 from ats.engine.logging import ROOT, process_prefix, setup_logging
 from ats.errors import Stopped, UserError, suggest
@@ -24,13 +24,6 @@ from ats.errors import Stopped, UserError, suggest
 EXAMPLE = "python tools/run_net.py --cfg configs/Digits/DeiT.yaml DATA.PATH_TO_DATA_DIR data/digits TRAIN.ENABLE True"
 OPTIONS = ("--cfg", "--opts", "--print-config", "--force", "--debug", "--help")
 SLOWFAST_OPTIONS = ("--init_method", "--shard_id", "--num_shards")
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises a UserError where argparse would end the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def make_parser() -> argparse.ArgumentParser:

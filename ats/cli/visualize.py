@@ -21,9 +21,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
+from ats.cli.parser import Parser
 from ats.config import CfgNode, load_config
 from ats.config.schema import KEY
 from ats.errors import UserError, exit_status
@@ -34,14 +35,9 @@ if TYPE_CHECKING:
 SECTIONS = {key.split(".")[0] for key in KEY}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options; files and overrides are the words that are left."""
-    parser = _Parser(
+    parser = Parser(
         description=as_typed(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=as_typed(
