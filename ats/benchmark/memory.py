@@ -49,6 +49,7 @@ def peak_megabytes(run: Callable[[], None], model: nn.Module, device: torch.devi
     """Most memory during `run`, the weights included: on a GPU the allocator's, on a CPU by `LiveBytes`."""
     weights = (*model.parameters(), *model.buffers())
     if device.type == "cuda":
+        model.zero_grad(set_to_none=True)  # the last pass's gradients: part of the peak, not of what was there before
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()  # the other variants' weights too
         run()

@@ -48,7 +48,8 @@ class Measured:
         token_ratio: tokens over the dense network's, mean over blocks; None where blocks change the grid.
         seconds: of each round. ratios: dense time / time of each round. flop_ratios: dense GFLOPs / mean GFLOPs of
             what each round computed.
-        peak_mb: peak memory of the pass, the weights included; None on a CPU where it is compiled.
+        peak_mb: peak memory of the pass, the weights included; None where it is compiled on a CPU, and of a CUDA graph,
+            whose memory is its own.
         saved_mb: tensors kept for the backward pass, when training. activations_mb: of them, without the weights.
         parts: share of the time by part.
         linear_efficiency: of the linear layers alone, see `products.py`; None where it was not measured.
@@ -228,7 +229,7 @@ def _measure_batch(
         row.seconds = seconds[name]
         row.ratios = [dense / own for dense, own in zip(seconds["dense"], row.seconds, strict=True)]
         _draw(counts, x, seed=0)
-        if x.is_cuda or not settings.compile:
+        if name in eager and (x.is_cuda or not settings.compile):
             row.peak_mb = peak_megabytes(runs[name], model, x.device)
         row.host_waits = host_waits(runs[name], x.device)
         if settings.train:
