@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ats.config import describe, get_cfg, load_config
+from ats.config import describe, get_cfg, load_config, ranges
 from ats.config.defaults import KEYS
 from ats.config.legacy import RENAMED
+from ats.config.ranges import LENGTHS, RANGES, is_in_range
 from ats.config.schema import KEY
 from ats.errors import UserError
 
@@ -73,6 +74,54 @@ def test_mistakes_are_explained(pair, text):
     with pytest.raises(UserError) as error:
         get_cfg().merge_from_list(pair)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("VIT.NUM_HEADS", 0, "VIT.NUM_HEADS 0: give a number from 1."),
+        ("VIT.PATCH_SIZE", "0", "VIT.PATCH_SIZE 0: give a number from 1."),
+        ("PSVIT.NUM_HEADS", 0, "PSVIT.NUM_HEADS 0"),
+        ("CVT.NUM_HEADS", [0, 1, 1], "CVT.NUM_HEADS [0, 1, 1]: give numbers from 1."),
+        ("MVIT.NUM_HEADS", 0, "MVIT.NUM_HEADS 0"),
+        ("MVIT.POOL_Q_STRIDE", [[0, 1, 2, 0]], "MVIT.POOL_Q_STRIDE [[0, 1, 2, 0]]: give numbers from 1."),
+        ("MVIT.POOL_KVQ_KERNEL", "3", "MVIT.POOL_KVQ_KERNEL 3: give 3 numbers from 1 or None."),
+        ("VIT.IMG_SIZE", [56], "VIT.IMG_SIZE [56]: give a number from 1 or 2 numbers from 1."),
+        ("VIT.IMG_SIZE", [56, 56, 56], "VIT.IMG_SIZE [56, 56, 56]"),
+        ("VIT.ATTN_DROP_RATE", 1.5, "VIT.ATTN_DROP_RATE 1.5: give a number from 0 to below 1."),
+        ("VIT.DROP_PATH_RATE", 2, "VIT.DROP_PATH_RATE 2: give a number from 0 to below 1."),
+        ("MODEL.DROPOUT_RATE", -3, "MODEL.DROPOUT_RATE -3"),
+        ("MODEL.NUM_CLASSES", -1, "MODEL.NUM_CLASSES -1"),
+        ("MODEL.NUM_CLASSES", 0, "MODEL.NUM_CLASSES 0"),
+        ("MIXUP.PROB", 3, "MIXUP.PROB 3: give a number from 0 to 1."),
+        ("EMA.DECAY", 2, "EMA.DECAY 2"),
+        ("EVIT.KEEP_RATE", [0.5, 0], "EVIT.KEEP_RATE [0.5, 0]: give a number above 0 to 1 or numbers above 0 to 1."),
+        ("ATS.MIN_TOKENS", -5, "ATS.MIN_TOKENS -5: give a number from 0."),
+        ("SOLVER.MAX_EPOCH", 0, "SOLVER.MAX_EPOCH 0"),
+        ("SOLVER.BASE_LR", -1, "SOLVER.BASE_LR -1"),
+        ("SOLVER.BASE_LR", float("nan"), "SOLVER.BASE_LR nan"),
+        ("SOLVER.CLIP_GRAD_L2NORM", 0, "SOLVER.CLIP_GRAD_L2NORM 0: give a number above 0 or None."),
+        ("DATA.TEST_CROP_SIZE", 0, "DATA.TEST_CROP_SIZE 0"),
+        ("DATA.MEAN", [0.5], "DATA.MEAN [0.5]: give no or 3 numbers."),
+        ("ATS.NUM_TOKENS", ["many"], "ATS.NUM_TOKENS ['many']: give a number above 0 or numbers above 0."),
+    ],
+)
+def test_numbers_out_of_range_are_refused(key, value, text):
+    with pytest.raises(UserError) as error:
+        get_cfg().merge_from_list([key, value])
+    assert text in str(error.value)
+
+
+def test_every_number_has_a_range():
+    """That holds its default; the rest are booleans, names, and the free-form TIMM.KWARGS."""
+    for key in KEYS:
+        assert is_in_range(key.name, key.default), key.name
+        values = key.default if isinstance(key.default, list) else [key.default]
+        is_free = key.choices or key.name == "TIMM.KWARGS" or any(isinstance(value, (bool, str)) for value in values)
+        assert (key.name in RANGES) == (not is_free), key.name
+    names = [name for names in ranges._KEYS.values() for name in names.split()]
+    assert len(names) == len(RANGES)
+    assert set(LENGTHS) <= set(RANGES)
 
 
 def test_base_files_and_overrides(tmp_path):

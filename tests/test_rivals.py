@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTModel
 
 import ats
 from ats.checkpoint import load_weights
-from ats.config import get_cfg
+from ats.config import get_cfg, load_config
 from ats.errors import UserError
 from ats.flops import gflops
 from ats.models import build_model
@@ -373,10 +373,9 @@ def test_degenerate_images_and_half_precision():
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(keys, message):
     """One message that names the key."""
-    cfg = get_cfg()
-    cfg.merge_from_list([*TINY, "ATS.ENABLE", True, "ATS.BLOCKS", [1], "ATS.SAMPLER", "tome", *keys])
+    overrides = [*TINY, "ATS.ENABLE", True, "ATS.BLOCKS", [1], "ATS.SAMPLER", "tome", *keys]
     with torch.device("meta"), pytest.raises(UserError, match=message):
-        build_model(cfg)
+        build_model(load_config(None, overrides))
 
 
 def test_patch_refuses_heads_that_read_more_than_cls():

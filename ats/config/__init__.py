@@ -14,6 +14,7 @@ import yaml
 
 from ats.config import legacy
 from ats.config.defaults import KEYS
+from ats.config.ranges import describe_range
 from ats.config.schema import CfgNode, default_cfg, flatten
 from ats.errors import UserError
 
@@ -87,7 +88,7 @@ def load_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
 
 
 def describe() -> str:
-    """All keys with type, default and meaning, one paragraph each."""
+    """All keys with type, range, default and meaning, one paragraph each."""
     lines = []
     for key in KEYS:
         kinds = " | ".join(
@@ -95,7 +96,8 @@ def describe() -> str:
         )
         choices = f" Choices: {', '.join(map(str, key.choices))}." if key.choices else ""
         text = textwrap.fill(key.help + choices, 100, initial_indent="    ", subsequent_indent="    ", **_WHOLE_WORDS)
-        lines.append(f"{key.name}  ({kinds}, default {key.default!r})\n{text}")
+        within = f" {describe_range(key.name)}".rstrip()
+        lines.append(f"{key.name}  ({kinds}{within}, default {key.default!r})\n{text}")
     return "\n".join(lines)
 
 
