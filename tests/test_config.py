@@ -6,14 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from ats import sampling
 from ats.config import describe, get_cfg, load_config, ranges
 from ats.config.defaults import KEYS
 from ats.config.legacy import RENAMED
 from ats.config.ranges import LENGTHS, RANGES, is_in_range
 from ats.config.schema import KEY
+from ats.config.unread import NETWORK_SECTIONS, NETWORKS, SAMPLER_KEYS, SAMPLERS, unread_keys
 from ats.errors import UserError
+from ats.models import MODELS, build_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,6 +126,52 @@ def test_every_number_has_a_range():
     names = [name for names in ranges._KEYS.values() for name in names.split()]
     assert len(names) == len(RANGES)
     assert set(LENGTHS) <= set(RANGES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unread"),
+    [
+        (["MODEL.NAME", "ViT", "VIT.DEPTH", 3, "XVIT.SHIFT_DIV", 8], {}),
+        (["MODEL.NAME", "timm/x", "VIT.DEPTH", 3], {"MODEL.NAME timm/x": ["VIT.DEPTH"]}),
+        (
+            ["MODEL.NAME", "ViT", "XVIT.SHIFT_DIV", 4, "CVT.INIT", "xavier"],
+            {"MODEL.NAME ViT": ["XVIT.SHIFT_DIV", "CVT.INIT"]},
+        ),
+        (["MODEL.NAME", "XViT", "VIT.DEPTH", 3, "XVIT.SHIFT_DIV", 4, "ATS.ENABLE", 1, "ATS.SHARE_FRAMES", 1], {}),
+        (["MODEL.NAME", "yours", "VIT.DEPTH", 3, "CVT.INIT", "xavier"], {}),
+        (["ATS.ENABLE", 1, "ATS.SHARE_FRAMES", 1], {"MODEL.NAME ViT": ["ATS.SHARE_FRAMES"]}),
+        (["ATS.ENABLE", 1, "ATS.SAMPLER", "topk", "ATS.RULE", "paper"], {"ATS.SAMPLER topk": ["ATS.RULE"]}),
+        (["ATS.ENABLE", 1, "ATS.SAMPLER", "yours", "ATS.RULE", "paper"], {}),
+        (["ATS.ENABLE", 0, "ATS.SAMPLER", "topk", "ATS.RULE", "paper"], {}),
+        (
+            ["ATS.ENABLE", 1, "ATS.SAMPLER", "tome", "ATS.SCORE", "mean_attention", "EVIT.KEEP_RATE", 0.5, "TOME.R", 3],
+            {"ATS.SAMPLER tome": ["ATS.SCORE", "EVIT.KEEP_RATE"]},
+        ),
+    ],
+)
+def test_keys_that_are_set_for_something_else(overrides, unread):
+    assert unread_keys(load_config(None, overrides)) == unread
+
+
+def test_what_is_said_of_unread_keys_knows_every_network_and_sampler():
+    assert set(MODELS) == set(NETWORKS) - {"timm/<name>"}
+    assert {*sampling.SAMPLERS, *sampling.REDUCERS} >= set(SAMPLERS)
+    assert {name for names in NETWORKS.values() for name in names} == set(NETWORK_SECTIONS)
+    for prefix in (*NETWORK_SECTIONS, *SAMPLER_KEYS):
+        assert any(key.startswith(prefix) for key in KEY), prefix
+
+
+def test_unread_keys_are_one_line_a_run(caplog):
+    cfg = load_config(None, ["VIT.DEPTH", 1, "MVIT.DEPTH", 3, "PSVIT.DEPTH", 3, "ATS.BLOCKS", [0]])
+    with torch.device("meta"):
+        [build_model(cfg) for _ in range(2)]
+    said = [record.message for record in caplog.records]
+    assert said == ["Keys without effect: MODEL.NAME ViT does not read MVIT.DEPTH, PSVIT.DEPTH."]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("[!_]*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_set_nothing_that_is_not_read(path):
+    assert unread_keys(load_config(path)) == {}
 
 
 def test_base_files_and_overrides(tmp_path):
