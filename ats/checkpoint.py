@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_safetensors_file
 from torch import Tensor, nn
 
+from ats.config import find_shipped
 from ats.errors import UserError
 from ats.files import atomic_write
 
@@ -36,12 +37,12 @@ PREFIXES = ("module.", "_orig_mod.", "base_model.", "model.")
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The contents of a .pth / .pyth / .safetensors file, on the CPU.
+    """The contents of a .pth / .pyth / .safetensors file, on the CPU; also of a shipped one, from any folder.
 
     Raises:
         UserError: no such file, not a checkpoint, damaged, or a pickle that would run code.
     """
-    path = Path(path)
+    path = find_shipped(path)
     if not path.is_file():
         raise UserError(f"No checkpoint file {path}.")
     try:
