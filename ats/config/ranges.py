@@ -7,7 +7,6 @@ depends on other keys (a width that heads divide, blocks that the network has) i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -21,7 +20,7 @@ class Range(NamedTuple):
 
     def holds(self, value: object) -> bool:
         """Whether `value` is a number of the range."""
-        if isinstance(value, (str, bool)) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             return False
         return self.low <= value <= self.high and not (
             (self.above and value == self.low) or (self.below and value == self.high)
@@ -94,6 +93,8 @@ LENGTHS: dict[str, tuple[int, ...]] = {
     "DATA.TRAIN_JITTER_SCALES_RELATIVE": (0, 2),
     "DATA.TRAIN_JITTER_ASPECT_RELATIVE": (0, 2),
 }
+# Lists [[block, number, ...], ...]; the range is that of the numbers behind the block.
+OF_BLOCKS = ("MVIT.DIM_MUL", "MVIT.HEAD_MUL", "MVIT.POOL_Q_STRIDE", "MVIT.POOL_KV_STRIDE")
 
 
 def is_in_range(name: str, value: object) -> bool:
@@ -102,7 +103,13 @@ def is_in_range(name: str, value: object) -> bool:
         return True
     if isinstance(value, list) and len(value) not in LENGTHS.get(name, (len(value),)):
         return False
-    return all(RANGES[name].holds(number) for number in _numbers(value))
+    numbers = value if isinstance(value, list) else [value]
+    if name in OF_BLOCKS:
+        rows = [row for row in numbers if isinstance(row, (list, tuple)) and row]  # others are named by `mvit_plan`
+        if not all(FROM_0.holds(row[0]) for row in rows):
+            return False
+        numbers = [number for row in rows for number in row[1:]]
+    return all(RANGES[name].holds(number) for number in numbers)
 
 
 def describe_range(name: str) -> str:
@@ -113,15 +120,8 @@ def describe_range(name: str) -> str:
 def wanted(name: str, types: tuple[type, ...]) -> str:
     """What to give for the key `name`, which takes `types`: "a number from 0 to below 1"."""
     within = f" {RANGES[name]}".rstrip()
-    one, many = f"a number{within}", f"numbers{within}"
+    one, many = f"a number{within}", f"numbers{within}" + " behind each block from 0" * (name in OF_BLOCKS)
     counts = " or ".join(str(length) if length else "no" for length in LENGTHS.get(name, ()))
     several = f"{counts} {many}" if counts else many
     options = [one] * (int in types or float in types) + [several] * (list in types) + ["None"] * (type(None) in types)
     return " or ".join(options)
-
-
-def _numbers(value: object) -> Iterable[object]:
-    """The numbers of a value; of [[block, number, ...], ...] what follows the block."""
-    if not isinstance(value, list):
-        return [value]
-    return [number for item in value for number in (item[1:] if isinstance(item, (list, tuple)) else [item])]
