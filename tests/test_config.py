@@ -160,7 +160,7 @@ def test_keys_that_are_set_for_something_else(overrides, unread):
 
 
 def test_what_is_said_of_unread_keys_knows_every_network_and_sampler():
-    assert set(MODELS) == set(NETWORKS) - {"timm/<name>"}
+    assert set(MODELS) >= set(NETWORKS) - {"timm/<name>"}  # other tests register networks of their own
     assert {*sampling.SAMPLERS, *sampling.REDUCERS} >= set(SAMPLERS)
     assert {name for names in NETWORKS.values() for name in names} == set(NETWORK_SECTIONS)
     for prefix in (*NETWORK_SECTIONS, *SAMPLER_KEYS):
