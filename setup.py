@@ -15,10 +15,15 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    # `ats.configs` are the YAML files of configs/: with them the commands find `--cfg ImageNet/DeiT_S.yaml` anywhere.
+    # `ats.configs` are the YAML files of configs/, and the weights that those of Digits name: with them the commands
+    # find `--cfg ImageNet/DeiT_S.yaml` anywhere.
     packages=[*find_packages(include=["ats", "ats.*"]), "ats.configs"],
     package_dir={"ats.configs": "configs"},
-    package_data={"ats": ["py.typed"], "ats.visualize": ["report.html"], "ats.configs": ["*/*.yaml"]},
+    package_data={
+        "ats": ["py.typed"],
+        "ats.visualize": ["report.html"],
+        "ats.configs": ["*/*.yaml", "Digits/weights/*.safetensors"],
+    },
     entry_points={
         "console_scripts": [
             "ats-run = ats.cli.run_net:main",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import pickle
 import re
 from collections import Counter
@@ -26,7 +25,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_safetensors_file
 from torch import Tensor, nn
 
+from ats.config import find_shipped
 from ats.errors import UserError
+from ats.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +37,12 @@ PREFIXES = ("module.", "_orig_mod.", "base_model.", "model.")
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The contents of a .pth / .pyth / .safetensors file, on the CPU.
+    """The contents of a .pth / .pyth / .safetensors file, on the CPU; also of a shipped one, from any folder.
 
     Raises:
         UserError: no such file, not a checkpoint, damaged, or a pickle that would run code.
     """
-    path = Path(path)
+    path = find_shipped(path)
     if not path.is_file():
         raise UserError(f"No checkpoint file {path}.")
     try:
@@ -75,13 +76,13 @@ def _holds_safetensors(path: Path) -> bool:
 def save_checkpoint(path: str | Path, contents: dict) -> None:
     """Write tensors and plain values so that `path` is either the old file or the whole new one, whatever happens."""
     # Into an open file: a full disk is then an OSError that says so, where torch's own writer says "unexpected pos".
-    with _atomic(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         torch.save(contents, file)
 
 
 def save_safetensors(path: str | Path, state_dict: dict[str, Tensor]) -> None:
     """Write weights alone as safetensors, with the same guarantee."""
-    with _atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         save_safetensors_file(
             {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}, temporary
         )
@@ -175,32 +176,3 @@ def _grouped(keys: Iterable[str], limit: int = 12) -> str:
 def _refused_global(error: Exception) -> str:
     match = re.search(r"GLOBAL ([\w.]+)|global (?:name )?[`'\"]?([\w.]+)", str(error))
     return next(group for group in match.groups() if group) if match else "an unknown class"
-
-
-class _atomic:
-    """Context manager: a temporary path beside `path` that takes its place, synced, when the block succeeds."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.temporary
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:
-            self.temporary.unlink(missing_ok=True)
-            return
-        try:
-            with open(self.temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(self.temporary, self.path)
-        except OSError:  # some file systems notice only here that they are full
-            self.temporary.unlink(missing_ok=True)
-            raise
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)

@@ -6,13 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from ats.config import describe, get_cfg, load_config
+from ats import sampling
+from ats.config import describe, get_cfg, load_config, ranges
 from ats.config.defaults import KEYS
 from ats.config.legacy import RENAMED
+from ats.config.ranges import LENGTHS, RANGES, is_in_range
 from ats.config.schema import KEY
+from ats.config.unread import NETWORK_SECTIONS, NETWORKS, SAMPLER_KEYS, SAMPLERS, unread_keys
 from ats.errors import UserError
+from ats.models import MODELS, build_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +78,106 @@ def test_mistakes_are_explained(pair, text):
     with pytest.raises(UserError) as error:
         get_cfg().merge_from_list(pair)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("VIT.NUM_HEADS", 0, "VIT.NUM_HEADS 0: give a number from 1."),
+        ("VIT.PATCH_SIZE", "0", "VIT.PATCH_SIZE 0: give a number from 1."),
+        ("PSVIT.NUM_HEADS", 0, "PSVIT.NUM_HEADS 0"),
+        ("CVT.NUM_HEADS", [0, 1, 1], "CVT.NUM_HEADS [0, 1, 1]: give numbers from 1."),
+        ("MVIT.NUM_HEADS", 0, "MVIT.NUM_HEADS 0"),
+        (
+            "MVIT.POOL_Q_STRIDE",
+            [[0, 1, 2, 0]],
+            "MVIT.POOL_Q_STRIDE [[0, 1, 2, 0]]: give numbers from 1 behind each block",
+        ),
+        ("MVIT.DIM_MUL", "[[a, 2]]", "MVIT.DIM_MUL [[a, 2]]: give numbers above 0 behind each block"),
+        ("ATS.BLOCKS", [[3, 4]], "ATS.BLOCKS [[3, 4]]: give numbers from 0."),
+        ("MVIT.POOL_KVQ_KERNEL", "3", "MVIT.POOL_KVQ_KERNEL 3: give 3 numbers from 1 or None."),
+        ("VIT.IMG_SIZE", [56], "VIT.IMG_SIZE [56]: give a number from 1 or 2 numbers from 1."),
+        ("VIT.IMG_SIZE", [56, 56, 56], "VIT.IMG_SIZE [56, 56, 56]"),
+        ("VIT.ATTN_DROP_RATE", 1.5, "VIT.ATTN_DROP_RATE 1.5: give a number from 0 to below 1."),
+        ("VIT.DROP_PATH_RATE", 2, "VIT.DROP_PATH_RATE 2: give a number from 0 to below 1."),
+        ("MODEL.DROPOUT_RATE", -3, "MODEL.DROPOUT_RATE -3"),
+        ("MODEL.NUM_CLASSES", -1, "MODEL.NUM_CLASSES -1"),
+        ("MODEL.NUM_CLASSES", 0, "MODEL.NUM_CLASSES 0"),
+        ("MIXUP.PROB", 3, "MIXUP.PROB 3: give a number from 0 to 1."),
+        ("EMA.DECAY", 2, "EMA.DECAY 2"),
+        ("EVIT.KEEP_RATE", [0.5, 0], "EVIT.KEEP_RATE [0.5, 0]: give a number above 0 to 1 or numbers above 0 to 1."),
+        ("ATS.MIN_TOKENS", -5, "ATS.MIN_TOKENS -5: give a number from 0."),
+        ("SOLVER.MAX_EPOCH", 0, "SOLVER.MAX_EPOCH 0"),
+        ("SOLVER.BASE_LR", -1, "SOLVER.BASE_LR -1"),
+        ("SOLVER.BASE_LR", float("nan"), "SOLVER.BASE_LR nan"),
+        ("SOLVER.CLIP_GRAD_L2NORM", 0, "SOLVER.CLIP_GRAD_L2NORM 0: give a number above 0 or None."),
+        ("DATA.TEST_CROP_SIZE", 0, "DATA.TEST_CROP_SIZE 0"),
+        ("DATA.MEAN", [0.5], "DATA.MEAN [0.5]: give no or 3 numbers."),
+        ("ATS.NUM_TOKENS", ["many"], "ATS.NUM_TOKENS ['many']: give a number above 0 or numbers above 0."),
+    ],
+)
+def test_numbers_out_of_range_are_refused(key, value, text):
+    with pytest.raises(UserError) as error:
+        get_cfg().merge_from_list([key, value])
+    assert text in str(error.value)
+
+
+def test_every_number_has_a_range():
+    """That holds its default; the rest are booleans, names, and the free-form TIMM.KWARGS."""
+    for key in KEYS:
+        assert is_in_range(key.name, key.default), key.name
+        values = key.default if isinstance(key.default, list) else [key.default]
+        is_free = key.choices or key.name == "TIMM.KWARGS" or any(isinstance(value, (bool, str)) for value in values)
+        assert (key.name in RANGES) == (not is_free), key.name
+    names = [name for names in ranges._KEYS.values() for name in names.split()]
+    assert len(names) == len(RANGES)
+    assert set(LENGTHS) <= set(RANGES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unread"),
+    [
+        (["MODEL.NAME", "ViT", "VIT.DEPTH", 3, "XVIT.SHIFT_DIV", 8], {}),
+        (["MODEL.NAME", "timm/x", "VIT.DEPTH", 3], {"MODEL.NAME timm/x": ["VIT.DEPTH"]}),
+        (
+            ["MODEL.NAME", "ViT", "XVIT.SHIFT_DIV", 4, "CVT.INIT", "xavier"],
+            {"MODEL.NAME ViT": ["XVIT.SHIFT_DIV", "CVT.INIT"]},
+        ),
+        (["MODEL.NAME", "XViT", "VIT.DEPTH", 3, "XVIT.SHIFT_DIV", 4, "ATS.ENABLE", 1, "ATS.SHARE_FRAMES", 1], {}),
+        (["MODEL.NAME", "yours", "VIT.DEPTH", 3, "CVT.INIT", "xavier"], {}),
+        (["ATS.ENABLE", 1, "ATS.SHARE_FRAMES", 1], {"MODEL.NAME ViT": ["ATS.SHARE_FRAMES"]}),
+        (["ATS.ENABLE", 1, "ATS.SAMPLER", "topk", "ATS.RULE", "paper"], {"ATS.SAMPLER topk": ["ATS.RULE"]}),
+        (["ATS.ENABLE", 1, "ATS.SAMPLER", "yours", "ATS.RULE", "paper"], {}),
+        (["ATS.ENABLE", 0, "ATS.SAMPLER", "topk", "ATS.RULE", "paper"], {}),
+        (
+            ["ATS.ENABLE", 1, "ATS.SAMPLER", "tome", "ATS.SCORE", "mean_attention", "EVIT.KEEP_RATE", 0.5, "TOME.R", 3],
+            {"ATS.SAMPLER tome": ["ATS.SCORE", "EVIT.KEEP_RATE"]},
+        ),
+    ],
+)
+def test_keys_that_are_set_for_something_else(overrides, unread):
+    assert unread_keys(load_config(None, overrides)) == unread
+
+
+def test_what_is_said_of_unread_keys_knows_every_network_and_sampler():
+    assert set(MODELS) >= set(NETWORKS) - {"timm/<name>"}  # other tests register networks of their own
+    assert {*sampling.SAMPLERS, *sampling.REDUCERS} >= set(SAMPLERS)
+    assert {name for names in NETWORKS.values() for name in names} == set(NETWORK_SECTIONS)
+    for prefix in (*NETWORK_SECTIONS, *SAMPLER_KEYS):
+        assert any(key.startswith(prefix) for key in KEY), prefix
+
+
+def test_unread_keys_are_one_line_a_run(caplog):
+    cfg = load_config(None, ["VIT.DEPTH", 1, "MVIT.DEPTH", 3, "PSVIT.DEPTH", 3, "ATS.BLOCKS", [0]])
+    with torch.device("meta"):
+        [build_model(cfg) for _ in range(2)]
+    said = [record.message for record in caplog.records]
+    assert said == ["Keys without effect: MODEL.NAME ViT does not read MVIT.DEPTH, PSVIT.DEPTH."]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("[!_]*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_set_nothing_that_is_not_read(path):
+    assert unread_keys(load_config(path)) == {}
 
 
 def test_base_files_and_overrides(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ats.checkpoint import load_checkpoint, save_safetensors
-from ats.config import CfgNode, load_config
+from ats.config import CfgNode, get_cfg, load_config
 from ats.datasets import Sample, build_loader
 from ats.engine import checkpointing, evaluate, train
 from ats.engine.device import seed_everything, select_device
@@ -137,6 +137,14 @@ def test_layer_decay(make_cfg):
 def test_unknown_optimizer_names_the_nearest(make_cfg):
     with pytest.raises(UserError, match=r"adamww.*Did you mean.*adamw"):
         build_optimizer(nn.Linear(2, 2), make_cfg("SOLVER.OPTIMIZING_METHOD", "adamww"))
+
+
+def test_a_setting_that_an_optimizer_refuses_is_not_blamed_on_its_name():
+    cfg = get_cfg()
+    cfg.SOLVER.BASE_LR = -1.0  # past the check of ranges
+    with pytest.raises(UserError, match="settings of SOLVER: Invalid learning rate") as error:
+        build_optimizer(nn.Linear(2, 2), cfg)
+    assert "Did you mean" not in str(error.value)
 
 
 def test_clip_gradients():

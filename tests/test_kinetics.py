@@ -419,7 +419,7 @@ def test_prepare_kinetics_shrinks(raw, tmp_path, monkeypatch):
     stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*.mp4")}
     assert tool.prepare_kinetics(raw, output, short_side=48, num_workers=1) == counts
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.mp4")} == stamps
-    assert not list(output.rglob("*.partial"))
+    assert not [*output.rglob("*.partial"), *output.rglob("*.tmp")]
 
 
 def test_prepare_kinetics_names_what_is_wrong(raw, tmp_path, capsys):

@@ -69,14 +69,20 @@ def test_wheel_and_sdist_hold_everything_and_nothing_else(built):
     with tarfile.open(sdist) as archive:
         source = {name.partition("/")[2] for name in archive.getnames()}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ats").rglob("*.py")}
-    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
+    configs = {
+        str(p.relative_to(ROOT)) for kind in ("yaml", "safetensors") for p in (ROOT / "configs").rglob(f"*.{kind}")
+    }
     assert modules
     assert configs
     assert modules | {"ats/py.typed"} | {f"ats/{name}" for name in configs} <= inside
     assert modules | configs | {"ats/py.typed", "hubconf.py", "LICENSE", "README.md", "tools/run_net.py"} <= source
     other = {name for name in inside if not name.startswith("ats/") and ".dist-info/" not in name}
     assert not other
-    assert not {name for name in inside | source if "__pycache__" in name or name.endswith((".safetensors", ".pyc"))}
+    assert not {name for name in inside | source if "__pycache__" in name or name.endswith(".pyc")}
+    assert "configs/Digits/weights/deit_dense.safetensors" in configs
+    assert {name for name in inside if name.endswith(".safetensors")} == {
+        f"ats/{name}" for name in configs if name.endswith(".safetensors")
+    }
 
 
 def test_commands_of_the_wheel_answer_help(site, tmp_path):
@@ -98,6 +104,15 @@ def test_wheel_finds_its_configs_from_anywhere(site, tmp_path):
     assert said == [str(site / "ats" / "__init__.py"), "[384, 192]"]
 
 
+def test_wheel_finds_the_weights_that_its_configs_name(site, tmp_path):
+    code = (
+        "import ats.config as c, ats.checkpoint as k, ats.models as m; cfg = c.load_config('Digits/DeiT_ATS.yaml'); "
+        "k.load_weights(m.build_model(cfg), cfg.TEST.CHECKPOINT_FILE_PATH); print(c.SHIPPED)"
+    )
+    said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).splitlines()
+    assert said == [str(site / "ats" / "configs")]
+
+
 def test_a_local_config_comes_before_a_shipped_one(tmp_path, monkeypatch):
     """And a clone's are found from other folders too."""
     monkeypatch.chdir(tmp_path)
@@ -105,8 +120,11 @@ def test_a_local_config_comes_before_a_shipped_one(tmp_path, monkeypatch):
     (tmp_path / "ImageNet").mkdir()
     (tmp_path / "ImageNet" / "DeiT_S.yaml").write_text("VIT:\n  EMBED_DIM: 60\n")
     assert load_config("ImageNet/DeiT_S.yaml").VIT.EMBED_DIM == 60
-    with pytest.raises(UserError, match=r"No config file ImageNet/DeiT_X\.yaml"):
-        load_config("ImageNet/DeiT_X.yaml")
+    for path in ("ImageNet/DeiT_X.yaml", "configs/ImageNet/DeiT_X.yaml", "../configs/ImageNet/DeiT_X.yaml"):
+        with pytest.raises(UserError, match=r"No config file \S*ImageNet/DeiT_X\.yaml\. .*ImageNet/DeiT_S\.yaml"):
+            load_config(path)
+    with pytest.raises(UserError, match=r"No config file CvT13\.yaml\. Did you mean ImageNet/CvT_13\.yaml"):
+        load_config("CvT13.yaml")
     assert SHIPPED == ROOT / "configs"
 
 

@@ -147,6 +147,7 @@ MISTAKES = {
     "key without value": (["--cfg", "F", "RNG_SEED"], r"RNG_SEED has no value"),
     "unknown option": (["--cfg", "F", "--print-confg"], r"Unknown option --print-confg\. Did you mean --print-config"),
     "wrong type": (["--cfg", "F", "RNG_SEED", "abc"], r"RNG_SEED must be int, not 'abc'"),
+    "out of range": (["--cfg", "F", "VIT.NUM_HEADS", "0"], r"VIT\.NUM_HEADS 0: give a number from 1\."),
     "nothing to do": (["--cfg", "F", "TEST.ENABLE", "False"], r"TRAIN\.ENABLE and TEST\.ENABLE are both False"),
     "no weights": (["--cfg", "F"], r"TEST\.CHECKPOINT_FILE_PATH is empty"),
     "missing weights": (["--cfg", "F", "TEST.CHECKPOINT_FILE_PATH", "no.pth"], r"no\.pth"),

@@ -150,9 +150,9 @@ def test_another_number_of_classes():
     [
         (["DATA.NUM_FRAMES", 12], "DATA.NUM_FRAMES 12 is not a multiple of XVIT.NUM_SEGMENTS 8"),
         (["XVIT.TEMPORAL_EMBED_LEN", 3], "DATA.NUM_FRAMES 8 is not a multiple of XVIT.TEMPORAL_EMBED_LEN 3"),
-        (["XVIT.NUM_SEGMENTS", 0], "is not a multiple of XVIT.NUM_SEGMENTS 0"),
+        (["XVIT.NUM_SEGMENTS", 0], "XVIT.NUM_SEGMENTS 0: give a number from 1"),
         (["XVIT.LOCATIONS_LIST", [12, 13]], "none of these is among the blocks 0 to 11"),
-        (["XVIT.SHIFT_DIV", 1], "give 2 or more"),
+        (["XVIT.SHIFT_DIV", 1], "XVIT.SHIFT_DIV 1: give a number from 2"),
         (["XVIT.BEFORE_SOFTMAX", False], "XVIT.BEFORE_SOFTMAX False needs XVIT.CONSENSUS_TYPE avg"),
         (["XVIT.CONSENSUS_TYPE", "identity"], "choose from vit, avg"),
         (["TEMPORAL_HEAD.NUM_ATTENTION_HEADS", 7], "not a multiple of TEMPORAL_HEAD.NUM_ATTENTION_HEADS 7"),

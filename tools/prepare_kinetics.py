@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from ats.datasets.decode import Video
 from ats.errors import UserError, exit_status
+from ats.files import atomic_write
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
@@ -211,9 +212,8 @@ def _write_lists(items: list[Item], known: dict[str, list], *, output: Path, sep
 
 
 def _write(path: Path, text: str) -> None:
-    partial_path = path.with_name(f".{path.name}.partial")
-    partial_path.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(partial_path, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from ats.cli import as_typed
 from ats.cli.parser import Parser
 from ats.cli.run_net import parse_overrides
-from ats.config import CfgNode, find_config, load_config
+from ats.config import CfgNode, find_shipped, load_config
 from ats.engine.logging import setup_logging
 from ats.errors import UserError, exit_status
 
@@ -177,7 +177,7 @@ def with_overrides(lines: str, overrides: list[str]) -> str:
 
 def write(path: Path, text: str, *, cfg: str, argv: list[str], figures: str) -> None:
     """A config of its own: what was found, over --cfg."""
-    base = os.path.relpath(find_config(cfg).resolve(), path.resolve().parent)
+    base = os.path.relpath(find_shipped(cfg).resolve(), path.resolve().parent)
     command = as_typed("python tools/calibrate.py") + " " + shlex.join(argv)
     comment = "".join(f"# {line}".rstrip() + "\n" for line in ["Found by", f"  {command}", "", *figures.splitlines()])
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ and of SlowFast load as they are (`legacy.py`). `describe()` is the text behind 
 
 from __future__ import annotations
 
+import difflib
 import logging
 import textwrap
 from pathlib import Path
@@ -14,17 +15,18 @@ import yaml
 
 from ats.config import legacy
 from ats.config.defaults import KEYS
+from ats.config.ranges import describe_range
 from ats.config.schema import CfgNode, default_cfg, flatten
 from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# The YAML files that come along: where `pip install` puts them, or a clone's.
+# The YAML files and weights that come along: where `pip install` puts them, or a clone's.
 SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 _WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 
-__all__ = ["CfgNode", "describe", "find_config", "get_cfg", "load_config", "load_yaml"]
+__all__ = ["CfgNode", "describe", "find_shipped", "get_cfg", "load_config", "load_yaml"]
 
 
 def get_cfg() -> CfgNode:
@@ -33,28 +35,28 @@ def get_cfg() -> CfgNode:
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> CfgNode:
-    """Defaults, then the YAML file (`find_config`), then the overrides `[KEY, VALUE, ...]`; returned frozen.
+    """Defaults, then the YAML file (`find_shipped`), then the overrides `[KEY, VALUE, ...]`; returned frozen.
 
     Raises:
         UserError: file not found or not YAML, unknown key, wrong value.
     """
     cfg = get_cfg()
     if path is not None:
-        cfg.merge_pairs(flatten(load_yaml(find_config(path))))
+        cfg.merge_pairs(flatten(load_yaml(find_shipped(path))))
     cfg.merge_from_list(list(overrides or []))
     cfg.freeze()
     return cfg
 
 
-def find_config(path: str | Path) -> Path:
-    """`path` if there is such a file, else the shipped config of that name: `ImageNet/DeiT_S.yaml`, also with
-    `configs/` in front, from any folder. If there is neither, `path` as it is.
+def find_shipped(path: str | Path) -> Path:
+    """`path` if there is such a file, else the shipped config (or weights) of that name: `ImageNet/DeiT_S.yaml`, also
+    with `configs/` in front, from any folder. If there is neither, `path` as it is.
     """
     path = Path(path)
     if not path.is_file() and not path.is_absolute():
         name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
         if (SHIPPED / name).is_file():
-            logger.info("%s is the shipped config %s", path, SHIPPED / name)
+            logger.info("%s is the shipped %s", path, SHIPPED / name)
             return SHIPPED / name
     return path
 
@@ -68,9 +70,7 @@ def load_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        listing = f" There are: {', '.join(str(p) for p in near)}" if near else ""
-        raise UserError(f"No config file {path}.{listing}")
+        raise UserError(f"No config file {path}.{_nearest(path)}")
     if path.resolve() in seen:
         raise UserError(f"{path}: its _BASE_ files name each other in a circle.")
     try:
@@ -87,7 +87,7 @@ def load_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
 
 
 def describe() -> str:
-    """All keys with type, default and meaning, one paragraph each."""
+    """All keys with type, range, default and meaning, one paragraph each."""
     lines = []
     for key in KEYS:
         kinds = " | ".join(
@@ -95,8 +95,22 @@ def describe() -> str:
         )
         choices = f" Choices: {', '.join(map(str, key.choices))}." if key.choices else ""
         text = textwrap.fill(key.help + choices, 100, initial_indent="    ", subsequent_indent="    ", **_WHOLE_WORDS)
-        lines.append(f"{key.name}  ({kinds}, default {key.default!r})\n{text}")
+        within = f" {describe_range(key.name)}".rstrip()
+        lines.append(f"{key.name}  ({kinds}{within}, default {key.default!r})\n{text}")
     return "\n".join(lines)
+
+
+def _nearest(path: Path) -> str:
+    """`" Did you mean A or B?"`: config files of a name like that of `path` beside it, or shipped ones."""
+    beside = [str(p) for p in sorted(path.parent.glob("*.yaml"))]
+    shipped = [p.relative_to(SHIPPED).as_posix() for p in sorted(SHIPPED.glob("*/[!_]*.yaml"))]
+    same_folder = [name for name in shipped if Path(name).parent.name == path.parent.name]
+    for names in (beside, same_folder, shipped):
+        by_stem = {Path(name).stem.lower(): name for name in names}
+        near = difflib.get_close_matches(path.stem.lower(), by_stem)
+        if near:
+            return f" Did you mean {' or '.join(by_stem[stem] for stem in near)}?"
+    return f" There are: {', '.join(beside)}" if beside else ""
 
 
 def _merge(into: dict, other: dict) -> dict:

@@ -2,7 +2,8 @@
 it takes).
 
 One line per key, in the order in which `--help` prints them. Names and meanings are SlowFast's and the official ATS
-release's wherever those have the key. `schema.py` turns the list into a CfgNode; `legacy.py` maps the keys of older
+release's wherever those have the key. `schema.py` turns the list into a CfgNode; `ranges.py` says
+which numbers they take; `legacy.py` maps the keys of older
 releases to these.
 """
 

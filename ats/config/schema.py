@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode as FvcoreCfgNode
 
 from ats.config import legacy
 from ats.config.defaults import KEYS, NONE, Key
+from ats.config.ranges import is_in_range, wanted
 from ats.errors import UserError, suggest
 
 KEY: dict[str, Key] = {key.name: key for key in KEYS}
@@ -42,7 +43,7 @@ class CfgNode(FvcoreCfgNode):
         """Merge `(dotted key, value)` pairs; keys of older releases are translated.
 
         Raises:
-            UserError: an unknown key (the nearest are named), or a value of the wrong type or outside the choices.
+            UserError: an unknown key (the nearest are named), or a value of another type, not a choice or out of range.
         """
         pairs = list(pairs)
         for key, value in [*legacy.implied(pairs), *pairs]:
@@ -104,7 +105,7 @@ def coerce(key: Key, value: object) -> object:
     """`value` as one of the types of `key`: 1 for 1.0, "true" for True, a scalar for a list.
 
     Raises:
-        UserError: it is none of them, or not among the choices.
+        UserError: it is none of them, not among the choices or out of range.
     """
     types = key.types or (type(key.default),)
     result = (
@@ -113,11 +114,13 @@ def coerce(key: Key, value: object) -> object:
         else _convert(types, parse(legacy.normalise(value)), key.default)
     )
     if result is _NO:
-        wanted = " or ".join("None" if kind is NONE else kind.__name__ for kind in types)
-        raise UserError(f"{key.name} must be {wanted}, not {value!r}. ({key.help})")
+        names = " or ".join("None" if kind is NONE else kind.__name__ for kind in types)
+        raise UserError(f"{key.name} must be {names}, not {value!r}. ({key.help})")
     if key.choices and result not in key.choices:
         options = [str(choice) for choice in key.choices]
         raise UserError(f"{key.name} {value}: choose from {', '.join(options)}.{suggest(str(value), options)}")
+    if not is_in_range(key.name, result):
+        raise UserError(f"{key.name} {value}: give {wanted(key.name, types)}.")
     return result
 
 

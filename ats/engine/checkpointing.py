@@ -43,7 +43,7 @@ class TrainState:
 
     epoch: finished epochs; equally the index of the one to train next. step: steps done of that one.
     best_top1: best validation accuracy so far in percent, -1 before the first.
-    log_state: `TrainLog.state()` at the last checkpoint.
+    log_state: `TrainLog.window()` at the last checkpoint.
     """
 
     model: nn.Module

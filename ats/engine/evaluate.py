@@ -11,7 +11,6 @@ shared.
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import time
 from collections.abc import Iterable
@@ -37,6 +36,7 @@ from ats.engine.logging import log_plan
 from ats.engine.output_dir import config_sha256, open_output_dir, write_config
 from ats.engine.tally import Result, Tally
 from ats.errors import UserError
+from ats.files import atomic_write
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
 from ats.sampling import REDUCERS
@@ -182,9 +182,8 @@ def write_result(cfg: CfgNode, result: Result, path: Path) -> None:
     del contents["token_counts"]
     contents["versions"] = versions() | {"device": contents.pop("device")}
     contents["config_sha256"] = config_sha256(cfg)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
 
 
 def versions() -> dict[str, str]:

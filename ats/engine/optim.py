@@ -49,8 +49,11 @@ def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.Optimizer:
                 no_weight_decay_list=model.no_weight_decay() if exclude and hasattr(model, "no_weight_decay") else (),
             ),
         )
-    except (ValueError, AssertionError, ImportError) as error:  # unknown, or needs a package or a GPU that is not there
-        raise UserError(f"SOLVER.OPTIMIZING_METHOD {name}: {error}.{suggest(name, list_optimizers())}") from error
+    except (ValueError, AssertionError, ImportError) as error:  # needs a package or a GPU, or refuses another setting
+        if name.removeprefix("lookahead_") not in list_optimizers():
+            suggestion = suggest(name, list_optimizers())
+            raise UserError(f"SOLVER.OPTIMIZING_METHOD {name}: timm has no such optimizer.{suggestion}") from error
+        raise UserError(f"The optimizer {name} cannot be built with these settings of SOLVER: {error}.") from error
 
 
 def lr_at(

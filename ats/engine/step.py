@@ -44,10 +44,6 @@ class Recipe:
             UserError: settings that exclude each other.
         """
         mixup, smoothing = None, cfg.MIXUP.LABEL_SMOOTH_VALUE
-        if not 0 <= smoothing < 1:
-            raise UserError(f"MIXUP.LABEL_SMOOTH_VALUE {smoothing} must be at least 0 and below 1.")
-        if cfg.TRAIN.GRAD_ACCUM_STEPS < 1:
-            raise UserError(f"TRAIN.GRAD_ACCUM_STEPS {cfg.TRAIN.GRAD_ACCUM_STEPS} must be at least 1.")
         if cfg.MIXUP.ENABLE:
             if cfg.MIXUP.ALPHA <= 0 and cfg.MIXUP.CUTMIX_ALPHA <= 0:
                 raise UserError("MIXUP.ENABLE True needs MIXUP.ALPHA or MIXUP.CUTMIX_ALPHA above 0.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from ats.engine.distributed import is_main
 from ats.engine.meters import Eta, Window
 from ats.engine.step import StepStats
 from ats.errors import UserError
+from ats.files import atomic_write
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -178,6 +178,5 @@ def _drop_lines_after(path: Path, *, epoch: int, step: int) -> None:
         return values["epoch"] <= epoch or (values["epoch"] == epoch + 1 and values["step"] <= step)
 
     lines = path.read_text().splitlines() if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines if is_kept(line)))
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines if is_kept(line)))

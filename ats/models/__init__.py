@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from ats.config.unread import warn_of_unread_keys
 from ats.errors import UserError, suggest
 from ats.models.cvt import CvT, cvt_from_cfg
 from ats.models.mvit import MViT, mvit_from_cfg
@@ -54,6 +55,8 @@ def has_layouts(name: str) -> bool:
 def build_model(cfg: CfgNode) -> nn.Module:
     """The network described by `cfg`, on the CPU, with freshly initialised weights.
 
+    Keys that are set for another network or sampler are named in a warning.
+
     Raises:
         UserError: unknown MODEL.NAME, or keys that do not fit together.
     """
@@ -70,6 +73,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
             f"MODEL.NAME {cfg.MODEL.NAME}: choose from {', '.join(options)}.{suggest(cfg.MODEL.NAME, MODELS)}"
         )
     model = (timm_from_cfg if cfg.MODEL.NAME.startswith(PREFIX) else MODELS[cfg.MODEL.NAME])(cfg)
+    warn_of_unread_keys(cfg)
     if cfg.MODEL.ACT_CHECKPOINT:
         set_grad_checkpointing(model)
     return model

@@ -15,7 +15,6 @@ not change.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 import torch
@@ -28,7 +27,6 @@ from ats import kernels
 from ats.attention import cls_attention, mean_attention, ragged_attention
 from ats.models.recompute import run_block
 from ats.sampling import (
-    REDUCERS,
     BlockSampler,
     Candidates,
     TokenReducer,
@@ -37,8 +35,6 @@ from ats.sampling import (
     significance_score,
 )
 from ats.tokens import KeptTokens, Layout, RaggedTokens
-
-logger = logging.getLogger(__name__)
 
 
 class ATSBlock(nn.Module):
@@ -264,12 +260,6 @@ def samplers_from_cfg(cfg: CfgNode, *, depth: int, num_prefix_tokens: int) -> di
     """The samplers that the ATS keys describe for a network of `depth` blocks; none if ATS.ENABLE is off."""
     if not cfg.ATS.ENABLE:
         return {}
-    if cfg.ATS.SAMPLER in REDUCERS and cfg.ATS.NUM_TOKENS != 1:
-        logger.warning(
-            "ATS.NUM_TOKENS %s has no meaning for ATS.SAMPLER %s; see TOME.R and EVIT.KEEP_RATE.",
-            cfg.ATS.NUM_TOKENS,
-            cfg.ATS.SAMPLER,
-        )
     return plan_samplers(
         depth=depth,
         blocks=cfg.ATS.BLOCKS,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from ats.datasets import Sample
 from ats.engine.ensemble import Ensemble
 from ats.engine.evaluate import evaluate
 from ats.engine.tally import Result, Tally
+from ats.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +91,8 @@ def _read(path: Path, inputs: dict) -> dict | None:
 
 
 def _write(path: Path, contents: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(contents) + "\n")
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(contents) + "\n")
 
 
 def file_sha256(path: str | Path) -> str:
