@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ats import kernels
@@ -191,7 +192,9 @@ def inverse_transform(candidates: Candidates, num_points: int, options: BlockSam
 
     "official" is the official code with DROP_TOKENS False: scores sorted ascending; the lowest one subtracted from the
     CDF where nothing was dropped yet, so that it is not kept; points evenly from the smallest non-zero CDF value to 1.
-    "paper" is the text: no sorting, no subtraction, points (2i + 1) / 2K.
+    "paper" is the text: no sorting by score, no subtraction, points (2i + 1) / 2K. A token of score 0 has the probability
+    0 and is never kept: of equal entries of the CDF the first, which carries the mass, takes the points. So a score
+    too small to move the CDF counts as 0: below some 6e-8 of the mass in float32, 1e-16 in float64.
     """
     if options.rule == "official":
         keep = kernels.official_rule(candidates.scores, candidates.lengths, candidates.slots, num_points)
@@ -200,9 +203,13 @@ def inverse_transform(candidates: Candidates, num_points: int, options: BlockSam
     valid, scores = candidates.valid, usable(candidates.scores, candidates.valid)
     if options.rule == "paper":
         cdf = scores.cumsum(dim=1)
-        cdf = (cdf / cdf[:, -1:]).masked_fill(~valid, torch.inf)
+        cdf = cdf / cdf[:, -1:]
+        # `scores > 0` as well: sums made in parallel, on a GPU, can differ by rounding where nothing was added.
+        moved = (scores > 0) & (cdf > F.pad(cdf[:, :-1], (1, 0)))
+        cdf, order = cdf.masked_fill(~moved, torch.inf).sort(dim=1, stable=True)  # as they lie, the others behind
         step = cdf.new_full((cdf.shape[0], 1), 1 / num_points)
-        return nearest_to_points(cdf, first=step / 2, step=step, num_points=num_points)
+        picked = nearest_to_points(cdf, first=step / 2, step=step, num_points=num_points)
+        return torch.empty_like(picked).scatter(1, order, picked)
 
     ranked, order = scores.sort(dim=1, stable=True)  # padding, being 0, to the front, where it adds nothing
     cdf = ranked.cumsum(dim=1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ats.errors import UserError
@@ -34,7 +36,7 @@ def by_definition(scores: list[float], num_points: int, *, fills_slots: bool, ru
     s = np.asarray(scores, dtype=np.float64)
     s = s / s.sum()
     if rule == "paper":
-        c = np.cumsum(s)
+        c = np.where(s > 0, np.cumsum(s), np.inf)  # probability 0: never sampled
         points = (2 * np.arange(num_points) + 1) / (2 * num_points)
         return {int(np.abs(c - y).argmin()) for y in points}
     order = np.argsort(s, kind="stable")
@@ -68,6 +70,30 @@ def test_inverse_transform_is_the_definition(scores, num_points, fills_slots, ru
     )
     if want == nudged:
         assert set(kept[0].nonzero().flatten().tolist()) == want
+
+
+@given(st.lists(st.sampled_from([0, 0, 0, 1, 2, 3, 1000]), min_size=1, max_size=40).filter(any), st.integers(1, 60))
+@settings(max_examples=300, deadline=None)
+def test_paper_rule_never_keeps_a_token_without_mass(scores, num_points):
+    """By the paper's rule a score of 0 is a probability of 0. What is kept is what every point picks on its own."""
+    sampler = BlockSampler(block=0, num_tokens=num_points + 1, rule="paper")
+    kept = SAMPLERS["inverse_transform"](candidates([scores]), num_points, sampler)[0].nonzero().flatten().tolist()
+    assert 1 <= len(kept) <= num_points
+    assert all(scores[i] > 0 for i in kept)
+    total, cdf = sum(scores), [c for c, s in zip(np.cumsum(scores).tolist(), scores, strict=True) if s]
+    middles = {num_points * (a + b) for a, b in pairwise(cdf)}  # times total * num_points * 2
+    assume(middles.isdisjoint((2 * i + 1) * total for i in range(num_points)))  # there rounding decides
+    assert set(kept) == by_definition(scores, num_points, fills_slots=False, rule="paper")
+
+
+@pytest.mark.parametrize(("small", "dtype"), [(0, torch.float64), (0, torch.float32), (1e-9, torch.float32)])
+def test_paper_rule_gives_a_plateau_to_its_first_entry(small, dtype):
+    """The token that carries the mass; also where a score is lost in the rounding of the CDF."""
+    rows = candidates([[0.3, small, small, 0.3, small, small, small, 0.4], [small, small, 0.5, small, 0.5]])
+    rows.scores = rows.scores.to(dtype)
+    kept = SAMPLERS["inverse_transform"](rows, 8, BlockSampler(block=0, num_tokens=9, rule="paper"))
+    in_front = [1] if small else []  # the nearest to the first point, as it does move the CDF there
+    assert [row.nonzero().flatten().tolist() for row in kept] == [[0, 3, 7], [*in_front, 2, 4]]
 
 
 @given(
