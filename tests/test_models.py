@@ -18,7 +18,7 @@ from ats.checkpoint import load_weights
 from ats.config import get_cfg, load_config
 from ats.errors import UserError
 from ats.models import VisionTransformer, build_model
-from ats.sampling import plan_samplers
+from ats.plan import plan_samplers
 
 ROOT = Path(__file__).parents[1]
 KEYS = Path(__file__).parent / "fixtures" / "keys"

@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ats.errors import UserError
-from ats.sampling import SAMPLERS, BlockSampler, Candidates, plan_samplers
+from ats.plan import plan_samplers
+from ats.sampling import SAMPLERS, BlockSampler, Candidates
 
 
 def candidates(
@@ -225,9 +226,10 @@ def test_budget(num_tokens, slots, budget):
         ({"num_tokens": [197] * 9}, "has 9 entries, the network 12 blocks"),
         ({"num_tokens": 0}, "NUM_TOKENS 0 (block 3)"),
         ({"num_tokens": -4}, "NUM_TOKENS -4"),
-        ({"num_tokens": 1.5}, "NUM_TOKENS 1.5"),
-        ({"num_tokens": 7}, "NUM_TOKENS 7 (block 3): the least is 8 (ATS.MIN_TOKENS); give 8 or more, or a ratio"),
-        ({"num_tokens": 6, "min_tokens": 1, "num_prefix_tokens": 5}, "the least is 7 (5 prefix tokens and two more)"),
+        ({"num_tokens": float("nan")}, "NUM_TOKENS nan (block 3)"),
+        ({"num_tokens": float("inf")}, "NUM_TOKENS inf"),
+        ({"num_tokens": True}, "NUM_TOKENS True (block 3): give a ratio in (0, 1] or a number of tokens above 1"),
+        ({"num_tokens": ["9"] * 12}, "NUM_TOKENS '9' (block 3)"),
         ({"sampler": "inverse_transfrom"}, "Did you mean inverse_transform"),
         ({"score": "cls"}, "choose from cls_attention_value_norm"),
         ({"rule": "offical"}, "Did you mean official"),
@@ -240,7 +242,34 @@ def test_wrong_settings_are_named(changes, text):
     assert text in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "budgets", "text"),
+    [
+        ({"num_tokens": 4}, [8, 8, 8], "ATS.NUM_TOKENS 4 is below ATS.MIN_TOKENS 8: blocks 0-2 use 8."),
+        ({"num_tokens": [17, 3, 17]}, [17, 8, 17], "ATS.NUM_TOKENS 3 is below ATS.MIN_TOKENS 8: block 1 uses 8."),
+        ({"num_tokens": 20.5}, [20, 20, 20], "ATS.NUM_TOKENS 20.5 is not a whole number: blocks 0-2 use 20."),
+        (
+            {"num_tokens": [1.5, 21.5, 1.5]},
+            [8, 22, 8],
+            "ATS.NUM_TOKENS 1.5 is below ATS.MIN_TOKENS 8: blocks 0, 2 use 8; "
+            "ATS.NUM_TOKENS 21.5 is not a whole number: block 1 uses 22.",
+        ),
+        (
+            {"num_tokens": 6, "min_tokens": 1, "num_prefix_tokens": 5, "spell": str},
+            [7, 7, 7],
+            "num_tokens 6 is below 5 prefix tokens and two more: blocks 0-2 use 7.",
+        ),
+        ({"num_tokens": [8, 20.0, 0.01]}, [8, 20, 8], None),
+    ],
+)
+def test_k_is_rounded_and_raised_to_the_least(settings, budgets, text, caplog):
+    """And what is not used as it was given is said, in one line."""
+    samplers = plan_samplers(depth=3, blocks=[2, 0, 1], **settings)
+    assert [samplers[block].budget(197) for block in range(3)] == budgets
+    assert [record.message for record in caplog.records] == ([text] if text else [])
+
+
 def test_only_the_sampled_blocks_need_a_possible_number():
     """Entries of other blocks are not used; a ratio is raised to the least instead of refused."""
-    samplers = plan_samplers(depth=4, blocks=[1, 3], num_tokens=[2, 8, 0, 0.01])
+    samplers = plan_samplers(depth=4, blocks=[1, 3], num_tokens=[-1, 8, 0, 0.01])
     assert {block: sampler.budget(197) for block, sampler in samplers.items()} == {1: 8, 3: 8}

@@ -27,12 +27,12 @@ import ats.reducers  # noqa: F401  registers tome and evit
 from ats import kernels
 from ats.attention import cls_attention, mean_attention, ragged_attention
 from ats.models.recompute import run_block
+from ats.plan import plan_samplers
 from ats.sampling import (
     REDUCERS,
     BlockSampler,
     Candidates,
     TokenReducer,
-    plan_samplers,
     share_scores,
     significance_score,
 )
