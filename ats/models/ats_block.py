@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import ats.reducers  # noqa: F401  registers tome and evit
 from ats import kernels
 from ats.attention import cls_attention, mean_attention, ragged_attention
+from ats.errors import UserError
 from ats.models.recompute import run_block
 from ats.plan import plan_samplers
 from ats.sampling import (
@@ -264,6 +265,8 @@ def samplers_from_cfg(cfg: CfgNode, *, depth: int, num_prefix_tokens: int) -> di
     """The samplers that the ATS keys describe for a network of `depth` blocks; none if ATS.ENABLE is off."""
     if not cfg.ATS.ENABLE:
         return {}
+    if not cfg.ATS.BLOCKS:
+        raise UserError("ATS.BLOCKS is empty: give blocks, e.g. ATS.BLOCKS [3,4,5]; ATS.ENABLE False is without ATS.")
     if cfg.ATS.SAMPLER in REDUCERS and cfg.ATS.NUM_TOKENS != 1:
         logger.warning(
             "ATS.NUM_TOKENS %s has no meaning for ATS.SAMPLER %s; see TOME.R and EVIT.KEEP_RATE.",
