@@ -13,8 +13,7 @@ exactly is refused by name rather than computed differently.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
 
@@ -22,7 +21,8 @@ from torch import nn
 
 from ats.errors import UserError
 from ats.models import timm_vit
-from ats.sampling import BlockSampler, TokenReducer, plan_samplers
+from ats.plan import plan_samplers
+from ats.sampling import BlockSampler, TokenReducer
 
 REDUCER_OPTIONS = ("r", "prop_attn", "keep_rate", "fuse_token")
 
@@ -123,13 +123,15 @@ def _wrapped(model: nn.Module) -> str:
 
 def _apply(model: nn.Module, settings: dict) -> None:
     """Give the model's blocks the samplers that the settings describe; nothing changes if they are wrong."""
-    settings = settings | {"blocks": _block_list(settings["blocks"])}
+    settings = {name: _plain(value) for name, value in settings.items()}
+    _check_block_list(settings["blocks"])
     for name, number in (("num_tokens", "a number, a ratio up to 1"), ("r", "a number"), ("keep_rate", "a share")):
         value = settings[name]
-        if not isinstance(value, (int, float)):
-            if not isinstance(value, Iterable) or isinstance(value, str):
-                raise UserError(f"{name} {value!r}: give {number}, or a list with one per block.")
-            settings[name] = list(value)
+        if not isinstance(value, (int, float, list)):
+            raise UserError(f"{name} {value!r}: give {number}, or a list with one per block.")
+    for name in ("min_tokens", "seed"):
+        if type(settings[name]) is not int:
+            raise UserError(f"{name} {settings[name]!r}: give a whole number.")
     library_of(model).adopt(model, _plan(model, settings))
     state = model.ats_state
     state.settings, state.apply = settings, _apply
@@ -138,23 +140,28 @@ def _apply(model: nn.Module, settings: dict) -> None:
 def _plan(model: nn.Module, settings: dict) -> dict[int, BlockSampler | TokenReducer]:
     library = library_of(model)
     sampling = {name: value for name, value in settings.items() if name not in REDUCER_OPTIONS}
-    try:
-        return plan_samplers(
-            depth=library.num_blocks(model),
-            num_prefix_tokens=library.num_prefix_tokens(model),
-            reducer_options={name: settings[name] for name in REDUCER_OPTIONS},
-            **sampling,
-        )
-    except UserError as error:  # speaks of config keys: ATS.NUM_TOKENS is num_tokens here
-        raise UserError(re.sub(r"\b(?:ATS|TOME|EVIT)\.([A-Z_]+)", lambda key: key[1].lower(), str(error))) from None
+    return plan_samplers(
+        depth=library.num_blocks(model),
+        num_prefix_tokens=library.num_prefix_tokens(model),
+        reducer_options={name: settings[name] for name in REDUCER_OPTIONS},
+        spell=str,  # by their names here
+        **sampling,
+    )
 
 
-def _block_list(blocks: object) -> list[int]:
-    if not isinstance(blocks, Iterable) or isinstance(blocks, str):
+def _plain(value: object) -> object:
+    """Numbers and arrays of NumPy and PyTorch as Python's, whatever else holds values as a list; others as they are."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _check_block_list(blocks: object) -> None:
+    if not isinstance(blocks, list):
         raise UserError(f"blocks {blocks!r}: give the indices of the blocks that sample, e.g. blocks=range(3, 12).")
-    blocks = list(blocks)
     if not blocks:
         raise UserError("blocks is empty: give the indices of the blocks that sample, e.g. blocks=range(3, 12).")
-    if not all(isinstance(block, int) for block in blocks):
+    if not all(type(block) is int for block in blocks):
         raise UserError(f"blocks {blocks}: give whole numbers, e.g. blocks=range(3, 12).")
-    return blocks

@@ -14,7 +14,7 @@ Shapes: S sequences, N tokens of each, P prefix tokens (CLS, distillation), H he
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -109,11 +109,19 @@ class ToMe:
     prop_attn: bool = True
 
     @classmethod
-    def plan(cls, *, block: int, depth: int, num_prefix_tokens: int, options: Mapping[str, object]) -> ToMe:
+    def plan(
+        cls,
+        *,
+        block: int,
+        depth: int,
+        num_prefix_tokens: int,
+        options: Mapping[str, object],
+        spell: Callable[[str], str],
+    ) -> ToMe:
         """See `ats.sampling.REDUCERS`; options `r`, an int or a list with one per block of the network, `prop_attn`."""
-        r = _of_block("TOME.R", options.get("r", cls.r), block, depth)
+        r = _of_block(spell("r"), options.get("r", cls.r), block, depth)
         if isinstance(r, bool) or r < 0 or r != int(r):
-            raise UserError(f"TOME.R {r} (block {block}): give the number of tokens to merge away, 0 or more.")
+            raise UserError(f"{spell('r')} {r} (block {block}): give the number of tokens to merge away, 0 or more.")
         return cls(block, num_prefix_tokens, int(r), options.get("prop_attn", cls.prop_attn))
 
     def num_merged(self, num_tokens: int) -> int:
@@ -164,15 +172,23 @@ class EViT:
     fuse_token: bool = True
 
     @classmethod
-    def plan(cls, *, block: int, depth: int, num_prefix_tokens: int, options: Mapping[str, object]) -> EViT:
+    def plan(
+        cls,
+        *,
+        block: int,
+        depth: int,
+        num_prefix_tokens: int,
+        options: Mapping[str, object],
+        spell: Callable[[str], str],
+    ) -> EViT:
         """See `ats.sampling.REDUCERS`; options `keep_rate`, a number or a list with one per block of the network, and
         `fuse_token`.
         """
         if num_prefix_tokens == 0:
-            raise UserError("ATS.SAMPLER evit needs a CLS token and this network has none.")
-        keep_rate = _of_block("EVIT.KEEP_RATE", options.get("keep_rate", cls.keep_rate), block, depth)
+            raise UserError(f"{spell('sampler')} evit needs a CLS token and this network has none.")
+        keep_rate = _of_block(spell("keep_rate"), options.get("keep_rate", cls.keep_rate), block, depth)
         if not 0 < keep_rate <= 1:
-            raise UserError(f"EVIT.KEEP_RATE {keep_rate} (block {block}): give a share in (0, 1].")
+            raise UserError(f"{spell('keep_rate')} {keep_rate} (block {block}): give a share in (0, 1].")
         return cls(block, num_prefix_tokens, keep_rate, options.get("fuse_token", cls.fuse_token))
 
     def num_kept(self, num_tokens: int) -> int:
@@ -211,12 +227,12 @@ class EViT:
         return (torch.ceil(self.keep_rate * candidates) < candidates) * num_tokens * head_dim * num_heads
 
 
-def _of_block(key: str, value: object, block: int, depth: int) -> object:
+def _of_block(name: str, value: object, block: int, depth: int) -> object:
     """The entry of a value per block, or the one value of all blocks."""
     if isinstance(value, (int, float)):
         return value
     if len(value) != depth:
-        raise UserError(f"{key} has {len(value)} entries, the network {depth} blocks: give one number, or {depth}.")
+        raise UserError(f"{name} has {len(value)} entries, the network {depth} blocks: give one number, or {depth}.")
     return value[block]
 
 

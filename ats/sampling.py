@@ -24,16 +24,16 @@ Degenerate scores never raise and never drop everything:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ats import kernels
 from ats.caching import cached
-from ats.errors import UserError, suggest
 
 if TYPE_CHECKING:
     from ats.tokens import RaggedTokens
@@ -171,7 +171,8 @@ class TokenReducer(Protocol):
         """What `reduce` costs, [S] for sequences of `num_tokens` [S]."""
 
 
-# Classes of reducers. `plan(block=, depth=, num_prefix_tokens=, options=)` makes the one of a block.
+# Classes of reducers. `plan(block=, depth=, num_prefix_tokens=, options=, spell=)` makes the one of a block; `spell`
+# turns the name of an option into what the user typed (`plan.py`).
 REDUCERS: dict[str, type[TokenReducer]] = {}
 
 
@@ -191,7 +192,9 @@ def inverse_transform(candidates: Candidates, num_points: int, options: BlockSam
 
     "official" is the official code with DROP_TOKENS False: scores sorted ascending; the lowest one subtracted from the
     CDF where nothing was dropped yet, so that it is not kept; points evenly from the smallest non-zero CDF value to 1.
-    "paper" is the text: no sorting, no subtraction, points (2i + 1) / 2K.
+    "paper" is the text: no sorting by score, no subtraction, points (2i + 1) / 2K. A token of score 0 has the
+    probability 0 and is never kept: of equal entries of the CDF the first, which carries the mass, takes the points.
+    So a score too small to move the CDF counts as 0: below some 6e-8 of the mass in float32, 1e-16 in float64.
     """
     if options.rule == "official":
         keep = kernels.official_rule(candidates.scores, candidates.lengths, candidates.slots, num_points)
@@ -200,9 +203,13 @@ def inverse_transform(candidates: Candidates, num_points: int, options: BlockSam
     valid, scores = candidates.valid, usable(candidates.scores, candidates.valid)
     if options.rule == "paper":
         cdf = scores.cumsum(dim=1)
-        cdf = (cdf / cdf[:, -1:]).masked_fill(~valid, torch.inf)
+        cdf = cdf / cdf[:, -1:]
+        # `scores > 0` as well: sums made in parallel, on a GPU, can differ by rounding where nothing was added.
+        moved = (scores > 0) & (cdf > F.pad(cdf[:, :-1], (1, 0)))
+        cdf, order = cdf.masked_fill(~moved, torch.inf).sort(dim=1, stable=True)  # as they lie, the others behind
         step = cdf.new_full((cdf.shape[0], 1), 1 / num_points)
-        return nearest_to_points(cdf, first=step / 2, step=step, num_points=num_points)
+        picked = nearest_to_points(cdf, first=step / 2, step=step, num_points=num_points)
+        return torch.empty_like(picked).scatter(1, order, picked)
 
     ranked, order = scores.sort(dim=1, stable=True)  # padding, being 0, to the front, where it adds nothing
     cdf = ranked.cumsum(dim=1)
@@ -276,78 +283,3 @@ class BlockSampler:
         """
         num_points = max(self.budget(slots) - num_prefix_tokens, 1)
         return SAMPLERS[self.sampler](candidates, num_points, self)
-
-
-def plan_samplers(
-    *,
-    depth: int,
-    blocks: Sequence[int],
-    num_tokens: int | float | Sequence[int | float] = 1.0,
-    num_prefix_tokens: int = 1,
-    min_tokens: int = 8,
-    sampler: str = "inverse_transform",
-    score: str = "cls_attention_value_norm",
-    rule: str = "official",
-    seed: int = 0,
-    share_frames: bool = False,
-    reducer_options: Mapping[str, object] | None = None,
-) -> dict[int, BlockSampler | TokenReducer]:
-    """A BlockSampler, or what `sampler` names in REDUCERS, for each of the `blocks` of a network with `depth` blocks.
-
-    Args:
-        num_tokens: K for all blocks, or one entry per block of the network (entries of other blocks are not used).
-        reducer_options: of the reducers, which use none of the settings of samplers: `r`, `keep_rate`, ...
-
-    Raises:
-        UserError: a block out of range or twice, K out of range, a list of the wrong length, an unknown name.
-    """
-    for name, value, options in (
-        ("SAMPLER", sampler, [*SAMPLERS, *REDUCERS]),
-        ("SCORE", score, SCORES),
-        ("RULE", rule, RULES),
-    ):
-        if value not in options:
-            raise UserError(f"ATS.{name} {value}: choose from {', '.join(options)}.{suggest(value, options)}")
-    if sampler not in REDUCERS and score != "mean_attention" and num_prefix_tokens == 0:
-        raise UserError(f"ATS.SCORE {score} needs a CLS token and this network has none; use ATS.SCORE mean_attention.")
-    for block in blocks:
-        if not 0 <= block < depth:
-            raise UserError(
-                f"ATS.BLOCKS {list(blocks)}: block {block} does not exist, the network has blocks 0 to {depth - 1}."
-            )
-    if len(set(blocks)) < len(blocks):
-        raise UserError(f"ATS.BLOCKS {list(blocks)}: a block stands twice.")
-    if sampler in REDUCERS:
-        plan, about = REDUCERS[sampler].plan, {"depth": depth, "num_prefix_tokens": num_prefix_tokens}
-        return {block: plan(block=block, options=reducer_options or {}, **about) for block in sorted(blocks)}
-    if isinstance(num_tokens, (int, float)):
-        num_tokens = [num_tokens] * depth
-    if len(num_tokens) != depth:
-        raise UserError(
-            f"ATS.NUM_TOKENS has {len(num_tokens)} entries, the network {depth} blocks: give one number, or {depth}."
-        )
-    lowest = max(min_tokens, num_prefix_tokens + 2)
-    samplers = {}
-    for block in sorted(blocks):
-        k = num_tokens[block]
-        if not (0 < k <= 1 or (k >= 2 and k == int(k))):
-            raise UserError(
-                f"ATS.NUM_TOKENS {k} (block {block}): give a ratio in (0, 1] or a whole number of tokens from 2."
-            )
-        if 1 < k < lowest:
-            why = "ATS.MIN_TOKENS" if lowest == min_tokens else f"{num_prefix_tokens} prefix tokens and two more"
-            raise UserError(
-                f"ATS.NUM_TOKENS {k} (block {block}): the least is {lowest} ({why}); give {lowest} or more, or a ratio "
-                "in (0, 1]."
-            )
-        samplers[block] = BlockSampler(
-            block=block,
-            num_tokens=k,
-            sampler=sampler,
-            score=score,
-            rule=rule,
-            min_tokens=lowest,
-            seed=seed,
-            share_frames=share_frames,
-        )
-    return samplers

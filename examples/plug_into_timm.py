@@ -71,8 +71,7 @@ def run(args: argparse.Namespace) -> None:
     x = torch.stack([transform(image) for image in photographs(args.image)])
 
     # 2. One line puts ATS in. Weights go in before or after: the keys are the same.
-    k = args.num_tokens if args.num_tokens <= 1 else int(args.num_tokens)
-    ats.patch(model, blocks=args.blocks, num_tokens=k)
+    ats.patch(model, blocks=args.blocks, num_tokens=args.num_tokens)
     if args.checkpoint:
         load_weights(model, args.checkpoint)
     print(f"{args.model}, {f'weights of {args.checkpoint}' if args.checkpoint else 'random weights'}: {model.ats}")

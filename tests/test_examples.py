@@ -57,7 +57,7 @@ def test_plug_into_timm_with_a_checkpoint_and_an_image(tmp_path, capsys):
         (["--model", "resnet10t"], "ats.patch cannot take ResNet"),
         ([*TINY, "--image", "nowhere.png"], "--image: "),
         ([*TINY, "--checkpoint", "nowhere.pth"], "nowhere.pth"),
-        ([*TINY, "--num-tokens", "3"], "num_tokens 3 (block 4): the least is 8"),
+        ([*TINY, "--num-tokens", "-3"], "num_tokens -3.0 (block 4): give a ratio"),
     ],
 )
 def test_mistakes_are_explained(words, text, capsys):

@@ -13,7 +13,7 @@ from ats.config import get_cfg
 from ats.errors import UserError
 from ats.models import build_model
 from ats.models.timm_vit import adopt, default_score, has_cls
-from ats.sampling import plan_samplers
+from ats.plan import plan_samplers
 
 
 @pytest.mark.parametrize("layout", ["padded", "static"])

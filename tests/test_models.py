@@ -18,7 +18,7 @@ from ats.checkpoint import load_weights
 from ats.config import get_cfg, load_config
 from ats.errors import UserError
 from ats.models import VisionTransformer, build_model
-from ats.sampling import plan_samplers
+from ats.plan import plan_samplers
 
 ROOT = Path(__file__).parents[1]
 KEYS = Path(__file__).parent / "fixtures" / "keys"
@@ -255,6 +255,7 @@ def test_released_keys_load(path):
         (["MODEL.NAME", "DeiT"], "MODEL.NAME DeiT: choose from ViT"),
         (["VIT.IMG_SIZE", 225], "VIT.IMG_SIZE 225 is not a multiple of VIT.PATCH_SIZE 16"),
         (["VIT.NUM_HEADS", 5], "is not a multiple of VIT.NUM_HEADS 5"),
+        (["ATS.ENABLE", True, "ATS.BLOCKS", []], "ATS.BLOCKS is empty: give blocks, e.g. ATS.BLOCKS [3,4,5]"),
         (["ATS.ENABLE", True, "ATS.BLOCKS", [12]], "block 12 does not exist, the network has blocks 0 to 11"),
         (["ATS.ENABLE", True, "ATS.NUM_TOKENS", [197] * 3], "has 3 entries, the network 12 blocks"),
     ],

@@ -6,6 +6,7 @@ import copy
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -314,7 +315,7 @@ def test_stochastic_depth_and_dropout_train():
 def test_equals_our_own_deit():
     """The same numbers as MODEL.NAME ViT with the same weights and settings."""
     from ats.models import VisionTransformer as OurViT
-    from ats.sampling import plan_samplers
+    from ats.plan import plan_samplers
 
     host = small_model("deit_tiny_patch16_224")
     ours = OurViT(
@@ -370,13 +371,13 @@ def test_refused_by_name(make, text):
         ({"blocks": [1.5]}, "give whole numbers"),
         ({"blocks": [1, 1]}, "a block stands twice"),
         ({"num_tokens": 0}, "num_tokens 0 (block 1): give a ratio in (0, 1]"),
-        (
-            {"num_tokens": 5},
-            "num_tokens 5 (block 1): the least is 8 (min_tokens); give 8 or more, or a ratio",
-        ),
-        ({"num_tokens": 2, "min_tokens": 1}, "num_tokens 2 (block 1): the least is 3 (1 prefix tokens and two more)"),
+        ({"num_tokens": True}, "num_tokens True (block 1): give a ratio in (0, 1]"),
         ({"num_tokens": [0.5, 0.5]}, "num_tokens has 2 entries, the network 4 blocks"),
         ({"num_tokens": None}, "num_tokens None: give a number"),
+        ({"num_tokens": np.array([[8, 8]] * 4)}, "num_tokens [8, 8] (block 1): give a ratio"),
+        ({"num_tokens": np.array(["8"] * 4)}, "num_tokens '8' (block 1): give a ratio"),
+        ({"min_tokens": 8.5}, "min_tokens 8.5: give a whole number"),
+        ({"seed": "a"}, "seed 'a': give a whole number"),
         ({"sampler": "inverse"}, "sampler inverse: choose from inverse_transform, topk, random"),
         ({"score": "cls"}, "score cls: choose from cls_attention_value_norm, cls_attention, mean_attention"),
         ({"rule": "mine"}, "rule mine: choose from official, paper"),
@@ -393,6 +394,49 @@ def test_wrong_settings_say_what_to_type(settings, text):
     with pytest.raises(UserError):
         setattr(tuned.ats, *next(iter(settings.items())))
     assert repr(tuned.ats) == before
+
+
+def test_a_number_below_the_least_is_raised(caplog):
+    """Patched, re-tuned and calibrated models agree on K; what is not used as given is said by the argument's name."""
+    model, raised = patched(num_tokens=3), patched(num_tokens=8)
+    assert [r.message for r in caplog.records] == ["num_tokens 3 is below min_tokens 8: blocks 1, 3 use 8."]
+    x = images(model)
+    raised.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), raised(x))
+    caplog.clear()
+    model.ats.num_tokens = 9.4
+    assert [r.message for r in caplog.records] == ["num_tokens 9.4 is not a whole number: blocks 1, 3 use 9."]
+    raised.ats.num_tokens = 9
+    assert torch.equal(model(x), raised(x))
+    found = ats.calibrate(model, x, keep=0.6, progress=False)
+    assert all(isinstance(k, int) and k >= 8 for k in found.num_tokens)
+    assert model.ats.num_tokens == found.per_block
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_tokens": np.array([1, 12, 12, 0.5])},
+        {"num_tokens": torch.tensor([1, 12, 12, 0.5])},
+        {"num_tokens": [np.int64(1), np.float32(12), torch.tensor(12), 0.5]},
+        {"num_tokens": np.int64(12)},
+        {"num_tokens": torch.tensor(12)},
+        {"num_tokens": 12, "blocks": np.arange(1, 4), "min_tokens": np.int64(9), "seed": torch.tensor(3)},
+        {"num_tokens": 12, "blocks": torch.tensor([1, 3])},
+        {"sampler": "tome", "r": np.int64(3)},
+        {"sampler": "evit", "keep_rate": np.array([1, 0.5, 0.5, 0.5])},
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_and_torch(settings):
+    """Are Python's: the handle shows these, and the model pickles as any other."""
+    model = patched(**settings)
+    for name, value in settings.items():
+        got = getattr(model.ats, name)
+        want = value if isinstance(value, (str, int)) else torch.as_tensor(value).tolist()
+        assert got == want
+        assert all(type(item) in (int, float, str) for item in (got if isinstance(got, list) else [got]))
+    model(images(model))
 
 
 def test_no_cls_token_to_score_by():

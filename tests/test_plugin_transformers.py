@@ -341,7 +341,7 @@ def test_multiply_adds_equal_the_counter(name, score):
 def test_equals_our_own_vit():
     """The same numbers, kept tokens included, as MODEL.NAME ViT with the same weights and settings."""
     from ats.models import VisionTransformer
-    from ats.sampling import plan_samplers
+    from ats.plan import plan_samplers
 
     host = small_model("vit classifier", layer_norm_eps=1e-6)
     ours = VisionTransformer(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ats.errors import UserError
-from ats.sampling import SAMPLERS, BlockSampler, Candidates, plan_samplers
+from ats.plan import plan_samplers
+from ats.sampling import SAMPLERS, BlockSampler, Candidates
 
 
 def candidates(
@@ -34,7 +37,7 @@ def by_definition(scores: list[float], num_points: int, *, fills_slots: bool, ru
     s = np.asarray(scores, dtype=np.float64)
     s = s / s.sum()
     if rule == "paper":
-        c = np.cumsum(s)
+        c = np.where(s > 0, np.cumsum(s), np.inf)  # probability 0: never sampled
         points = (2 * np.arange(num_points) + 1) / (2 * num_points)
         return {int(np.abs(c - y).argmin()) for y in points}
     order = np.argsort(s, kind="stable")
@@ -68,6 +71,30 @@ def test_inverse_transform_is_the_definition(scores, num_points, fills_slots, ru
     )
     if want == nudged:
         assert set(kept[0].nonzero().flatten().tolist()) == want
+
+
+@given(st.lists(st.sampled_from([0, 0, 0, 1, 2, 3, 1000]), min_size=1, max_size=40).filter(any), st.integers(1, 60))
+@settings(max_examples=300, deadline=None)
+def test_paper_rule_never_keeps_a_token_without_mass(scores, num_points):
+    """By the paper's rule a score of 0 is a probability of 0. What is kept is what every point picks on its own."""
+    sampler = BlockSampler(block=0, num_tokens=num_points + 1, rule="paper")
+    kept = SAMPLERS["inverse_transform"](candidates([scores]), num_points, sampler)[0].nonzero().flatten().tolist()
+    assert 1 <= len(kept) <= num_points
+    assert all(scores[i] > 0 for i in kept)
+    total, cdf = sum(scores), [c for c, s in zip(np.cumsum(scores).tolist(), scores, strict=True) if s]
+    middles = {num_points * (a + b) for a, b in pairwise(cdf)}  # times total * num_points * 2
+    assume(middles.isdisjoint((2 * i + 1) * total for i in range(num_points)))  # there rounding decides
+    assert set(kept) == by_definition(scores, num_points, fills_slots=False, rule="paper")
+
+
+@pytest.mark.parametrize(("small", "dtype"), [(0, torch.float64), (0, torch.float32), (1e-9, torch.float32)])
+def test_paper_rule_gives_a_plateau_to_its_first_entry(small, dtype):
+    """The token that carries the mass; also where a score is lost in the rounding of the CDF."""
+    rows = candidates([[0.3, small, small, 0.3, small, small, small, 0.4], [small, small, 0.5, small, 0.5]])
+    rows.scores = rows.scores.to(dtype)
+    kept = SAMPLERS["inverse_transform"](rows, 8, BlockSampler(block=0, num_tokens=9, rule="paper"))
+    in_front = [1] if small else []  # the nearest to the first point, as it does move the CDF there
+    assert [row.nonzero().flatten().tolist() for row in kept] == [[0, 3, 7], [*in_front, 2, 4]]
 
 
 @given(
@@ -199,9 +226,10 @@ def test_budget(num_tokens, slots, budget):
         ({"num_tokens": [197] * 9}, "has 9 entries, the network 12 blocks"),
         ({"num_tokens": 0}, "NUM_TOKENS 0 (block 3)"),
         ({"num_tokens": -4}, "NUM_TOKENS -4"),
-        ({"num_tokens": 1.5}, "NUM_TOKENS 1.5"),
-        ({"num_tokens": 7}, "NUM_TOKENS 7 (block 3): the least is 8 (ATS.MIN_TOKENS); give 8 or more, or a ratio"),
-        ({"num_tokens": 6, "min_tokens": 1, "num_prefix_tokens": 5}, "the least is 7 (5 prefix tokens and two more)"),
+        ({"num_tokens": float("nan")}, "NUM_TOKENS nan (block 3)"),
+        ({"num_tokens": float("inf")}, "NUM_TOKENS inf"),
+        ({"num_tokens": True}, "NUM_TOKENS True (block 3): give a ratio in (0, 1] or a number of tokens above 1"),
+        ({"num_tokens": ["9"] * 12}, "NUM_TOKENS '9' (block 3)"),
         ({"sampler": "inverse_transfrom"}, "Did you mean inverse_transform"),
         ({"score": "cls"}, "choose from cls_attention_value_norm"),
         ({"rule": "offical"}, "Did you mean official"),
@@ -214,7 +242,34 @@ def test_wrong_settings_are_named(changes, text):
     assert text in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "budgets", "text"),
+    [
+        ({"num_tokens": 4}, [8, 8, 8], "ATS.NUM_TOKENS 4 is below ATS.MIN_TOKENS 8: blocks 0-2 use 8."),
+        ({"num_tokens": [17, 3, 17]}, [17, 8, 17], "ATS.NUM_TOKENS 3 is below ATS.MIN_TOKENS 8: block 1 uses 8."),
+        ({"num_tokens": 20.5}, [20, 20, 20], "ATS.NUM_TOKENS 20.5 is not a whole number: blocks 0-2 use 20."),
+        (
+            {"num_tokens": [1.5, 21.5, 1.5]},
+            [8, 22, 8],
+            "ATS.NUM_TOKENS 1.5 is below ATS.MIN_TOKENS 8: blocks 0, 2 use 8; "
+            "ATS.NUM_TOKENS 21.5 is not a whole number: block 1 uses 22.",
+        ),
+        (
+            {"num_tokens": 6, "min_tokens": 1, "num_prefix_tokens": 5, "spell": str},
+            [7, 7, 7],
+            "num_tokens 6 is below 5 prefix tokens and two more: blocks 0-2 use 7.",
+        ),
+        ({"num_tokens": [8, 20.0, 0.01]}, [8, 20, 8], None),
+    ],
+)
+def test_k_is_rounded_and_raised_to_the_least(settings, budgets, text, caplog):
+    """And what is not used as it was given is said, in one line."""
+    samplers = plan_samplers(depth=3, blocks=[2, 0, 1], **settings)
+    assert [samplers[block].budget(197) for block in range(3)] == budgets
+    assert [record.message for record in caplog.records] == ([text] if text else [])
+
+
 def test_only_the_sampled_blocks_need_a_possible_number():
     """Entries of other blocks are not used; a ratio is raised to the least instead of refused."""
-    samplers = plan_samplers(depth=4, blocks=[1, 3], num_tokens=[2, 8, 0, 0.01])
+    samplers = plan_samplers(depth=4, blocks=[1, 3], num_tokens=[-1, 8, 0, 0.01])
     assert {block: sampler.budget(197) for block, sampler in samplers.items()} == {1: 8, 3: 8}

@@ -49,7 +49,7 @@ def test_no_tensor_of_a_block_is_quadratic(score, layout):
 @pytest.mark.parametrize("rule", ["official", "paper"])
 def test_sampling_costs_one_sort(rule):
     """However many candidates there are, the same operations run, each over at most as many numbers; one of them is a
-    sort (none by the paper's rule). So the work is N log N (N).
+    sort. So the work is N log N.
     """
     found = []
     for patches in PATCHES:
@@ -67,4 +67,4 @@ def test_sampling_costs_one_sort(rule):
         assert max(size for _, size in recorder.operations) <= 3 * (patches + 1)
         found.append([name for name, _ in recorder.operations])
     assert found[0] == found[1]
-    assert sum("sort" in name for name in found[0]) == (1 if rule == "official" else 0)
+    assert sum("sort" in name for name in found[0]) == 1

@@ -208,10 +208,10 @@ KEYS: list[Key] = [
     Key(
         "ATS.NUM_TOKENS",
         1.0,
-        "K, the most tokens a block keeps, prefix tokens counted: a number (2 or more) or a ratio (up to 1) of the "
-        "token slots; one value for all blocks, or a list with one entry per block of the network. Counted per image, "
-        "per frame (XViT, TimeSformer) or per clip (TimeSformer with joint_space_time, MViT). In MViT K counts the "
-        "cells that keys are pooled to, and CLS: a kept cell keeps all the tokens it stands for.",
+        "K, the most tokens a block keeps, prefix tokens counted: a number (above 1; rounded) or a ratio (up to 1) of "
+        "the token slots; one value for all blocks, or a list with one entry per block of the network. Counted per "
+        "image, per frame (XViT, TimeSformer) or per clip (TimeSformer with joint_space_time, MViT). In MViT K counts "
+        "the cells that keys are pooled to, and CLS: a kept cell keeps all the tokens it stands for.",
         (int, float, list),
     ),
     Key(
@@ -237,7 +237,7 @@ KEYS: list[Key] = [
     Key(
         "ATS.MIN_TOKENS",
         8,
-        "Lower bound of K: ratios are raised to it, a number below it is an error; at least the prefix tokens + 2.",
+        "Lower bound of K, to which what is below is raised; at least the prefix tokens + 2.",
     ),
     Key("ATS.SEED", 0, "Seed of ATS.SAMPLER random."),
     Key(

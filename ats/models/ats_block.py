@@ -25,12 +25,13 @@ from torch import Tensor, nn
 import ats.reducers  # noqa: F401  registers tome and evit
 from ats import kernels
 from ats.attention import cls_attention, mean_attention, ragged_attention
+from ats.errors import UserError
 from ats.models.recompute import run_block
+from ats.plan import plan_samplers
 from ats.sampling import (
     BlockSampler,
     Candidates,
     TokenReducer,
-    plan_samplers,
     share_scores,
     significance_score,
 )
@@ -260,6 +261,8 @@ def samplers_from_cfg(cfg: CfgNode, *, depth: int, num_prefix_tokens: int) -> di
     """The samplers that the ATS keys describe for a network of `depth` blocks; none if ATS.ENABLE is off."""
     if not cfg.ATS.ENABLE:
         return {}
+    if not cfg.ATS.BLOCKS:
+        raise UserError("ATS.BLOCKS is empty: give blocks, e.g. ATS.BLOCKS [3,4,5]; ATS.ENABLE False is without ATS.")
     return plan_samplers(
         depth=depth,
         blocks=cfg.ATS.BLOCKS,
