@@ -343,6 +343,10 @@ def test_trains_resumes_and_evaluates(tiny_config, tmp_path):
     check_training(tiny_config, tmp_path, BASE | {"MODEL.NAME": "CvT", "ATS.BLOCKS": [1, 3], "ATS.NUM_TOKENS": 0.7})
 
 
+def test_empty_batch():
+    assert net("released", blocks=ALL)(inputs("released")[:0]).shape == (0, 7)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_broken_images_harm_nobody_else(value):
     model, x = net("released", blocks=ALL), inputs("released", 3)

@@ -367,6 +367,10 @@ def test_stochastic_depth_and_autocast():
     logits.float().sum().backward()
 
 
+def test_empty_batch():
+    assert net("v2", blocks=(0, 2, 4))(inputs("v2")[:0]).shape == (0, 7)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_broken_clips_harm_nobody_else(value):
     model, x = net("v2", blocks=(2, 3, 4)), inputs("v2", 3)

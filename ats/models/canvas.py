@@ -37,7 +37,7 @@ def coarsen(tokens: RaggedTokens, grid: Grid, stride: Grid) -> RaggedTokens:
     return replace(
         tokens,
         x=position,
-        layout=Layout.from_lengths(mask.sum(dim=1)),
+        layout=Layout.from_lengths(mask.sum(dim=1), longest_of_none=mask.shape[1]),
         position=position,
         num_positions=mask.shape[1],
         slots=rescale(tokens.slots, tokens.num_positions, mask.shape[1], num_prefix),

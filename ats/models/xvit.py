@@ -199,7 +199,7 @@ class XViT(nn.Module):
         frames kept.
         """
         frames, trace = self.base_model.forward_tokens(x)
-        frames = frames.unflatten(0, (len(x), -1))
+        frames = frames.unflatten(0, (len(x), x.shape[2]))
         if self.consensus is not None:
             return self.consensus(frames), trace
         logits = frames if self.new_fc is None else self.new_fc(frames)
