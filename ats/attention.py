@@ -129,7 +129,7 @@ def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float, bias: Ten
         [S, H, M] float32 or better, 0 where there is no key.
     """
     q = q * scale
-    one_product = keys.kind != "packed" or keys.num_sequences == 1 or keys.longest * k[0].numel() < SMALL_SEQUENCE
+    one_product = keys.kind != "packed" or keys.num_sequences <= 1 or keys.longest * k[:1].numel() < SMALL_SEQUENCE
     if k.is_cuda or (keys.uniform and one_product) or torch.compiler.is_compiling():
         logits = torch.einsum("shd,smhd->shm", q, keys.pad(k))
     else:  # one batched product would first copy all keys, which takes longer than the rest of the scoring

@@ -51,13 +51,17 @@ class Layout:
         self.uniform = kind != "packed" or total == self.num_sequences * longest
 
     @classmethod
-    def from_lengths(cls, lengths: Tensor) -> Layout:
-        """The packed layout of sequences with these lengths [S]. On a GPU this waits for the numbers, once."""
+    def from_lengths(cls, lengths: Tensor, *, longest_of_none: int = 1) -> Layout:
+        """The packed layout of sequences with these lengths [S]. On a GPU this waits for the numbers, once.
+
+        Args:
+            longest_of_none: `longest` where there is no sequence at all: samplers want columns.
+        """
         if torch.compiler.is_compiling():  # a list of lengths would be compiled anew for every batch
             total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
             return cls(lengths, total=total, longest=longest)
         sizes = lengths.tolist()
-        layout = cls(lengths, total=sum(sizes), longest=max(sizes))
+        layout = cls(lengths, total=sum(sizes), longest=max(sizes, default=longest_of_none))
         layout.sizes = sizes
         return layout
 
@@ -168,7 +172,7 @@ class RaggedTokens:
 
     def prefix(self) -> Tensor:
         """[S, P, C], the prefix tokens."""
-        return self.x[self.prefix_index()].reshape(self.layout.num_sequences, self.num_prefix_tokens, -1)
+        return self.x[self.prefix_index()].unflatten(0, (self.layout.num_sequences, self.num_prefix_tokens))
 
     def prefix_index(self) -> Tensor:
         """[S * P] int64, where the prefix tokens lie in x."""
@@ -181,6 +185,8 @@ class RaggedTokens:
 
         The one place where a shape depends on the data, unless the layout is static: on a GPU it waits once.
         """
+        if not torch.compiler.is_compiling() and self.layout.num_sequences == 0:  # an empty batch
+            return replace(self, slots=slots), self.position
         native = kernels.kept_rows(mask, self.position, self.layout.lengths) if self.layout.kind == "packed" else None
         if native is not None:
             index, position, lengths = native

@@ -51,6 +51,19 @@ def small_vit(
     return model.to(dtype).eval()
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded", "static"])
+@pytest.mark.parametrize("score", ["cls_attention_value_norm", "mean_attention"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_empty_batch(dtype, score, layout):
+    """No images, no logits, as timm's networks have it; backward too."""
+    model = small_vit(num_tokens=0.7, score=score, layout=layout, dtype=dtype)
+    logits, trace = model.forward_tokens(torch.zeros(0, 3, 32, 32, dtype=dtype))
+    assert logits.shape == (0, 7)
+    assert [entry.patches for entry in trace] == [[], [], []]
+    logits.sum().backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("name", ["deit_small_patch16_224", "deit_tiny_distilled_patch16_224"])
 @pytest.mark.parametrize("keep_all", [False, True], ids=["dense", "keep all"])

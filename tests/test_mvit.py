@@ -195,6 +195,72 @@ def test_keep_all_equals_dense(name, blocks, keep_all):
     assert all((entry.num_tokens == entry.num_tokens.max()).all() for entry in trace)
 
 
+def on_size(frames: int, side: int, batch_size: int = 2, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch_size, 3, frames, side, side, generator=generator, dtype=torch.float64)
+
+
+UNEVEN = [(9, 36), (7, 34), (8, 44), (5, 20), (1, 8)]  # frames and pixels whose grids the strides do not divide
+
+
+@pytest.mark.parametrize("blocks", [(2, 3, 4), (0,), (1, 4)], ids=str)
+@pytest.mark.parametrize("name", ["v1", "v1 max", "v1 avg", "v2", "v2 no CLS"])
+def test_keep_all_equals_dense_on_uneven_grids(name, blocks, keep_all):
+    """The last cells of an axis stand for fewer tokens where a stride does not divide it; any input size will do."""
+    sparse, dense = net(name, blocks=blocks), net(name)
+    for block in sparse.blocks[min(blocks) :]:
+        if block.sampler is not None:
+            keep_all(block)
+    for frames, side in UNEVEN[: 4 if name == "v1 avg" else None]:  # torch averages no grid smaller than the kernel
+        with torch.no_grad():
+            logits, trace = sparse.forward_tokens(on_size(frames, side))
+            torch.testing.assert_close(logits, dense(on_size(frames, side)), rtol=0, atol=1e-10)
+        assert all((entry.num_tokens == entry.num_tokens.max()).all() for entry in trace)
+
+
+@pytest.mark.parametrize("temporal_stride", [1, 2])
+def test_uneven_grids_at_their_configured_size(temporal_stride, keep_all):
+    """The convolution makes 3 x 9 x 9 patches; NUM_FRAMES // stride, by which SlowFast sizes tables, is 2 x 8 x 8."""
+    settings = V1 | {"DATA.NUM_FRAMES": 5, "DATA.TRAIN_CROP_SIZE": 34}
+    settings |= {"MVIT.POOL_KV_STRIDE_ADAPTIVE": [temporal_stride, 4, 4]}
+    dense = fill(build_model(config(settings))).double().eval()
+    sparse = fill(build_model(config(settings | {"ATS.ENABLE": True, "ATS.BLOCKS": [0, 2, 4]}))).double().eval()
+    x = on_size(5, 34)
+    with torch.no_grad():
+        assert sparse.forward_tokens(x)[1][0].num_tokens.max() <= 1 + 3 * 9 * 9
+        for block in sparse.blocks:
+            if block.sampler is not None:
+                keep_all(block)
+        torch.testing.assert_close(sparse(x), dense(x), rtol=0, atol=1e-10)
+
+
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(0, 2), min_size=1, max_size=3),
+    st.sampled_from(["v1", "v2"]),
+    st.sampled_from(UNEVEN),
+    st.sampled_from([1.0, 0.5, 9]),
+)
+@settings(max_examples=8, deadline=None)
+def test_kept_sets_do_not_depend_on_the_batch_on_uneven_grids(seed, order, name, size, num_tokens):
+    """And cells go whole: 2 x 2 tokens, or fewer in the last row and column."""
+    model, pool = net(name, blocks=(2, 3, 4), seed=seed % 5, NUM_TOKENS=num_tokens), on_size(*size, 3, seed)
+    _, height, width = model.blocks[1].spec.query_grid(model.embed(pool)[1])
+    with torch.no_grad():
+        logits, trace = model.forward_tokens(pool[order])
+        for place, i in enumerate(order):
+            alone, trace_alone = model.forward_tokens(pool[i : i + 1])
+            torch.testing.assert_close(logits[place], alone[0], rtol=0, atol=1e-10)
+            for entry, entry_alone in zip(trace, trace_alone, strict=True):
+                patches = entry.patches[place]
+                assert torch.equal(patches, entry_alone.patches[0])
+                kept = torch.zeros(-(-size[0] // 2) * height * width).index_fill(0, patches, 1)
+                kept = kept.reshape(-1, 1, height, width)
+                whole = torch.nn.functional.max_pool2d(kept, 2, 2, ceil_mode=True)
+                whole = whole.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :height, :width]
+                assert torch.equal(kept, whole)
+
+
 def candidate_scores(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """The scores [1, M] that each ATS block samples one input by."""
     seen = []
@@ -301,6 +367,10 @@ def test_stochastic_depth_and_autocast():
     logits.float().sum().backward()
 
 
+def test_empty_batch():
+    assert net("v2", blocks=(0, 2, 4))(inputs("v2")[:0]).shape == (0, 7)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_broken_clips_harm_nobody_else(value):
     model, x = net("v2", blocks=(2, 3, 4)), inputs("v2", 3)
@@ -348,6 +418,13 @@ def test_slots_follow_the_grid():
     assert rescale(1 + 25, 1 + 25, 1 + 9, 1) == 1 + 9
     assert rescale(1 + 40, 1 + 64, 1 + 16, 1) == 1 + 10
     assert rescale(1 + 10, 1 + 16, 1 + 64, 1) == 1 + 40
+
+
+def test_slots_on_an_uneven_grid_come_back():
+    """Cells as tokens and as cells again, block after block, are the same number: 25 cells of a grid of 81 tokens."""
+    for slots in range(1, 26):
+        assert rescale(rescale(1 + slots, 1 + 25, 1 + 81, 1), 1 + 81, 1 + 25, 1) == 1 + slots
+    assert rescale(1 + 1, 1 + 64, 1 + 16, 1) == 1 + 1
 
 
 @pytest.mark.parametrize("blocks", [(), (2, 3, 4), (0, 1), (1, 4)], ids=str)
@@ -556,6 +633,7 @@ ON = {"ATS.ENABLE": True}
             V1 | ON | {"ATS.BLOCKS": [2], "MVIT.POOL_KVQ_KERNEL": [3, 4, 4], "MVIT.POOL_Q_STRIDE": []},
             "ATS needs odd pooling kernels",
         ),
+        (V1 | ON | {"ATS.BLOCKS": [1], "MVIT.POOL_KV_STRIDE_ADAPTIVE": [1, 3, 3]}, "Blocks that can: [0, 2, 3, 4]"),
         (V1 | {"MVIT.PATCH_2D": True}, "MVIT.PATCH_KERNEL [3, 7, 7]: give two numbers (h, w)"),
         (V1 | {"MVIT.POOL_KV_STRIDE": [[0, 1, 2, 2]]}, "exclude each other"),
         (V1 | {"MVIT.POOL_Q_STRIDE": [[1, 2, 2]]}, "MVIT.POOL_Q_STRIDE [1, 2, 2]: give [[block, t, h, w], ...]"),
@@ -569,6 +647,15 @@ def test_wrong_configs_are_named(settings, text):
     with pytest.raises(UserError) as error:
         build_model(config(settings))
     assert text in str(error.value)
+
+
+def test_sizes_that_cannot_sample_are_named():
+    """Block 5 has coarser queries than keys; only where one key is left, on the smallest grid, can it sample."""
+    settings = V1 | {"DATA.TRAIN_CROP_SIZE": 8, "ATS.ENABLE": True, "ATS.BLOCKS": [5]}
+    model = build_model(config(settings)).double()
+    assert model(on_size(8, 8)).shape == (2, 7)
+    with pytest.raises(UserError, match=r"ATS.BLOCKS: \[5\] cannot sample patches on a grid 4 x 8 x 8"):
+        model(on_size(8, 32))
 
 
 def test_wrong_input_is_named():

@@ -315,6 +315,10 @@ def test_trains_resumes_and_evaluates(tiny_config, tmp_path):
     check_training(tiny_config, tmp_path, SMALL | {"MODEL.NAME": "PSViT", "ATS.BLOCKS": [2, 4], "ATS.NUM_TOKENS": 0.7})
 
 
+def test_empty_batch():
+    assert net(blocks=(2, 3))(inputs()[:0]).shape == (0, 7)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_broken_images_harm_nobody_else(value):
     model, x = net(blocks=ALL), inputs(3)

@@ -55,6 +55,18 @@ def test_keep_remembers_where_tokens_come_from(num_sequences, length, num_prefix
         )
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded", "static"])
+def test_no_sequences_at_all(layout):
+    """Of an empty batch nothing is dropped, and what is asked of tokens has its usual shape."""
+    tokens = RaggedTokens.from_dense(torch.zeros(0, 5, 3), 1, layout=layout)
+    kept, index = tokens.keep(torch.zeros(0, 5, dtype=torch.bool), slots=4)
+    assert (kept.slots, kept.x.shape, index.dtype, index.shape) == (4, (0, 3), torch.int64, (0,))
+    assert kept.prefix().shape == (0, 1, 3)
+    assert kept.to_grid().shape == (0, 5, 3)
+    assert KeptTokens.of(kept, block=0).patches == []
+    assert Layout.from_lengths(torch.zeros(0, dtype=torch.int64)).start.shape == (0,)
+
+
 @pytest.mark.parametrize("value", [0.0, -torch.inf])
 def test_grid_and_its_gradient(value):
     """Placing tokens with and without a gradient gives the same grid, the value where none is; gradients come back."""

@@ -45,6 +45,11 @@ def test_everything_kept_equals_dense(kind, share):
 
 
 @each_mode
+def test_empty_batch(kind, share):
+    assert sampling_model(kind, share)(clips(1)[:0]).shape == (0, 7)
+
+
+@each_mode
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 2), min_size=2, max_size=3), st.sampled_from([1.0, 0.5, 20]))
 @settings(max_examples=4, deadline=None)
 def test_results_do_not_depend_on_the_batch(kind, share, seed, order, num_tokens):

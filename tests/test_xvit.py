@@ -50,7 +50,7 @@ def test_shift_of_dense_frames():
         assert torch.equal(shifted[frame], torch.cat([following, preceding, x[frame, :, 4:]], dim=1))
 
 
-@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.integers(0, 3))
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 2, 3, 7]))
 @settings(max_examples=25, deadline=None)
 def test_shift_of_packed_tokens(seed, group, fold):
     """What scattering to the grid with zeros, shifting and gathering gives, for any kept sets; gradients too."""
@@ -79,6 +79,38 @@ def test_frames_see_their_segment_alone():
         changed = {i for i in range(8) if kept[i].tolist() != kept_other[i].tolist()}
         assert {2} <= changed <= may_change
         assert len(changed) > 1 or not shift
+
+
+def test_shift_of_all_channels():
+    """XVIT.SHIFT_DIV 1: everything comes from the next frame and nothing is left for the previous one."""
+    x = torch.randn(4, 2, 8)
+    shifted = shift_frames(x, group=2, fold=8)
+    assert torch.equal(shifted[::2], x[1::2])
+    assert not shifted[1::2].any()
+    assert video_model("xvit", "ATS.ENABLE", True, "XVIT.SHIFT_DIV", 1)(clips(1)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("locations", [[], [4, 5]], ids=str)
+def test_no_block_that_shifts_is_a_network_without_shift(locations, caplog):
+    """As in the reference, whose default list begins at block 9; one line says so."""
+    shifts_nowhere = video_model("xvit", "XVIT.LOCATIONS_LIST", locations)
+    with torch.no_grad():
+        assert torch.equal(shifts_nowhere(clips(1)), video_model("xvit", "XVIT.USE_XVIT", False)(clips(1)))
+    assert f"XVIT.LOCATIONS_LIST {locations} names none of the blocks 0 to 3: no block shifts" in caplog.text
+
+
+def test_classifier_in_front_of_the_temporal_head():
+    """The release has one without dropout, and works then if it is square: as many classes as channels."""
+    options = ["MODEL.NUM_CLASSES", 32, "MODEL.DROPOUT_RATE"]
+    model, without = video_model("xvit", *options, 0.0), video_model("xvit", *options, 0.5)
+    extra = model.state_dict().keys() - without.state_dict().keys()
+    assert extra == {"base_model.head.weight", "base_model.head.bias"}
+    without.load_state_dict({key: value for key, value in model.state_dict().items() if key not in extra})
+    frames = without.base_model.forward_tokens(clips(2))[0].unflatten(0, (2, 8))
+    want = model.consensus(model.base_model.head(frames))
+    torch.testing.assert_close(model(clips(2)), want, rtol=0, atol=1e-12)
+    assert (want - without(clips(2))).abs().max() > 1e-3
+    assert "base_model.head.weight" not in video_model("xvit", "MODEL.DROPOUT_RATE", 0.0).state_dict()
 
 
 def test_the_order_of_frames_matters():
@@ -151,8 +183,7 @@ def test_another_number_of_classes():
         (["DATA.NUM_FRAMES", 12], "DATA.NUM_FRAMES 12 is not a multiple of XVIT.NUM_SEGMENTS 8"),
         (["XVIT.TEMPORAL_EMBED_LEN", 3], "DATA.NUM_FRAMES 8 is not a multiple of XVIT.TEMPORAL_EMBED_LEN 3"),
         (["XVIT.NUM_SEGMENTS", 0], "XVIT.NUM_SEGMENTS 0: give a number from 1"),
-        (["XVIT.LOCATIONS_LIST", [12, 13]], "none of these is among the blocks 0 to 11"),
-        (["XVIT.SHIFT_DIV", 1], "XVIT.SHIFT_DIV 1: give a number from 2"),
+        (["XVIT.SHIFT_DIV", 0], "XVIT.SHIFT_DIV 0: give a number from 1"),
         (["XVIT.BEFORE_SOFTMAX", False], "XVIT.BEFORE_SOFTMAX False needs XVIT.CONSENSUS_TYPE avg"),
         (["XVIT.CONSENSUS_TYPE", "identity"], "choose from vit, avg"),
         (["TEMPORAL_HEAD.NUM_ATTENTION_HEADS", 7], "not a multiple of TEMPORAL_HEAD.NUM_ATTENTION_HEADS 7"),

@@ -37,7 +37,7 @@ def coarsen(tokens: RaggedTokens, grid: Grid, stride: Grid) -> RaggedTokens:
     return replace(
         tokens,
         x=position,
-        layout=Layout.from_lengths(mask.sum(dim=1)),
+        layout=Layout.from_lengths(mask.sum(dim=1), longest_of_none=mask.shape[1]),
         position=position,
         num_positions=mask.shape[1],
         slots=rescale(tokens.slots, tokens.num_positions, mask.shape[1], num_prefix),
@@ -68,6 +68,9 @@ def kept_grid(entry: KeptTokens, like: Tensor) -> Tensor:
 
 
 def rescale(slots: int, num_positions: int, new_num_positions: int, num_prefix: int) -> int:
-    """Token slots on a grid as slots on another, in proportion, rounded up: a number of the configuration alone."""
+    """Token slots on a grid as slots on another, in proportion: a number of the configuration alone.
+
+    Rounded up on a finer grid and down on a coarser one, so that cells told in tokens and in cells again are as many.
+    """
     slots, old, new = slots - num_prefix, num_positions - num_prefix, new_num_positions - num_prefix
-    return num_prefix - (-slots * new // old)
+    return num_prefix + (max(slots * new // old, min(slots, 1)) if new < old else -(-slots * new // old))

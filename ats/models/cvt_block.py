@@ -57,7 +57,14 @@ class ConvProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, h, w]."""
-        return self.bn(self.conv(x)) if hasattr(self, "conv") else self.avg(x)
+        if not hasattr(self, "conv"):
+            return self.avg(x)
+        x = self.conv(x)
+        if x.device.type == "cpu":
+            # As rows of tokens, which it is already but for a batch of one. There torch's CPU batch norm (2.15) has a
+            # wrong backward if x is not and its gradient is a slice of tokens behind CLS.
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.bn(x)
 
 
 class ConvAttention(nn.Module):

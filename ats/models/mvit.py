@@ -23,7 +23,7 @@ from ats.errors import UserError
 from ats.models.ats_block import samplers_from_cfg
 from ats.models.canvas import Grid
 from ats.models.mvit_ats import MultiScaleATSBlock
-from ats.models.mvit_block import NORM_EPS, BlockSpec, MultiScaleBlock
+from ats.models.mvit_block import NORM_EPS, BlockSpec, MultiScaleBlock, convolved_grid
 from ats.models.mvit_cost import mvit_multiply_adds
 from ats.models.mvit_keys import adapt_mvit_state_dict, resize_positions
 from ats.models.mvit_plan import check_samplers, plan_blocks
@@ -53,6 +53,8 @@ class MViT(nn.Module):
     Args:
         blocks: what each block does; see `plan_blocks`.
         patch_grid: grid (T, H, W) the position embedding is made for; other inputs resize it as they come.
+        input_grid: grid of the patches that are expected; whether blocks can sample is checked for it, and again for
+            inputs of another grid as they come.
         patch_kernel, patch_stride, patch_padding: two numbers for images, three for clips.
         cls_token: read out CLS; without it the mean of the tokens (of those kept).
         mean_pooling: read out the norm of the patches' mean, whether there is CLS or not.
@@ -68,6 +70,7 @@ class MViT(nn.Module):
         *,
         blocks: Sequence[BlockSpec],
         patch_grid: Grid,
+        input_grid: Grid,
         num_classes: int = 400,
         patch_kernel: Sequence[int] = (3, 7, 7),
         patch_stride: Sequence[int] = (2, 4, 4),
@@ -114,7 +117,8 @@ class MViT(nn.Module):
         self.head = Head(blocks[-1].dim_out, num_classes, drop_rate=head_drop_rate)
         self.init_weights(head_init_scale)
         samplers = samplers or {}
-        check_samplers(samplers, blocks, patch_grid)
+        check_samplers(samplers, blocks, input_grid)
+        self.sampling_blocks, self.checked_grid = sorted(samplers), input_grid
         for index in range(min(samplers, default=depth), depth):
             self.blocks[index] = MultiScaleATSBlock(self.blocks[index], samplers.get(index))
 
@@ -152,6 +156,8 @@ class MViT(nn.Module):
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, list[KeptTokens]]:
         """Clips or images -> logits [B, classes] and, for every ATS block in order, the tokens it kept."""
         x, grid = self.embed(x)
+        if grid != self.checked_grid:
+            check_samplers(self.sampling_blocks, [block.spec for block in self.blocks], grid)
         trace: list[KeptTokens] = []
         tokens = None
         for index, block in enumerate(self.blocks):
@@ -235,7 +241,9 @@ def mvit_from_cfg(cfg: CfgNode) -> MViT:
     stride = (1, *mvit.PATCH_STRIDE)[-3:]
     size = cfg.DATA.TRAIN_CROP_SIZE
     patch_grid = (1 if image else cfg.DATA.NUM_FRAMES // stride[0], size // stride[1], size // stride[2])
-    if min(patch_grid) < 1:
+    sizes = (size, size) if image else (cfg.DATA.NUM_FRAMES, size, size)
+    input_grid = (1, *convolved_grid(sizes, mvit.PATCH_KERNEL, mvit.PATCH_STRIDE, mvit.PATCH_PADDING))[-3:]
+    if min(patch_grid + input_grid) < 1:
         raise UserError(
             f"DATA.NUM_FRAMES {cfg.DATA.NUM_FRAMES} and DATA.TRAIN_CROP_SIZE {size} leave no patches of stride "
             f"MVIT.PATCH_STRIDE {mvit.PATCH_STRIDE}."
@@ -245,6 +253,7 @@ def mvit_from_cfg(cfg: CfgNode) -> MViT:
         embed_dim=mvit.EMBED_DIM,
         num_heads=mvit.NUM_HEADS,
         patch_grid=patch_grid,
+        input_grid=input_grid,
         dim_mul=mvit.DIM_MUL,
         head_mul=mvit.HEAD_MUL,
         pool_q_stride=mvit.POOL_Q_STRIDE,
@@ -256,6 +265,7 @@ def mvit_from_cfg(cfg: CfgNode) -> MViT:
     return MViT(
         blocks=blocks,
         patch_grid=patch_grid,
+        input_grid=input_grid,
         num_classes=cfg.MODEL.NUM_CLASSES,
         patch_kernel=mvit.PATCH_KERNEL,
         patch_stride=mvit.PATCH_STRIDE,

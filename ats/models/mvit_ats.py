@@ -10,6 +10,7 @@ with it. `ATS.NUM_TOKENS` counts cells (and CLS) here. Everything else works on 
 * a cell of a coarser grid is there if one of the tokens it stands for is: token p belongs to cell p // stride. Cells
   that are not there are no keys, no queries and no tokens; a cell that is there only in part (at the border of the kept
   region) is pooled from what is left of it and zeros;
+* where a stride does not divide the grid, the last cells of an axis stand for fewer tokens;
 * relative positions are those of the kept queries and keys, wherever they lie in memory.
 
 What happens at a change of stage (block 14 of MViT-B, stride 2), with tokens dropped before it: the queries of the 14 x
@@ -88,7 +89,7 @@ class MultiScaleATSBlock(nn.Module):
             if self.sampler.score != "mean_attention":
                 first = queries.layout.start
                 scoring_q = attn.project(rows(x, first), "q")[:, 0] if q is None else rows(matched_q, first)
-            mask, slots = self.sample(queries, keys, scoring_q, matched_k, v, query_grid, key_grid)
+            mask, slots = self.sample(queries, keys, scoring_q, matched_k, v, grid)
             kept, index = queries.keep(mask, slots=slots)
         if q is None:
             matched_q = attn.project(rows(x, index), "q")[:, 0]
@@ -175,10 +176,9 @@ class MultiScaleATSBlock(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        query_grid: Grid,
-        key_grid: Grid,
+        grid: Grid,
     ) -> tuple[Tensor, int]:
-        """Score and sample the cells.
+        """Score and sample the cells, for an input on `grid`.
 
         Args:
             q: with relative positions, of CLS [S, H, D]; of all queries [T_q, H, D] for the score mean_attention.
@@ -194,9 +194,9 @@ class MultiScaleATSBlock(nn.Module):
         slots = min(sampler.budget(keys.slots), keys.slots)
         if keys is queries:
             return keep, slots
-        steps = tuple(num_q // num_k for num_q, num_k in zip(query_grid, key_grid, strict=True))
-        cells = keys.to_grid(layout.unpad(keep))[:, num_prefix:].unflatten(1, key_grid)
-        cells = tokens_of_cells(cells, query_grid, steps)
+        spec = self.spec
+        cells = keys.to_grid(layout.unpad(keep))[:, num_prefix:].unflatten(1, spec.key_grid(grid))
+        cells = tokens_of_cells(cells, spec.query_grid(grid), spec.queries_per_cell(grid))
         mask = queries.from_grid(F.pad(cells.flatten(1), (num_prefix, 0), value=True))
         return queries.layout.pad(mask), rescale(slots, keys.num_positions, queries.num_positions, num_prefix)
 

@@ -31,8 +31,8 @@ class PoolSpec:
     stride: Grid
 
     def grid(self, grid: Grid) -> Grid:
-        """The grid that comes out."""
-        return tuple((n + 2 * (k // 2) - k) // s + 1 for n, k, s in zip(grid, self.kernel, self.stride, strict=True))
+        """The grid that comes out: rounded up over the stride if the kernel is odd."""
+        return convolved_grid(grid, self.kernel, self.stride, tuple(k // 2 for k in self.kernel))
 
     @property
     def is_identity(self) -> bool:
@@ -68,6 +68,21 @@ class BlockSpec:
     def key_grid(self, grid: Grid) -> Grid:
         """The grid of keys and values: the cells that ATS scores."""
         return grid if self.pool_kv is None else self.pool_kv.grid(grid)
+
+    def queries_per_cell(self, grid: Grid) -> Grid | None:
+        """How many queries a cell of the keys stands for along each axis (the last cell of an axis maybe fewer), for an
+        input `grid`; None where cells cut through queries.
+
+        A cell stands for as many tokens as the keys' stride, a query for as many as its own: where the one is a
+        multiple of the other they fit on a grid of any size, and a single cell always stands for all.
+        """
+        strides = [ONE if pool is None else pool.stride for pool in (self.pool_q, self.pool_kv)]
+        steps = []
+        for step_q, step_k, num_q, num_k in zip(*strides, self.query_grid(grid), self.key_grid(grid), strict=True):
+            if num_k > 1 and step_k % step_q:
+                return None
+            steps.append(num_q if num_k == 1 else step_k // step_q)
+        return tuple(steps)
 
 
 class MultiScaleAttention(nn.Module):
@@ -332,6 +347,14 @@ def resize_table(table: Tensor, length: int) -> Tensor:
     if len(table) == length:
         return table
     return F.interpolate(table.T[None], size=length, mode="linear")[0].T
+
+
+def convolved_grid(
+    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, ...]:
+    """What a convolution or pooling makes of the sizes of its input."""
+    axes = zip(sizes, kernel, stride, padding, strict=True)
+    return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in axes)
 
 
 def divide(grid: Grid, stride: Grid) -> Grid:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ats.models.canvas import ONE, Grid, kept_grid, present_cells
 from ats.models.cost import conv_multiply_adds, linear_multiply_adds
 from ats.models.mvit_ats import MultiScaleATSBlock
+from ats.models.mvit_block import convolved_grid
 from ats.tokens import KeptTokens
 
 
@@ -35,8 +36,7 @@ def mvit_multiply_adds(
 ) -> Tensor:
     """Multiply-adds [B] (float64) of a batch of `input_shape` whose forward pass left `trace`."""
     num_prefix, stem = model.num_prefix_tokens, model.patch_embed.proj
-    sizes = zip(input_shape[2:], stem.kernel_size, stem.stride, stem.padding, strict=True)
-    grid: Grid = (1, *((n + 2 * p - k) // s + 1 for n, k, s, p in sizes))[-3:]
+    grid: Grid = (1, *convolved_grid(input_shape[2:], stem.kernel_size, stem.stride, stem.padding))[-3:]
     kept_by = {entry.block: entry for entry in trace}
     device = trace[0].num_tokens.device if trace else None
     mask = torch.ones(input_shape[0], *grid, dtype=torch.bool, device=device)

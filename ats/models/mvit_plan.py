@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ats.errors import UserError
 from ats.models.canvas import ONE, Grid
 from ats.models.mvit_block import BlockSpec, PoolSpec, divide
-from ats.sampling import BlockSampler
 
 
 def plan_blocks(
@@ -16,6 +15,7 @@ def plan_blocks(
     embed_dim: int,
     num_heads: int,
     patch_grid: Grid,
+    input_grid: Grid,
     dim_mul: Sequence[Sequence[float]] = (),
     head_mul: Sequence[Sequence[float]] = (),
     pool_q_stride: Sequence[Sequence[int]] = (),
@@ -26,6 +26,10 @@ def plan_blocks(
 ) -> list[BlockSpec]:
     """The blocks that SlowFast's MVIT keys describe (their names and meanings are in `config/defaults.py`).
 
+    Args:
+        patch_grid: size over stride, rounded down, by which SlowFast sizes its tables.
+        input_grid: grid of the patches that come of this size, which may be larger.
+
     Raises:
         UserError: entries that do not fit the depth, the widths or the grid.
     """
@@ -34,7 +38,7 @@ def plan_blocks(
     widths, heads = _per_block("DIM_MUL", dim_mul, depth), _per_block("HEAD_MUL", head_mul, depth)
     strides_q = _per_block("POOL_Q_STRIDE", pool_q_stride, depth, length=3)
     strides_kv = _per_block("POOL_KV_STRIDE", pool_kv_stride, depth, length=3)
-    specs, grid, table_grid, adaptive = [], patch_grid, patch_grid, pool_kv_stride_adaptive
+    specs, grid, table_grid, adaptive = [], input_grid, patch_grid, pool_kv_stride_adaptive
     dim = embed_dim
     for i in range(depth):
         num_heads = round(num_heads * heads.get(i, [1.0])[0])
@@ -94,16 +98,19 @@ def _pool(stride: Sequence[int] | None, kernel: Sequence[int] | None) -> PoolSpe
     return None if pool.is_identity else pool
 
 
-def check_samplers(samplers: dict[int, BlockSampler], blocks: Sequence[BlockSpec], patch_grid: Grid) -> None:
+def check_samplers(samplers: Collection[int], blocks: Sequence[BlockSpec], input_grid: Grid) -> None:
     """Refuse blocks that cannot sample: a dropped cell of the keys must stand for whole tokens of the block's output.
+
+    Args:
+        samplers: the blocks. input_grid: grid of the patches.
 
     Raises:
         UserError: names the blocks that can; or a pooling behind them leaves cells that stand for no token.
     """
-    allowed, grid = [], patch_grid
+    allowed, grid = [], input_grid
     for index, spec in enumerate(blocks):
         query_grid, key_grid = spec.query_grid(grid), spec.key_grid(grid)
-        if all(q % k == 0 for q, k in zip(query_grid, key_grid, strict=True)):
+        if spec.queries_per_cell(grid) is not None:
             allowed.append(index)
         for pool, pooled in ((spec.pool_q, query_grid), (spec.pool_kv, key_grid)):
             if index >= min(samplers, default=len(blocks)) and pool and pooled != divide(grid, pool.stride):
@@ -114,6 +121,6 @@ def check_samplers(samplers: dict[int, BlockSampler], blocks: Sequence[BlockSpec
     refused = sorted(set(samplers) - set(allowed))
     if refused:
         raise UserError(
-            f"ATS.BLOCKS: {refused} cannot sample, as the pooled keys that are scored are not groups of their tokens. "
-            f"Blocks that can: {allowed}."
+            f"ATS.BLOCKS: {refused} cannot sample patches on a grid {' x '.join(map(str, input_grid))}, as the pooled "
+            f"keys that are scored are not groups of their tokens. Blocks that can: {allowed}."
         )

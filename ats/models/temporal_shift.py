@@ -24,11 +24,10 @@ def shift_frames(x: Tensor, *, group: int, fold: int) -> Tensor:
     Channels 0 .. fold - 1 come from the same token of the next frame, the following `fold` from the previous one, the
     rest stays; zeros where a segment has no such frame. Channels count through the heads: c = head * D + d.
     """
-    frames = x.unflatten(0, (-1, group))
-    nothing = torch.zeros_like(frames[:, :1, :, :fold])
-    following = torch.cat([frames[:, 1:, :, :fold], nothing], dim=1)
-    preceding = torch.cat([nothing, frames[:, :-1, :, fold : 2 * fold]], dim=1)
-    return torch.cat([following, preceding, frames[..., 2 * fold :]], dim=-1).flatten(0, 1)
+    following, preceding, own = x.unflatten(0, (-1, group)).tensor_split([fold, 2 * fold], dim=-1)
+    following = torch.cat([following[:, 1:], torch.zeros_like(following[:, :1])], dim=1)
+    preceding = torch.cat([torch.zeros_like(preceding[:, :1]), preceding[:, :-1]], dim=1)
+    return torch.cat([following, preceding, own], dim=-1).flatten(0, 1)
 
 
 def neighbours(tokens: RaggedTokens) -> tuple[Tensor, Tensor]:

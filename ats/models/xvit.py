@@ -36,7 +36,8 @@ class FrameTransformer(VisionTransformer):
 
     Args:
         num_segments: frames of a segment, within which keys and values are shifted.
-        shift_div: 1 / shift_div of the channels come from the next frame, as many from the previous one.
+        shift_div: 1 / shift_div of the channels come from the next frame, as many from the previous one (none if it
+            is 1).
         shifted_blocks: which blocks shift; those past the last are ignored, as in the released configs.
         temporal_embed_len: length F of the temporal embedding; frame i of a clip gets entry i mod F.
         classify_frames: whether the backbone ends in a classifier; without, in dropout.
@@ -162,9 +163,11 @@ class XViT(nn.Module):
     def __init__(self, *, temporal_head: dict | None, before_softmax: bool = True, **settings) -> None:
         super().__init__()
         num_classes, drop_rate = settings["num_classes"], settings["head_drop_rate"]
-        classify_frames = temporal_head is None and drop_rate == 0  # where the release puts the classifier then
+        embed_dim = settings["embed_dim"]
+        # Without dropout the release's backbone ends in a classifier, in front of its temporal head too. That one can
+        # only read as many classes as channels; for other numbers, where the release breaks, there is no classifier.
+        classify_frames = drop_rate == 0 and (temporal_head is None or num_classes == embed_dim)
         self.base_model = FrameTransformer(classify_frames=classify_frames, **settings)
-        embed_dim = self.base_model.embed_dim
         self.consensus = self.new_fc = None
         if temporal_head is not None:
             self.consensus = TemporalHead(
@@ -196,7 +199,7 @@ class XViT(nn.Module):
         frames kept.
         """
         frames, trace = self.base_model.forward_tokens(x)
-        frames = frames.unflatten(0, (len(x), -1))
+        frames = frames.unflatten(0, (len(x), x.shape[2]))
         if self.consensus is not None:
             return self.consensus(frames), trace
         logits = frames if self.new_fc is None else self.new_fc(frames)
@@ -254,12 +257,11 @@ def xvit_from_cfg(cfg: CfgNode) -> XViT:
     use_head = xvit.CONSENSUS_TYPE == "vit"
     shifted_blocks = [block for block in xvit.LOCATIONS_LIST if xvit.USE_XVIT and block < cfg.VIT.DEPTH]
     if xvit.USE_XVIT and not shifted_blocks:
-        raise UserError(
-            f"XVIT.LOCATIONS_LIST {xvit.LOCATIONS_LIST}: none of these is among the blocks 0 to {cfg.VIT.DEPTH - 1}; "
-            "set XVIT.USE_XVIT False for a network without shift."
+        logger.warning(
+            "XVIT.LOCATIONS_LIST %s names none of the blocks 0 to %d: no block shifts, as with XVIT.USE_XVIT False.",
+            xvit.LOCATIONS_LIST,
+            cfg.VIT.DEPTH - 1,
         )
-    if xvit.SHIFT_DIV < 2:
-        raise UserError(f"XVIT.SHIFT_DIV {xvit.SHIFT_DIV}: two parts of the channels are shifted; give 2 or more.")
     if use_head and not xvit.BEFORE_SOFTMAX:
         raise UserError("XVIT.BEFORE_SOFTMAX False needs XVIT.CONSENSUS_TYPE avg; the temporal head has no softmax.")
     if use_head and cfg.VIT.EMBED_DIM % head.NUM_ATTENTION_HEADS:
