@@ -343,7 +343,7 @@ KEYS: list[Key] = [
         "A video that cannot be read in testing: stop, or leave it out and count it in result.json.",
         choices=("raise", "skip"),
     ),
-    Key("TEST.CHECKPOINT_FILE_PATH", "", "Weights to evaluate; empty after training: the ones just trained."),
+    Key("TEST.CHECKPOINT_FILE_PATH", "", "Weights to evaluate. A run that trains evaluates what it trained instead."),
     # ---- data
     Key(
         "DATA.PATH_TO_DATA_DIR",

@@ -117,15 +117,20 @@ def _synchronize(device: torch.device) -> None:
 
 
 def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
-    """Evaluate `TEST.CHECKPOINT_FILE_PATH`, or `weights` where that is empty (or with neither, those that timm has
-    downloaded for TIMM.PRETRAINED), on `TEST.DATASET`.
+    """Evaluate `weights`, those just trained; without them `TEST.CHECKPOINT_FILE_PATH`, and with neither those that
+    timm has downloaded for TIMM.PRETRAINED, on `TEST.DATASET`.
 
     Writes OUTPUT_DIR/result.json and prints the table.
 
     Raises:
         UserError: no weights are given; weights or data do not fit the model or cannot be read.
     """
-    weights = str(cfg.TEST.CHECKPOINT_FILE_PATH or weights)
+    if weights and cfg.TEST.CHECKPOINT_FILE_PATH:
+        logger.info(
+            "TEST.CHECKPOINT_FILE_PATH %s is for runs that do not train; evaluating %s.",
+            *(cfg.TEST.CHECKPOINT_FILE_PATH, weights),
+        )
+    weights = str(weights or cfg.TEST.CHECKPOINT_FILE_PATH)
     check_weights(cfg, weights, hint=", or TRAIN.ENABLE True to train first")
     output_dir = open_output_dir(cfg)
     write_config(cfg, output_dir)
