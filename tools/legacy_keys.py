@@ -42,9 +42,7 @@ EXAMPLES = {
     "model": "ps_vit_b_18",
 }
 # Keys that kept their names, and not all of their meaning.
-NOTES = {
-    "TEST.CHECKPOINT_FILE_PATH": "the same, but a run that trains evaluates what it trained; SlowFast this file"
-}
+NOTES = {"TEST.CHECKPOINT_FILE_PATH": "the same, but a run that trains evaluates what it trained; SlowFast this file"}
 
 
 def becomes(key: str) -> str:
