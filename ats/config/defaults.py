@@ -279,7 +279,11 @@ KEYS: list[Key] = [
     ),
     Key("TRAIN.BATCH_SIZE", 256, "Samples per optimizer step, over all processes and accumulation steps."),
     Key("TRAIN.GRAD_ACCUM_STEPS", 1, "Forward-backward passes that one batch is cut into to save memory."),
-    Key("TRAIN.EVAL_PERIOD", 1, "Evaluate every so many epochs while training (and after the last)."),
+    Key(
+        "TRAIN.EVAL_PERIOD",
+        1,
+        "Evaluate every so many epochs while training, and after the last; 0 with TEST.ENABLE False: never.",
+    ),
     Key(
         "TRAIN.CHECKPOINT_PERIOD",
         1,
