@@ -178,7 +178,11 @@ MISTAKES = {
     "model": (["--cfg", "F", "TRAIN.ENABLE", "1", "MODEL.NAME", "VTi"], r"MODEL\.NAME VTi"),
     "optimizer": (["--cfg", "F", "TRAIN.ENABLE", "1", "SOLVER.OPTIMIZING_METHOD", "adm"], r"OPTIMIZING_METHOD adm"),
     "batch": (["--cfg", "F", "TRAIN.ENABLE", "1", "TRAIN.BATCH_SIZE", "65"], r"64 samples.*65"),
-    "output": (["--cfg", "F", "TRAIN.ENABLE", "1", "OUTPUT_DIR", "F"], r"F"),
+    "output": (["--cfg", "F", "TRAIN.ENABLE", "1", "OUTPUT_DIR", "F"], r"OUTPUT_DIR F cannot be made.*Type OUTPUT_DIR"),
+    "output in /proc": (
+        ["--cfg", "F", "TRAIN.ENABLE", "1", "OUTPUT_DIR", "/proc/x"],
+        r"OUTPUT_DIR /proc/x cannot be made",
+    ),
 }
 
 
