@@ -232,9 +232,9 @@ class Trainer:
         cfg = self.cfg
         passes = f" in {cfg.TRAIN.GRAD_ACCUM_STEPS} passes" if cfg.TRAIN.GRAD_ACCUM_STEPS > 1 else ""
         precision = cfg.TRAIN.AMP_DTYPE if cfg.TRAIN.MIXED_PRECISION else "float32"
-        saving = [f"every {counted(cfg.TRAIN.CHECKPOINT_STEPS, 'step')}"] if cfg.TRAIN.CHECKPOINT_STEPS else []
+        saving = [_every(cfg.TRAIN.CHECKPOINT_STEPS, "step")] if cfg.TRAIN.CHECKPOINT_STEPS else []
         saving += [f"every {cfg.TRAIN.CHECKPOINT_MINUTES:g} minutes"] if cfg.TRAIN.CHECKPOINT_MINUTES else []
-        saving += [f"every {counted(cfg.TRAIN.CHECKPOINT_PERIOD, 'epoch')}"] if cfg.TRAIN.CHECKPOINT_PERIOD else []
+        saving += [_every(cfg.TRAIN.CHECKPOINT_PERIOD, "epoch")] if cfg.TRAIN.CHECKPOINT_PERIOD else []
         keep = f"the last {cfg.TRAIN.CHECKPOINT_KEEP} and the best" if cfg.TRAIN.CHECKPOINT_KEEP else "all"
         schedule = f"{counted(cfg.SOLVER.MAX_EPOCH, 'epoch')} of {counted(self.num_steps, 'step')}"
         schedule += f" of {counted(cfg.TRAIN.BATCH_SIZE, 'sample')}{passes}"
@@ -273,6 +273,10 @@ def build_val_loader(cfg: CfgNode, **share: int) -> Loader | None:
 
 def _is_due(epoch: int, period: int) -> bool:
     return period > 0 and epoch % period == 0
+
+
+def _every(number: int, noun: str) -> str:
+    return f"every {noun}" if number == 1 else f"every {counted(number, noun)}"
 
 
 def _name_samples(index: list[int], limit: int = 16) -> str:
