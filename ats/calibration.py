@@ -24,7 +24,7 @@ from ats.flops import gflops as count_gflops
 from ats.models import num_blocks
 from ats.models.host import Patched
 from ats.plugin import library_of
-from ats.sampling import BlockSampler, Candidates
+from ats.sampling import REDUCERS, BlockSampler, Candidates
 
 ACCOUNTINGS = ("run", "paper")
 
@@ -112,8 +112,9 @@ def calibrate(
 
     Args:
         model: any network of `ats.models` with ATS, or a model after `ats.patch`, on any device.
-        images: [N, 3, H, W] or clips [N, 3, T, H, W], as the network takes them; or batches of them, which are held in
-            memory. A few hundred: the mean is as exact as its standard error (`Calibration.spread`).
+        images: [N, 3, H, W] or clips [N, 3, T, H, W], as the network takes them; or batches of them, e.g. a DataLoader,
+            which are held in memory; of a tuple or list, such as (images, labels), the first element is taken. A few
+            hundred: the mean is as exact as its standard error (`Calibration.spread`).
         gflops: mean GFLOPs of an image. keep: mean share of the tokens left behind the ATS blocks. speedup: GFLOPs of
             the dense network over the mean. Give one of the three.
         accounting: what `gflops` and `speedup` count: "run", what is computed; "paper", what the paper's tables count.
@@ -126,18 +127,34 @@ def calibrate(
         What was found; the model has it already.
 
     Raises:
-        UserError: no ATS in the model, not exactly one budget, or one out of reach: the message has the range. The
-            model's K are as they were then.
+        UserError: no ATS in the model, no images, not exactly one budget, or one out of reach: the message has the
+            range. The model's K are as they were then.
     """
     wanted = _the_one({"gflops": gflops, "keep": keep, "speedup": speedup})
     if accounting not in ACCOUNTINGS:
         raise UserError(f"accounting {accounting}: choose from {', '.join(ACCOUNTINGS)}.")
-    batches = [b.cpu() for b in (images.split(batch_size) if isinstance(images, Tensor) else images)]
-    if not batches:
-        raise UserError("There are no images to calibrate with.")
+    batches = _to_batches(images, batch_size)
     network = _Network(model, batches, accounting, progress=progress, compare=refine_rounds > 0)
     with network.restored_after_an_error():
         return _search(network, *wanted, refine_rounds=refine_rounds, tolerance=tolerance)
+
+
+def _to_batches(images: Tensor | Iterable, batch_size: int) -> list[Tensor]:
+    """The batches on the CPU, without what a loader gives beside the images."""
+    wanted = "Give [N, 3, H, W] (clips: [N, 3, T, H, W]) or batches of that, as a DataLoader yields them"
+    batches = []
+    for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(x, Tensor):
+            raise UserError(f"images: a {type(x).__name__} is no batch of images. {wanted}.")
+        if x.ndim not in (4, 5):
+            hint = "; torch.stack makes a batch of single images" if x.ndim == 3 else ""
+            raise UserError(f"images: a tensor of shape {list(x.shape)} is no batch of images. {wanted}{hint}.")
+        if len(x):
+            batches.append(x.cpu())
+    if not batches:
+        raise UserError(f"There are no images to calibrate with. {wanted}.")
+    return batches
 
 
 def _the_one(budgets: dict[str, float | None]) -> tuple[str, float]:
@@ -147,6 +164,8 @@ def _the_one(budgets: dict[str, float | None]) -> tuple[str, float]:
     name, value = given[0]
     if not value > 0:
         raise UserError(f"{name} {value:g}: a budget is above 0.")
+    if name == "keep" and value > 1:
+        raise UserError(f"keep {value:g}: a share of the tokens is from 0 to 1, and 0.5 is half of them.")
     return name, value
 
 
@@ -183,16 +202,26 @@ def _search(network: _Network, name: str, value: float, *, refine_rounds: int, t
 
 
 def _out_of_reach(network: _Network, name: str, value: float, least: float, most: float) -> str:
-    units = {"gflops": "mean GFLOPs", "keep": "of the tokens", "speedup": "times fewer GFLOPs than dense"}
+    units = {"gflops": "mean GFLOPs", "keep": "as share of the tokens", "speedup": "times fewer GFLOPs than dense"}
     low, high = (network.dense / most, network.dense / least) if name == "speedup" else (least, most)
+    dense = "" if name == "keep" else f" (dense: {network.dense:.4g} GFLOPs)"
     first = network.blocks[0]
     fewer = f"sample before block {first}" if first else "lower ATS.MIN_TOKENS"
     return (
         f"{name} {value:.4g} cannot be met with ATS in blocks {', '.join(map(str, network.blocks))}: on these "
-        f"{network.num_images} images they reach {low:.4g} to {high:.4g} {units[name]} (dense: {network.dense:.4g} "
-        f"GFLOPs). Give {name} in between; to spend less, {fewer} (ATS.BLOCKS); to spend more, sample in fewer blocks "
+        f"{network.num_images} images they reach {low:.4g} to {high:.4g} {units[name]}{dense}. "
+        f"Give {name} in between; to spend less, {fewer} (ATS.BLOCKS); to spend more, sample in fewer blocks "
         "or later ones."
     )
+
+
+def _why_not(model: nn.Module) -> str:
+    """Why a network has no K."""
+    if any(isinstance(getattr(m, "sampler", None), tuple(REDUCERS.values())) for m in model.modules()):
+        return f"The samplers {' and '.join(REDUCERS)} have no K to calibrate: choose another ATS.SAMPLER."
+    if hasattr(model, "forward_tokens"):
+        return "This network has no ATS block: build it with ATS.ENABLE True and the blocks in ATS.BLOCKS."
+    return "This network has no ATS block: call ats.patch(model, blocks=...) first."
 
 
 class _Network:
@@ -209,10 +238,7 @@ class _Network:
         self.model, self.batches, self.accounting, self.progress = model, batches, accounting, progress
         modules = [m for m in model.modules() if isinstance(getattr(m, "sampler", None), BlockSampler)]
         if not modules or not hasattr(model, "forward_tokens"):
-            raise UserError(
-                "This network has no ATS block: set ATS.ENABLE True, or ats.patch(model, blocks=...) first. "
-                "The samplers tome and evit have no K to calibrate."
-            )
+            raise UserError(_why_not(model))
         self.modules = sorted(modules, key=lambda module: module.sampler.block)
         self.original = [module.sampler for module in self.modules]
         self.blocks = tuple(sampler.block for sampler in self.original)

@@ -25,14 +25,15 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_safetensors_file
 from torch import Tensor, nn
 
-from ats.config import find_shipped
-from ats.errors import UserError
+from ats.config import CfgNode, find_shipped
+from ats.errors import UserError, counted
 from ats.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
 # Where releases keep their weights, averaged ones first: they are what a training evaluated.
 WRAPPERS = ("ema_state", "state_dict_ema", "model_ema", "model_state", "model", "state_dict", "module")
+SUFFIXES = (".pth", ".pyth", ".pt", ".bin", ".safetensors")
 PREFIXES = ("module.", "_orig_mod.", "base_model.", "model.")
 
 
@@ -43,6 +44,9 @@ def load_checkpoint(path: str | Path) -> dict:
         UserError: no such file, not a checkpoint, damaged, or a pickle that would run code.
     """
     path = find_shipped(path)
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+        raise UserError(f"{path} is a folder: type the file in it, {path / (files[0] if files else 'FILE')}.")
     if not path.is_file():
         raise UserError(f"No checkpoint file {path}.")
     try:
@@ -52,18 +56,22 @@ def load_checkpoint(path: str | Path) -> dict:
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
-            raise UserError(f"{path} is not a checkpoint or is damaged: {error}") from error
+            raise UserError(_damaged(path, error)) from error
         raise UserError(
             f"{path} was refused: loading it would run code ({_refused_global(error)}); nothing of it was run. "
             "Ask for a file with tensors and plain values only (a state_dict, or .safetensors)."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} is not a checkpoint or is damaged: {str(error).split(chr(10))[0] or type(error).__name__}"
-        ) from error
+        raise UserError(_damaged(path, error)) from error
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds a {type(contents).__name__}, not a dictionary of weights.")
     return contents
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    """What is known of a file that cannot be read. A KeyError only names a byte that is no command of a pickle."""
+    reason = "" if isinstance(error, KeyError) else str(error).split("\n")[0]
+    return f"{path} is not a checkpoint or is damaged{f': {reason}' if reason else ''}"
 
 
 def _holds_safetensors(path: Path) -> bool:
@@ -88,13 +96,16 @@ def save_safetensors(path: str | Path, state_dict: dict[str, Tensor]) -> None:
         )
 
 
-def load_weights(model: nn.Module, source: str | Path | dict[str, Tensor], *, skip: Iterable[str] = ()) -> None:
+def load_weights(
+    model: nn.Module, source: str | Path | dict[str, Tensor], *, skip: Iterable[str] = (), advice: str = ""
+) -> None:
     """Load weights into `model`, strictly: every key of the file used or known to be without meaning, every key of the
     model filled.
 
     Args:
         source: a file, or a (possibly wrapped) state dict.
         skip: key prefixes left as they are in the model, e.g. ("head.",) for another set of classes.
+        advice: what else one can type where the file has another number of classes.
 
     Raises:
         UserError: the file is not readable, or belongs to another architecture (missing, unexpected and misshapen keys,
@@ -114,8 +125,14 @@ def load_weights(model: nn.Module, source: str | Path | dict[str, Tensor], *, sk
     for key in expected:
         if key.startswith(tuple(skip)):
             state[key] = expected[key]
-    _check(expected, state, name)
+    _check(expected, state, name, advice)
     model.load_state_dict(state)
+
+
+def to_fine_tune(cfg: CfgNode) -> str:
+    """The keys that fine-tune what TEST.CHECKPOINT_FILE_PATH names for other classes, without those that are set."""
+    keys = {"ENABLE": True, "RESET_HEAD": True, "CHECKPOINT_FILE_PATH": cfg.TEST.CHECKPOINT_FILE_PATH}
+    return " ".join(f"TRAIN.{key} {value}" for key, value in keys.items() if value and not cfg.TRAIN[key])
 
 
 def unwrap(contents: dict) -> dict[str, Tensor]:
@@ -137,7 +154,7 @@ def strip_prefixes(state: dict[str, Tensor], expected: Iterable[str]) -> dict[st
     return dict(state)
 
 
-def _check(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) -> None:
+def _check(expected: dict[str, Tensor], state: dict[str, Tensor], name: str, advice: str) -> None:
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     misshapen = {
         key: f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
@@ -153,7 +170,8 @@ def _check(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) -> 
     if not missing and not unexpected and all("head" in key or "new_fc" in key for key in misshapen):
         classes = state[next(iter(misshapen))].shape[0]
         lines.append(
-            f"  The file has {classes} classes: set MODEL.NUM_CLASSES {classes} or, to fine-tune, TRAIN.RESET_HEAD True"
+            f"  The file has {counted(classes, 'class', 'classes')}: set MODEL.NUM_CLASSES {classes}"
+            f"{f' or, to fine-tune it for others, {advice}' if advice else ''}."
         )
     else:
         lines.append(

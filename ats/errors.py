@@ -1,4 +1,5 @@
-"""The exception for users' mistakes, the "did you mean" of its message, what a command makes of it, a requested end.
+"""The exception for users' mistakes, the "did you mean" of its message, what a command makes of it, a requested end;
+numbers with their nouns.
 
 `UserError` is what a wrong key, path, checkpoint or file raises: a command prints its text alone (what, where, what to
 type), as it does of a file that cannot be read or written, and exits with status 1. Everything else that escapes is a
@@ -15,6 +16,10 @@ from collections.abc import Callable, Iterable
 
 class UserError(ValueError):
     """A mistake the user can mend; the message says what is wrong, where, and what to type."""
+
+
+class NoSuchSplit(UserError):
+    """The folder or the list of a split is not there."""
 
 
 class Stopped(Exception):
@@ -46,6 +51,11 @@ def exit_status(run: Callable[[], None], *, debug: bool = False) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`"1 epoch"`, `"2 epochs"`; `plural` for a noun that takes no s."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def suggest(name: str, options: Iterable[str], *, num: int = 3) -> str:

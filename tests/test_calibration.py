@@ -14,6 +14,7 @@ import transformers_models
 import yaml
 from helpers import VIDEO_MODELS, clips, randomise, video_model
 from make_digits import make_digits
+from torch.utils.data import DataLoader, TensorDataset
 
 import ats
 from ats.calibration import _Network
@@ -168,6 +169,7 @@ def test_a_budget_out_of_reach_names_the_range_and_leaves_the_network_alone():
         with pytest.raises(UserError, match=f"{name} .* cannot be met with ATS in blocks 1, 3") as error:
             ats.calibrate(model, x, progress=False, **budget)
         assert k_of(model) == [0.7, 0.7]
+        assert ("GFLOPs" in str(error.value)) == (name != "keep")
         low, high = map(float, re.search(r"reach ([\d.e-]+) to ([\d.e-]+)", str(error.value)).groups())
         inside = low + 0.02 * (high - low), high - 0.02 * (high - low)
         for value in inside:
@@ -183,6 +185,7 @@ def test_a_budget_out_of_reach_names_the_range_and_leaves_the_network_alone():
         ({"gflops": 1.0, "keep": 0.5}, "Give one budget, not 2"),
         ({"keep": 0.0}, "keep 0: a budget is above 0"),
         ({"keep": float("nan")}, "a budget is above 0"),
+        ({"keep": 50}, "keep 50: a share of the tokens is from 0 to 1"),
         ({"keep": 0.5, "accounting": "papers"}, "accounting papers: choose from run, paper"),
     ],
 )
@@ -192,12 +195,30 @@ def test_mistakes_of_a_call(arguments, message):
 
 
 def test_a_network_without_ats_or_images():
-    with pytest.raises(UserError, match="has no ATS block"):
+    """Each says what to do about this network, and about this input."""
+    with pytest.raises(UserError, match=r"no ATS block: build it with ATS\.ENABLE True"):
         ats.calibrate(small_vit("ATS.ENABLE", False), images(2), keep=0.5)
-    with pytest.raises(UserError, match=r"no ATS block: set ATS\.ENABLE True"):
+    with pytest.raises(UserError, match=r"no ATS block: call ats\.patch"):
         ats.calibrate(small_timm(), images(2), keep=0.5)
-    with pytest.raises(UserError, match="no images"):
-        ats.calibrate(small_vit(), [], keep=0.5)
+    with pytest.raises(UserError, match="tome and evit have no K"):
+        ats.calibrate(small_vit("ATS.SAMPLER", "tome"), images(2), keep=0.5)
+    for nothing in ([], images(0), [images(0)]):
+        with pytest.raises(UserError, match=r"There are no images to calibrate with\. Give \[N, 3, H, W\]"):
+            ats.calibrate(small_vit(), nothing, keep=0.5)
+    with pytest.raises(UserError, match=r"shape \[3, 32, 32\] is no batch.*torch\.stack"):
+        ats.calibrate(small_vit(), list(images(2)), keep=0.5)
+    with pytest.raises(UserError, match="a dict is no batch"):
+        ats.calibrate(small_vit(), [{"pixel_values": images(2)}], keep=0.5)
+
+
+def test_a_loader_of_images_and_labels():
+    """As an ordinary DataLoader gives them; lists, tuples and named tuples."""
+    x = images(8)
+    loader = DataLoader(TensorDataset(x, torch.arange(8)), batch_size=3)
+    expected = ats.calibrate(small_vit(), x, keep=0.6, progress=False)
+    for batches in (loader, [tuple(batch) for batch in loader]):
+        found = ats.calibrate(small_vit(), batches, keep=0.6, progress=False)
+        assert found.num_tokens == expected.num_tokens
 
 
 # ---- the Digits DeiT with the shipped weights

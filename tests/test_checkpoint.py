@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -71,8 +72,10 @@ def test_another_architecture_is_told_by_groups_of_keys(weights):
 
 
 def test_another_head_names_the_key_to_change(weights):
-    with pytest.raises(UserError, match=r"MODEL\.NUM_CLASSES 5"):
+    with pytest.raises(UserError, match=r"The file has 5 classes: set MODEL\.NUM_CLASSES 5\.$"):
         load_weights(vit(num_classes=3), weights)
+    with pytest.raises(UserError, match=r"set MODEL\.NUM_CLASSES 5 or, to fine-tune it for others, A\.B True\.$"):
+        load_weights(vit(num_classes=3), weights, advice="A.B True")
     model = vit(num_classes=3)
     head = model.head.weight.clone()
     load_weights(model, weights, skip=("head.",))
@@ -110,8 +113,17 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, how, weights):
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken"])
 def test_damaged_files_are_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="not a checkpoint or is damaged"):
+    with pytest.raises(UserError, match="not a checkpoint or is damaged") as error:
         load_checkpoint(tmp_path / name)
+    assert not re.search(r"(: \d*|Error)$", str(error.value))  # the number of a byte, the name of a class
+
+
+def test_folder_instead_of_a_file(tmp_path, weights):
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder: type the file in it, {tmp_path}/FILE"):
+        load_checkpoint(tmp_path)
+    save_safetensors(tmp_path / "model.safetensors", weights)
+    with pytest.raises(UserError, match=f"is a folder: type the file in it, {tmp_path}/model.safetensors"):
+        load_checkpoint(tmp_path)
 
 
 def test_truncated_file(tmp_path, weights):

@@ -80,6 +80,20 @@ def test_images(words, colours, tmp_path, capsys):
     assert ((pixels[..., 0] > 150) & (pixels[..., 1] < 60)).sum() > 1000  # there is the red square
 
 
+def test_bad_files_do_not_stop_the_others(words, colours, tmp_path, capsys):
+    (tmp_path / "bad.png").write_text("no image")
+    (tmp_path / "empty.jpg").write_text("")
+    good = [str(colours / "val" / "red" / f"{i}.png") for i in range(2)]
+    files = [good[0], str(tmp_path / "bad.png"), str(tmp_path / "empty.jpg"), good[1]]
+    assert main([*files, *words, "-o", str(tmp_path / "look")]) == 1
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 2
+    assert sorted(path.name for path in (tmp_path / "look").iterdir()) == ["0.png", "1.png"]
+    assert said.err.startswith("error: 2 of 4 files cannot be read; the others are drawn.\n")
+    assert f"Cannot read the image {tmp_path}/bad.png" in said.err
+    assert f"Cannot read the image {tmp_path}/empty.jpg" in said.err
+
+
 def test_clips(video_words, tmp_path, capsys):
     """A strip and an animation of the clip's frames; classes are named after the folders."""
     assert main([*video_words, str(tmp_path / "videos"), "-o", str(tmp_path / "look")]) == 0

@@ -66,7 +66,7 @@ def test_values_take_the_type_of_their_key(key, text, value):
         (["VIT.DEPTH", "twelve"], "VIT.DEPTH must be int, not 'twelve'"),
         (["VIT.DEPTH", 3.5], "VIT.DEPTH must be int"),
         (["VIT.DEPTH", "[3]"], "VIT.DEPTH must be int"),
-        (["TRAIN.ENABLE", "maybe"], "TRAIN.ENABLE must be bool"),
+        (["TRAIN.ENABLE", "maybe"], "TRAIN.ENABLE must be True or False, not 'maybe'"),
         (["ATS.BLOCKS", "[a]"], "ATS.BLOCKS must be list"),
         (["SOLVER.BASE_LR", None], "SOLVER.BASE_LR must be float"),
         (["ATS.RULE", "offical"], "choose from official, paper. Did you mean official?"),

@@ -26,7 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ats.config import get_cfg
-from ats.datasets import Draw, EvalSampler, ImageNet, Loader, Sample, TrainSampler, build_loader
+from ats.datasets import Draw, EvalSampler, ImageNet, Loader, Sample, TrainSampler, build_dataset, build_loader
 from ats.datasets import build as build_module
 from ats.datasets.imagenet import read_image
 from ats.datasets.transforms import eval_transform, train_transform
@@ -481,9 +481,41 @@ def test_missing_and_empty_folders(tree, tmp_path, caplog):
 
 def test_class_count_mismatch(shared_tree):
     """Both numbers and the key to change."""
-    cfg = make_cfg(shared_tree, MODEL__NUM_CLASSES=1000)
-    with pytest.raises(UserError, match=r"val has 3 class folders.*NUM_CLASSES 1000\. Set MODEL\.NUM_CLASSES 3"):
+    cfg = make_cfg(shared_tree, MODEL__NUM_CLASSES=1000, TEST__CHECKPOINT_FILE_PATH="w.pth", TRAIN__RESET_HEAD=True)
+    advice = r"type MODEL\.NUM_CLASSES 3 TRAIN\.ENABLE True TRAIN\.CHECKPOINT_FILE_PATH w\.pth\."
+    with pytest.raises(UserError, match=rf"val has 3 class folders.*NUM_CLASSES 1000\. Give another.*{advice}"):
         build_loader(cfg, "test")
+    cfg.TRAIN.ENABLE = True
+    with pytest.raises(UserError, match=r"train has 3 class folders.*NUM_CLASSES 1000\. Set MODEL\.NUM_CLASSES 3, or"):
+        build_loader(cfg, "train")
+
+
+def test_files_that_are_left_out_are_counted(tree, caplog):
+    """Once per split, by extension; hidden files are nobody's images."""
+    for i in range(3):
+        Image.new("RGB", (SIZE, SIZE)).save(tree / "train" / "n00000001" / f"{i}.GIF")
+    for name in ("notes.txt", ".DS_Store"):
+        (tree / "train" / "n00000000" / name).write_text("")
+    build_dataset(make_cfg(tree), "train")
+    build_dataset(make_cfg(tree), "val")
+    assert caplog.text.count("skipped") == 1
+    assert f"{tree}/train: 12 images; skipped 3 .gif, 1 .txt: only .jpg, .jpeg, .png" in caplog.text
+
+
+def test_val_without_some_classes_of_train(tree):
+    """Not MODEL.NUM_CLASSES is wrong then, in training and evaluation; nor do as many other folders pass."""
+    (tree / "val" / "n00000001").rename(tree / "val" / "n00000009")
+    with pytest.raises(UserError, match=r"val has no folder for: n00000001\. .* of .*/train"):
+        build_dataset(make_cfg(tree), "val")
+    shutil.rmtree(tree / "val" / "n00000009")
+    for split in ("val", "test"):
+        with pytest.raises(UserError, match=r"val has no folder for: n00000001\."):
+            build_dataset(make_cfg(tree), split)
+    (tree / "val" / "n00000001").mkdir()
+    assert len(build_dataset(make_cfg(tree), "val")) == 8
+    (tree / "val" / "n00000009").mkdir()
+    with pytest.raises(UserError, match=r"train has no folder for: n00000009\."):
+        build_dataset(make_cfg(tree), "val")
 
 
 def test_unknown_dataset(shared_tree):

@@ -397,8 +397,14 @@ def test_head_reset_for_other_classes(make_cfg, tmp_path):
     model = train.build_state(make_cfg(*changes, "TRAIN.RESET_HEAD", "True"), CPU).model
     assert torch.equal(model.blocks[2].mlp.fc1.weight, dense.blocks[2].mlp.fc1.weight)
     assert model.head.out_features == 4
-    with pytest.raises(UserError, match=r"MODEL\.NUM_CLASSES 7"):
+    with pytest.raises(
+        UserError, match=r"MODEL\.NUM_CLASSES 7 or, to fine-tune it for others, TRAIN\.RESET_HEAD True\."
+    ):
         train.build_state(make_cfg(*changes), CPU)
+    file = tmp_path / "dense.safetensors"
+    advice = rf"TRAIN\.ENABLE True TRAIN\.CHECKPOINT_FILE_PATH {file}\."
+    with pytest.raises(UserError, match=rf"MODEL\.NUM_CLASSES 7 or, to fine-tune it for others, {advice}"):
+        evaluate.evaluate_weights(make_cfg("TEST.CHECKPOINT_FILE_PATH", str(file), "TRAIN.RESET_HEAD", "True"))
 
 
 def test_out_of_memory_says_what_to_do(make_cfg, monkeypatch):
@@ -484,6 +490,17 @@ def test_evaluation_counts(caplog):
     }
     with pytest.raises(UserError, match="nothing to evaluate"):
         evaluate.evaluate(model, [], device=CPU)
+
+
+def test_training_without_validation_data(make_cfg, colours, tmp_path):
+    """Possible where nothing will be evaluated; otherwise the two keys are named before anything is trained."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(colours / "train")
+    changes = ["DATA.PATH_TO_DATA_DIR", str(tmp_path / "data"), "SOLVER.MAX_EPOCH", "1", "TRAIN.EVAL_PERIOD", "0"]
+    with pytest.raises(UserError, match=r"val does not exist(.|\n)*type TRAIN\.EVAL_PERIOD 0 TEST\.ENABLE False\."):
+        train.train(make_cfg(*changes))
+    assert train.train(make_cfg(*changes, "TEST.ENABLE", "False")).is_file()
+    assert checkpointing.list_checkpoints(tmp_path / "out")
 
 
 def test_result_file(make_cfg, tmp_path, capsys):

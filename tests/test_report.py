@@ -191,6 +191,10 @@ def test_page_loads_alone_and_without_complaint(visit, report):
     assert visit.complaints == []
     assert page.locator("#histograms rect").count() > 3
     assert page.locator("#deciles circle").count() == 20
+    wrong = [card for card in cards if not card["right"]]
+    assert page.locator(".wrong").all_inner_texts() == [f"is {card['label']}" for card in wrong]
+    assert page.get_by_text(f"predicted {wrong[0]['ats'][0]}", exact=True).count()
+    assert "in 10 parts of 3 or 4." in page.locator("#deciles-note").inner_text()
 
 
 def test_slider_moves_through_the_blocks(visit, report):

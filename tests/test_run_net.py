@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ats.checkpoint import save_safetensors
 from ats.config import load_config
 from ats.config.defaults import KEYS
 from ats.errors import UserError
+from ats.models import build_model
 
 SCRIPT = Path(__file__).parent.parent / "tools" / "run_net.py"
 
@@ -83,6 +85,26 @@ def test_the_same_command_again_goes_on_and_its_weights_can_be_tested(run_net, t
         assert run_net.main(["--cfg", str(tiny_config), *changes]) == 0
         results.append(json.loads((tmp_path / "tested" / "result.json").read_text())["gflops"])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("num_classes", [4, 10])
+def test_a_run_that_trains_evaluates_what_it_trained(run_net, tiny_config, tmp_path, capsys, num_classes):
+    """Also if TEST.CHECKPOINT_FILE_PATH names the weights it began with, be they of other classes."""
+    start = str(tmp_path / "start.safetensors")
+    save_safetensors(start, build_model(load_config(tiny_config, ["MODEL.NUM_CLASSES", num_classes])).state_dict())
+    result = tmp_path / "out" / "result.json"
+    command = ["--cfg", str(tiny_config), "SOLVER.MAX_EPOCH", "6", "SOLVER.BASE_LR", "0.01", "TRAIN.ENABLE", "True"]
+    command += ["TRAIN.CHECKPOINT_FILE_PATH", start, "TRAIN.RESET_HEAD", str(num_classes != 4)]
+    assert run_net.main([*command, "TRAIN.EVAL_PERIOD", "0"]) == 0
+    top1 = json.loads(result.read_text())["top1"]
+    assert top1 > 50  # chance: 25
+    capsys.readouterr()
+    result.unlink()
+    assert run_net.main([*command, "TEST.CHECKPOINT_FILE_PATH", start]) == 0  # goes on from there: nothing is left
+    assert json.loads(result.read_text())["top1"] == top1
+    said = capsys.readouterr().err
+    trained = tmp_path / "out" / "model.safetensors"
+    assert f"TEST.CHECKPOINT_FILE_PATH {start} is for runs that do not train; evaluating {trained}." in said
 
 
 def test_help_lists_every_key_and_is_quick(tmp_path):
@@ -157,7 +179,11 @@ MISTAKES = {
     "model": (["--cfg", "F", "TRAIN.ENABLE", "1", "MODEL.NAME", "VTi"], r"MODEL\.NAME VTi"),
     "optimizer": (["--cfg", "F", "TRAIN.ENABLE", "1", "SOLVER.OPTIMIZING_METHOD", "adm"], r"OPTIMIZING_METHOD adm"),
     "batch": (["--cfg", "F", "TRAIN.ENABLE", "1", "TRAIN.BATCH_SIZE", "65"], r"64 samples.*65"),
-    "output": (["--cfg", "F", "TRAIN.ENABLE", "1", "OUTPUT_DIR", "F"], r"F"),
+    "output": (["--cfg", "F", "TRAIN.ENABLE", "1", "OUTPUT_DIR", "F"], r"OUTPUT_DIR F cannot be made.*Type OUTPUT_DIR"),
+    "output in /proc": (
+        ["--cfg", "F", "TRAIN.ENABLE", "1", "OUTPUT_DIR", "/proc/x"],
+        r"OUTPUT_DIR /proc/x cannot be made",
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,18 @@ def test_train_and_test(family, videos, tmp_path):
     assert result["gflops_per_video"]["dense"] == pytest.approx(views * dense)
     assert result["gflops"]["mean"] < result["gflops"]["paper_mean"] <= dense
     assert list(result["tokens_per_block"]) == [str(block) for block in cfg.ATS.BLOCKS]
+
+
+def test_training_without_validation_videos(videos, tmp_path, capsys):
+    shutil.copytree(videos, tmp_path / "videos")
+    for split in ("val", "test"):
+        (tmp_path / "videos" / f"{split}.csv").unlink()
+    words = ["--cfg", str(write_config("XViT", tmp_path / "videos", tmp_path)), "SOLVER.MAX_EPOCH", "1"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "val.csv" in error
+    assert "type TRAIN.EVAL_PERIOD 0 TEST.ENABLE False." in error
+    assert main([*words, "TRAIN.EVAL_PERIOD", "0", "TEST.ENABLE", "False"]) == 0
 
 
 def test_image_weights_start_a_video_training(videos, tmp_path, capsys):

@@ -41,6 +41,8 @@ EXAMPLES = {
     "TEST.INTERPOLATION": 3,
     "model": "ps_vit_b_18",
 }
+# Keys that kept their names, and not all of their meaning.
+NOTES = {"TEST.CHECKPOINT_FILE_PATH": "the same, but a run that trains evaluates what it trained; SlowFast this file"}
 
 
 def becomes(key: str) -> str:
@@ -59,7 +61,7 @@ def cell(key: str) -> str:
         return f"no effect: {legacy.IGNORED[key]}"
     if key not in KEY:
         raise ValueError(f"{key} is neither a key nor translated")
-    return "the same"
+    return NOTES.get(key, "the same")
 
 
 def values(key: str) -> str:

@@ -42,7 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cfg", metavar="FILE", help="YAML file with ATS.ENABLE True")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--gflops", type=float, metavar="G", help="mean GFLOPs (multiply-adds) of an image or clip")
-    budget.add_argument("--keep", type=float, metavar="SHARE", help="mean share of tokens left behind the ATS blocks")
+    budget.add_argument(
+        "--keep", type=float, metavar="SHARE", help="mean share of tokens left behind the ATS blocks, 0 to 1"
+    )
     budget.add_argument(
         "--speedup", type=float, metavar="X", help="FLOP ratio: dense GFLOPs over the mean, not seconds"
     )

@@ -4,7 +4,8 @@
         TEST.CHECKPOINT_FILE_PATH deit_small_patch16_224-cd65a155.pth
 
 Trains if TRAIN.ENABLE (and exports OUTPUT_DIR/model.safetensors), then evaluates if TEST.ENABLE (and writes
-OUTPUT_DIR/result.json). Any key can be given behind the file, as KEY VALUE or KEY=VALUE.
+OUTPUT_DIR/result.json): what it trained, or else TEST.CHECKPOINT_FILE_PATH. Any key can be given behind the file, as
+KEY VALUE or KEY=VALUE.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def explain_slowfast_options(args: argparse.Namespace) -> None:
 
 
 def run(cfg: CfgNode, *, force: bool = False) -> None:
-    """Train, then evaluate the trained weights or those of TEST.CHECKPOINT_FILE_PATH, as `cfg` enables."""
+    """Train, then evaluate, as `cfg` enables: the weights just trained, else those of TEST.CHECKPOINT_FILE_PATH."""
     from ats.engine.distributed import process_group
     from ats.engine.evaluate import evaluate_weights
     from ats.engine.train import train

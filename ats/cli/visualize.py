@@ -79,7 +79,11 @@ def split_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """What the command line asks for; a line is printed for every file written."""
+    """What the command line asks for; a line is printed for every file drawn.
+
+    Raises:
+        UserError: something is missing, or wrong; at the end if files could not be read.
+    """
     paths, overrides = split_words(args.words)
     if args.cfg is None:
         raise UserError("--cfg FILE is missing: which network? For example --cfg configs/Digits/DeiT_ATS.yaml")
@@ -92,21 +96,31 @@ def run(args: argparse.Namespace) -> None:
     files = list_files(paths, clips=takes_clips(cfg))
     names = class_names(cfg, args.classes)
     networks = Networks(cfg)
-    if files:
-        look_at(cfg, networks, files, output=args.output or Path(cfg.OUTPUT_DIR), names=names)
+    bad = look_at(cfg, networks, files, output=args.output or Path(cfg.OUTPUT_DIR), names=names)
     if args.report is not None:
         report(cfg, networks, args.report, config=args.cfg, names=names)
+    if bad:
+        head = f"{len(bad)} of {len(files)} files cannot be read; the others are drawn.\n  " if len(files) > 1 else ""
+        raise UserError(head + "\n  ".join(bad))
 
 
-def look_at(cfg: CfgNode, networks: Networks, files: Sequence[Path], *, output: Path, names: Sequence[str]) -> None:
-    """Write the pictures of each file."""
+def look_at(
+    cfg: CfgNode, networks: Networks, files: Sequence[Path], *, output: Path, names: Sequence[str]
+) -> list[str]:
+    """Write the pictures of each file; returns what is wrong with those that cannot be read."""
     from ats.visualize.compare import class_label
     from ats.visualize.figures import draw_strip
     from ats.visualize.inputs import read_input
 
     taken: dict[str, int] = {}
+    bad: list[str] = []
     for file in files:
-        [view] = networks.compare(read_input(file, cfg)[None])
+        try:
+            x = read_input(file, cfg)
+        except UserError as error:
+            bad.append(str(error))
+            continue
+        [view] = networks.compare(x[None])
         taken[file.stem] = taken.get(file.stem, 0) + 1
         stem = file.stem if taken[file.stem] == 1 else f"{file.stem}_{taken[file.stem]}"
         written = [draw_strip(output / f"{stem}.png", view, title=file.name, names=names)]
@@ -117,6 +131,7 @@ def look_at(cfg: CfgNode, networks: Networks, files: Sequence[Path], *, output: 
         )
         cost = f"{view.gflops:.4g} of {view.dense_gflops:.4g} GFLOPs"
         print(f"{file}: dense {dense}; with ATS {ats}; {cost}; {', '.join(map(str, written))}")
+    return bad
 
 
 def animate_view(path: Path, view: SampleView) -> Path:

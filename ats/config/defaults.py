@@ -280,7 +280,11 @@ KEYS: list[Key] = [
     ),
     Key("TRAIN.BATCH_SIZE", 256, "Samples per optimizer step, over all processes and accumulation steps."),
     Key("TRAIN.GRAD_ACCUM_STEPS", 1, "Forward-backward passes that one batch is cut into to save memory."),
-    Key("TRAIN.EVAL_PERIOD", 1, "Evaluate every so many epochs while training (and after the last)."),
+    Key(
+        "TRAIN.EVAL_PERIOD",
+        1,
+        "Evaluate every so many epochs while training, and after the last; 0 with TEST.ENABLE False: never.",
+    ),
     Key(
         "TRAIN.CHECKPOINT_PERIOD",
         1,
@@ -344,7 +348,7 @@ KEYS: list[Key] = [
         "A video that cannot be read in testing: stop, or leave it out and count it in result.json.",
         choices=("raise", "skip"),
     ),
-    Key("TEST.CHECKPOINT_FILE_PATH", "", "Weights to evaluate; empty after training: the ones just trained."),
+    Key("TEST.CHECKPOINT_FILE_PATH", "", "Weights to evaluate. A run that trains evaluates what it trained instead."),
     # ---- data
     Key(
         "DATA.PATH_TO_DATA_DIR",

@@ -114,7 +114,7 @@ def coerce(key: Key, value: object) -> object:
         else _convert(types, parse(legacy.normalise(value)), key.default)
     )
     if result is _NO:
-        names = " or ".join("None" if kind is NONE else kind.__name__ for kind in types)
+        names = " or ".join({NONE: "None", bool: "True or False"}.get(kind, kind.__name__) for kind in types)
         raise UserError(f"{key.name} must be {names}, not {value!r}. ({key.help})")
     if key.choices and result not in key.choices:
         options = [str(choice) for choice in key.choices]

@@ -15,7 +15,9 @@ import torch
 from fvcore.common.config import CfgNode
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torchvision.datasets.folder import find_classes
 
+from ats.checkpoint import to_fine_tune
 from ats.datasets.base import Sample
 from ats.datasets.imagenet import ImageNet
 from ats.datasets.kinetics import ClipSampling, Kinetics
@@ -24,7 +26,7 @@ from ats.datasets.transforms import Transform, eval_transform, train_transform
 from ats.datasets.video_transforms import MEAN as CLIP_MEAN
 from ats.datasets.video_transforms import STD as CLIP_STD
 from ats.datasets.video_transforms import ClipTransform, eval_clip_transform, train_clip_transform
-from ats.errors import UserError, suggest
+from ats.errors import UserError, counted, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ def build_imagenet(cfg: CfgNode, split: Split) -> ImageNet:
     """The ImageNet folder layout; "test" reads `val/`. Unreadable files are replaced in training only.
 
     Raises:
-        UserError: the folder is not as expected, or has not MODEL.NUM_CLASSES classes.
+        UserError: the folder is not as expected, or has not MODEL.NUM_CLASSES classes, or val not those of train.
     """
     dataset = ImageNet(
         cfg.DATA.PATH_TO_DATA_DIR,
@@ -136,12 +138,39 @@ def build_imagenet(cfg: CfgNode, split: Split) -> ImageNet:
         seed=cfg.RNG_SEED,
     )
     num_classes = len(dataset.classes)
+    if split == "val" or (split == "test" and num_classes != cfg.MODEL.NUM_CLASSES):
+        _check_same_classes(dataset)
     if num_classes != cfg.MODEL.NUM_CLASSES:
+        has = f"{dataset.folder} has {counted(num_classes, 'class folder')}"
+        model_has = f"the model has MODEL.NUM_CLASSES {cfg.MODEL.NUM_CLASSES}"
+        if not cfg.TRAIN.ENABLE:  # the weights fit the model, or this would not be read
+            raise UserError(
+                f"{has}, but {model_has}. Give another DATA.PATH_TO_DATA_DIR or, to fine-tune for these classes with "
+                f"tools/run_net.py, type MODEL.NUM_CLASSES {num_classes} {to_fine_tune(cfg)}."
+            )
         raise UserError(
-            f"{dataset.folder} has {num_classes} class folders, but the model has MODEL.NUM_CLASSES "
-            f"{cfg.MODEL.NUM_CLASSES}. Set MODEL.NUM_CLASSES {num_classes}, or give another DATA.PATH_TO_DATA_DIR."
+            f"{has}, but {model_has}. Set MODEL.NUM_CLASSES {num_classes}, or give another DATA.PATH_TO_DATA_DIR."
         )
     return dataset
+
+
+def _check_same_classes(val: ImageNet) -> None:
+    """Refuse a val folder whose labels do not mean what those of the train folder beside it mean."""
+    folder = os.path.join(os.path.dirname(val.folder), "train")
+    try:
+        classes = set(find_classes(folder)[0])
+    except FileNotFoundError:  # nothing to compare with
+        return
+    for more, fewer, missing in (
+        (folder, val.folder, classes.difference(val.classes)),
+        (val.folder, folder, set(val.classes) - classes),
+    ):
+        if missing:
+            names = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise UserError(
+                f"{fewer} has no folder for: {names}. Labels follow the sorted names, so it needs the class folders "
+                f"of {more}; one without images may be empty."
+            )
 
 
 def build_clip_transforms(cfg: CfgNode, split: Split) -> list[ClipTransform]:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
 
 from ats.datasets.base import FileDataset
 from ats.datasets.transforms import Transform
-from ats.errors import UserError
+from ats.errors import NoSuchSplit, UserError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -134,15 +135,31 @@ def _scan(folder: str) -> tuple[list[str], list[tuple[str, int]]]:
     if not root:
         raise UserError(f"DATA.PATH_TO_DATA_DIR is not set. {expected}")
     if not os.path.isdir(folder):
-        raise UserError(f"The data folder {folder} does not exist. {expected}")
+        raise NoSuchSplit(f"The data folder {folder} does not exist. {expected}")
     try:
         classes, class_to_label = find_classes(folder)
     except FileNotFoundError:
         raise UserError(f"The data folder {folder} has no class folders in it. {expected}") from None
-    files = make_dataset(folder, class_to_label, extensions=IMG_EXTENSIONS, allow_empty=True)
+    skipped: Counter[str] = Counter()
+
+    def is_image(path: str) -> bool:
+        name = os.path.basename(path)
+        if has_file_allowed_extension(name, IMG_EXTENSIONS):
+            return True
+        if not name.startswith("."):
+            skipped[os.path.splitext(name)[1].lower() or "without extension"] += 1
+        return False
+
+    files = make_dataset(folder, class_to_label, is_valid_file=is_image, allow_empty=True)
     empty = sorted(set(range(len(classes))) - {label for _, label in files})
     if not files:
         raise UserError(f"The class folders in {folder} hold no images ({', '.join(IMG_EXTENSIONS)}). {expected}")
+    if skipped:
+        counts = ", ".join(f"{count} {extension}" for extension, count in skipped.most_common())
+        logger.warning(
+            "%s: %s; skipped %s: only %s are read.",
+            *(folder, counted(len(files), "image"), counts, ", ".join(IMG_EXTENSIONS)),
+        )
     if empty:
         names = ", ".join(classes[label] for label in empty[:5]) + (", ..." if len(empty) > 5 else "")
         logger.warning(

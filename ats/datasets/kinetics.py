@@ -20,7 +20,7 @@ from torch import Tensor
 from ats.datasets.base import FileDataset, OnBad
 from ats.datasets.decode import Video, clip_size, clip_start, frame_indices
 from ats.datasets.video_transforms import ClipTransform
-from ats.errors import UserError
+from ats.errors import NoSuchSplit, UserError
 
 SEPARATORS = (" ", ",", "\t", ";")
 
@@ -177,7 +177,7 @@ def read_csv(path: str, *, separator: str, num_classes: int) -> Listing:
     if not separator:
         raise UserError('DATA.PATH_LABEL_SEPARATOR must not be empty: type " ", "," or "\\t".')
     if not os.path.isfile(path):
-        raise UserError(
+        raise NoSuchSplit(
             f"There is no {path}. DATA.PATH_TO_DATA_DIR must be a folder with train.csv, val.csv and test.csv, which "
             f"have a line `path{separator}label` per video; tools/prepare_kinetics.py writes them."
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ats.errors import UserError
+from ats.errors import UserError, counted
 
 
 def select_device(name: str) -> torch.device:
@@ -32,7 +32,7 @@ def device_name(device: torch.device) -> str:
     """A name for reports: the GPU's, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+    return f"cpu, {counted(torch.get_num_threads(), 'thread')}"
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import ats
-from ats.checkpoint import load_weights
+from ats.checkpoint import load_weights, to_fine_tune
 from ats.config import CfgNode
 from ats.datasets import build_loader, input_shape
 from ats.engine.device import autocast, device_name, explain_lost_worker, select_device
@@ -117,20 +117,25 @@ def _synchronize(device: torch.device) -> None:
 
 
 def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
-    """Evaluate `TEST.CHECKPOINT_FILE_PATH`, or `weights` where that is empty (or with neither, those that timm has
-    downloaded for TIMM.PRETRAINED), on `TEST.DATASET`.
+    """Evaluate `weights`, those just trained; without them `TEST.CHECKPOINT_FILE_PATH`, and with neither those that
+    timm has downloaded for TIMM.PRETRAINED, on `TEST.DATASET`.
 
     Writes OUTPUT_DIR/result.json and prints the table.
 
     Raises:
         UserError: no weights are given; weights or data do not fit the model or cannot be read.
     """
-    weights = str(cfg.TEST.CHECKPOINT_FILE_PATH or weights)
+    if weights and cfg.TEST.CHECKPOINT_FILE_PATH:
+        logger.info(
+            "TEST.CHECKPOINT_FILE_PATH %s is for runs that do not train; evaluating %s.",
+            *(cfg.TEST.CHECKPOINT_FILE_PATH, weights),
+        )
+    weights = str(weights or cfg.TEST.CHECKPOINT_FILE_PATH)
     check_weights(cfg, weights, hint=", or TRAIN.ENABLE True to train first")
     output_dir = open_output_dir(cfg)
     write_config(cfg, output_dir)
     device = select_device(cfg.DEVICE)
-    model = build_trained(cfg, weights)
+    model = build_trained(cfg, weights, advice=to_fine_tune(cfg))
     loader = build_loader(cfg, "test", rank=rank(), world_size=world_size())
     log_plan(
         {
@@ -167,11 +172,11 @@ def check_weights(cfg: CfgNode, weights: str, *, hint: str = "") -> None:
         )
 
 
-def build_trained(cfg: CfgNode, weights: str) -> nn.Module:
-    """The network of `cfg`, on the CPU, with the weights of a file, or without one timm's."""
+def build_trained(cfg: CfgNode, weights: str, *, advice: str = "") -> nn.Module:
+    """The network of `cfg`, on the CPU, with the weights of a file, or without one timm's; `advice`: `load_weights`."""
     model = build_model(cfg)
     if weights:
-        load_weights(model, weights)
+        load_weights(model, weights, advice=advice)
     return model
 
 

@@ -53,13 +53,19 @@ def open_output_dir(cfg: CfgNode) -> Path:
     """Create and lock OUTPUT_DIR and begin `log.txt` there; returns its path.
 
     Raises:
-        UserError: another run is using it.
+        UserError: another run is using it, or it cannot be made or written to.
     """
     output_dir = Path(cfg.OUTPUT_DIR).expanduser()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if is_main():
-        _lock(output_dir)
-    log_to_file(output_dir / ("log.txt" if is_main() else f"log_rank{rank()}.txt"))
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if is_main():
+            _lock(output_dir)
+        log_to_file(output_dir / ("log.txt" if is_main() else f"log_rank{rank()}.txt"))
+    except OSError as error:
+        raise UserError(
+            f"OUTPUT_DIR {output_dir} cannot be made or written to: {error.strerror or error}. Type OUTPUT_DIR FOLDER, "
+            "one where you may write."
+        ) from error
     wait_for_all()
     return output_dir
 

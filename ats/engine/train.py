@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 
 from ats.checkpoint import load_weights, save_safetensors
 from ats.config import CfgNode
-from ats.datasets import Sample, build_loader
+from ats.datasets import Loader, Sample, build_loader
 from ats.datasets.build import mean_std
 from ats.engine.checkpointing import Checkpoints, TrainState, newest, refuse_or_remove, resume
 from ats.engine.device import device_name, explain_lost_worker, seed_everything, select_device
@@ -32,7 +32,7 @@ from ats.engine.output_dir import open_output_dir, write_config
 from ats.engine.signals import SIGNALS, StopSignals
 from ats.engine.step import NonFiniteError, Recipe, StepStats, train_step
 from ats.engine.train_log import TrainLog
-from ats.errors import Stopped, UserError
+from ats.errors import NoSuchSplit, Stopped, UserError, counted
 from ats.models import build_model
 from ats.visualize import draw_fixed_images
 
@@ -91,7 +91,7 @@ class Trainer:
         self.cfg, self.device = cfg, select_device(cfg.DEVICE)
         self.recipe = Recipe.from_cfg(cfg)
         share = {"rank": rank(), "world_size": world_size()}
-        self.train_loader, self.val_loader = build_loader(cfg, "train", **share), build_loader(cfg, "val", **share)
+        self.train_loader, self.val_loader = build_loader(cfg, "train", **share), build_val_loader(cfg, **share)
         self.sampler = self.train_loader.batch_sampler
         self.num_epochs, self.num_steps = cfg.SOLVER.MAX_EPOCH, self.sampler.num_batches
         self.state = build_state(cfg, self.device)
@@ -213,7 +213,7 @@ class Trainer:
 
     def _after_epoch(self, stop: StopSignals) -> None:
         """Evaluate if due. A checkpoint was written before, so that a run that ends in it does it again."""
-        if not self._evaluation_is_due():
+        if self.val_loader is None or not self._evaluation_is_due():
             return
         state = self.state
         with stop.at_once(f"in the evaluation after epoch {state.epoch} of {self.num_epochs}"):
@@ -232,26 +232,51 @@ class Trainer:
         cfg = self.cfg
         passes = f" in {cfg.TRAIN.GRAD_ACCUM_STEPS} passes" if cfg.TRAIN.GRAD_ACCUM_STEPS > 1 else ""
         precision = cfg.TRAIN.AMP_DTYPE if cfg.TRAIN.MIXED_PRECISION else "float32"
-        saving = [f"every {cfg.TRAIN.CHECKPOINT_STEPS} steps"] if cfg.TRAIN.CHECKPOINT_STEPS else []
+        saving = [_every(cfg.TRAIN.CHECKPOINT_STEPS, "step")] if cfg.TRAIN.CHECKPOINT_STEPS else []
         saving += [f"every {cfg.TRAIN.CHECKPOINT_MINUTES:g} minutes"] if cfg.TRAIN.CHECKPOINT_MINUTES else []
-        saving += [f"every {cfg.TRAIN.CHECKPOINT_PERIOD} epochs"] if cfg.TRAIN.CHECKPOINT_PERIOD else []
+        saving += [_every(cfg.TRAIN.CHECKPOINT_PERIOD, "epoch")] if cfg.TRAIN.CHECKPOINT_PERIOD else []
         keep = f"the last {cfg.TRAIN.CHECKPOINT_KEEP} and the best" if cfg.TRAIN.CHECKPOINT_KEEP else "all"
+        schedule = f"{counted(cfg.SOLVER.MAX_EPOCH, 'epoch')} of {counted(self.num_steps, 'step')}"
+        schedule += f" of {counted(cfg.TRAIN.BATCH_SIZE, 'sample')}{passes}"
+        num_train = counted(len(self.train_loader.dataset), "sample")
+        num_val = "none" if self.val_loader is None else len(self.val_loader.dataset)
+        saving.append("at the end" if self.val_loader is None else "before every evaluation")
         return {
             "train": describe_model(cfg, self.state.model),
             "weights": cfg.TRAIN.CHECKPOINT_FILE_PATH or f"random, RNG_SEED {cfg.RNG_SEED}",
-            "data": f"{cfg.TRAIN.DATASET} in {cfg.DATA.PATH_TO_DATA_DIR}: {len(self.train_loader.dataset)} samples to "
-            f"train on, {len(self.val_loader.dataset)} to evaluate on",
-            "schedule": f"{cfg.SOLVER.MAX_EPOCH} epochs of {self.num_steps} steps of {cfg.TRAIN.BATCH_SIZE} samples"
-            f"{passes}, {cfg.SOLVER.OPTIMIZING_METHOD}, learning rate {cfg.SOLVER.BASE_LR:g} {cfg.SOLVER.LR_POLICY}",
+            "data": f"{cfg.TRAIN.DATASET} in {cfg.DATA.PATH_TO_DATA_DIR}: "
+            f"{num_train} to train on, {num_val} to evaluate on",
+            "schedule": f"{schedule}, {cfg.SOLVER.OPTIMIZING_METHOD}, "
+            f"learning rate {cfg.SOLVER.BASE_LR:g} {cfg.SOLVER.LR_POLICY}",
             "device": f"{device_name(self.device)}, {precision}",
             "process": f"{world_size()} with {self.train_loader.num_workers} data workers each",
-            "saves": f"{', '.join([*saving, 'before every evaluation'])}; keeps {keep}",
+            "saves": f"{', '.join(saving)}; keeps {keep}",
             "output": str(Path(cfg.OUTPUT_DIR).expanduser().resolve()),
         }
 
 
+def build_val_loader(cfg: CfgNode, **share: int) -> Loader | None:
+    """The loader of the validation data; None if nothing will be evaluated.
+
+    Raises:
+        UserError: as `build_loader`.
+    """
+    if not cfg.TRAIN.EVAL_PERIOD and not cfg.TEST.ENABLE:
+        return None
+    try:
+        return build_loader(cfg, "val", **share)
+    except NoSuchSplit as error:
+        raise UserError(
+            f"{error}\nTo train without validation data, type TRAIN.EVAL_PERIOD 0 TEST.ENABLE False."
+        ) from error
+
+
 def _is_due(epoch: int, period: int) -> bool:
     return period > 0 and epoch % period == 0
+
+
+def _every(number: int, noun: str) -> str:
+    return f"every {noun}" if number == 1 else f"every {counted(number, noun)}"
 
 
 def _name_samples(index: list[int], limit: int = 16) -> str:
@@ -264,8 +289,8 @@ def build_state(cfg: CfgNode, device: torch.device) -> TrainState:
     seed_everything(cfg.RNG_SEED)
     model = build_model(cfg)
     if cfg.TRAIN.CHECKPOINT_FILE_PATH:
-        head_keys = getattr(model, "head_keys", ("head",))
-        load_weights(model, cfg.TRAIN.CHECKPOINT_FILE_PATH, skip=head_keys if cfg.TRAIN.RESET_HEAD else ())
+        skip = getattr(model, "head_keys", ("head",)) if cfg.TRAIN.RESET_HEAD else ()
+        load_weights(model, cfg.TRAIN.CHECKPOINT_FILE_PATH, skip=skip, advice="TRAIN.RESET_HEAD True")
     model.to(device)
     return TrainState(
         model=model,

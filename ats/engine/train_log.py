@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ats.engine.distributed import is_main
 from ats.engine.meters import Eta, Window
 from ats.engine.step import StepStats
-from ats.errors import UserError
+from ats.errors import UserError, counted
 from ats.files import atomic_write
 
 if TYPE_CHECKING:
@@ -103,7 +103,11 @@ class TrainLog:
             "%s%s, %s to go",
             *(epoch + 1, self._num_epochs, step + 1, self._num_steps, means["loss"], lr, means["grad_norm"]),
             *(values["images_per_second"], 100 * values["data_wait_share"]),
-            *(f", {num_bad} bad files" if num_bad else "", f", tokens {tokens}" if tokens else "", self._eta),
+            *(
+                f", {counted(num_bad, 'bad file')}" if num_bad else "",
+                f", tokens {tokens}" if tokens else "",
+                self._eta,
+            ),
         )
 
     def window(self) -> dict:
