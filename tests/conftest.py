@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from ats.config import schema
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # tests import the tools by their names
+
+# Machines that tests run on are slow at times; that is not what they test.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # The longest files, begun first: whole files go to the processes of `make test`, and a long one that is begun last
 # keeps one of them busy while the others have nothing left to do.

@@ -46,7 +46,7 @@ def test_blocks_step_one_after_the_other(slots, num_blocks):
 
 
 @given(slot_lists, st.lists(st.floats(0.1, 3), min_size=4, max_size=4), st.floats(0, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_bisection_finds_the_nearest_k_on_its_scale(slots, prices, place):
     """As near as the tolerance, or else as near as any scale comes, which a scan over all of them shows."""
     knobs = knobs_of(slots)
@@ -65,7 +65,7 @@ def test_bisection_finds_the_nearest_k_on_its_scale(slots, prices, place):
 
 
 @given(slot_lists, st.floats(0.2, 0.8), st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_refining_never_changes_the_logits_more_and_stays_in_the_budget(slots, place, seed):
     """Whatever the change is a function of."""
     knobs = knobs_of(slots)

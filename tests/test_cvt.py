@@ -256,7 +256,7 @@ def test_cells_are_kept_or_dropped_whole(name):
     st.sampled_from([ALL, (1, 3)]),
     st.sampled_from([1.0, 0.5, 7]),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_kept_sets_do_not_depend_on_the_batch(seed, order, name, blocks, num_tokens):
     """Any batch made of any images in any order: each keeps the tokens and gets the logits it gets alone."""
     model, pool = net(name, blocks=blocks, seed=seed % 5, NUM_TOKENS=num_tokens), inputs(name, 4, seed)

@@ -178,7 +178,7 @@ sizes = {
 
 
 @given(**sizes)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_train_sampler_laws(num_samples, share, world_size, num_repeats, seed, epoch):
     """Over the ranks an epoch is the order of one process; R draws per image; only (seed, epoch) counts."""
     batch_size = share + world_size - 1
@@ -224,7 +224,7 @@ def test_train_sampler_orders_differ():
 
 
 @given(num_samples=st.integers(0, 60), batch_size=st.integers(1, 20), world_size=st.integers(1, 7))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_eval_sampler_reads_each_sample_once(num_samples, batch_size, world_size):
     """Whatever the number of processes, every sample is evaluated exactly once and no batch is too large."""
     seen = []

@@ -43,7 +43,7 @@ def read_result(output_dir: Path) -> dict:
 
 
 @given(batch=st.integers(2, 20), world_size=st.integers(1, 5), seed=st.integers(0, 9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_shares_of_pairs(batch, world_size, seed):
     """Over the processes every draw of a batch comes once, and what mixup mixes (i and B - 1 - i) stays together."""
     if batch < 2 * world_size:

@@ -24,7 +24,7 @@ from ats.plan import plan_samplers
     distilled=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_layouts_give_the_same_logits_and_kept_tokens(layout, sampler, score, num_tokens, distilled, seed):
     """The padded and the static network keep what the packed one keeps, and say the same to round-off."""
     options = {"sampler": sampler, "score": score, "num_tokens": num_tokens, "distilled": distilled, "seed": seed}

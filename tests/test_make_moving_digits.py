@@ -66,7 +66,7 @@ def refused(seed: int) -> list[tool.Fragment]:
 
 
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_opposite_directions_have_the_same_frames(draw, seed):
     """In reverse order, pixel for pixel: frames without their order do not tell left from right or up from down."""
     for one, other in (("left", "right"), ("up", "down")):
@@ -74,7 +74,7 @@ def test_opposite_directions_have_the_same_frames(draw, seed):
 
 
 @given(seed=st.integers(0, 10**6), direction=st.sampled_from(tool.DIRECTIONS))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_digit_moves_as_its_class_says(draw, seed, direction):
     """Steadily along the axis, not at all across it, in pixels too; and all of it stays on the canvas."""
     clip = draw(seed, direction)

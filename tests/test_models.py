@@ -108,7 +108,7 @@ def build_model_with(cfg, samplers):
     st.sampled_from([1.0, 0.5, 20]),
     st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_kept_sets_do_not_depend_on_the_batch(seed, order, sampler, score, num_tokens, distilled):
     """Any batch made of any images in any order: each image keeps the tokens and gets the logits it gets alone."""
     model = small_vit(seed=seed % 7, sampler=sampler, score=score, num_tokens=num_tokens, distilled=distilled)

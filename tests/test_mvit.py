@@ -241,7 +241,7 @@ def test_uneven_grids_at_their_configured_size(temporal_stride, keep_all):
     st.sampled_from(UNEVEN),
     st.sampled_from([1.0, 0.5, 9]),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_kept_sets_do_not_depend_on_the_batch_on_uneven_grids(seed, order, name, size, num_tokens):
     """And cells go whole: 2 x 2 tokens, or fewer in the last row and column."""
     model, pool = net(name, blocks=(2, 3, 4), seed=seed % 5, NUM_TOKENS=num_tokens), on_size(*size, 3, seed)
@@ -287,7 +287,7 @@ def has_ties(scores: torch.Tensor) -> bool:
     st.sampled_from([(2, 3, 4), (0, 1, 2), (1, 4)]),
     st.sampled_from([1.0, 0.5, 9]),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_kept_sets_do_not_depend_on_the_batch(seed, order, name, blocks, num_tokens):
     """Any batch made of any clips in any order: each keeps the tokens and gets the logits it gets alone.
 
@@ -391,7 +391,7 @@ def test_relative_positions_of_unequal_grids():
     assert relative_table(torch.ones(3, 5), 4, 4).shape == (4, 4, 5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     grid=st.tuples(*[st.integers(1, 6)] * 3),
     kernel=st.tuples(*[st.sampled_from([1, 3, 5])] * 3),

@@ -34,7 +34,7 @@ def test_rule_keeps_what_the_plain_version_keeps(size):
     st.integers(1, 60),
     st.integers(0, 40),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rule_keeps_what_the_plain_version_keeps_of_any_scores(rows, points, slots):
     """To the last digit: what one version rounds the other must not."""
     scores = torch.zeros(len(rows), max(map(len, rows)))
@@ -87,7 +87,7 @@ def test_scores_of_a_sequence_do_not_see_the_batch():
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_kept_rows_are_those_of_the_plain_version(rows):
     """The same tokens, positions and lengths, sequence after sequence."""
     lengths = torch.tensor([len(row) for row in rows])

@@ -137,7 +137,7 @@ def kernel_gradient(features: torch.Tensor, points: torch.Tensor, weight: torch.
 
 
 @given(st.integers(0, 10**6), st.integers(2, 6), st.integers(2, 6), st.integers(1, 12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_released_backward(seed, height, width, num_points):
     """`released` gives the values of `grid_sample` bit for bit, and the kernel's backward pass written out as a loop:
     this is the gradient for points inside the border and those a pixel or more beyond it, and for no others.
@@ -248,7 +248,7 @@ def test_keep_all_equals_dense(blocks, dtype, atol):
     st.sampled_from(["inverse_transform", "topk", "random"]),
     st.sampled_from([1.0, 0.5, 9]),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_kept_sets_do_not_depend_on_the_batch(seed, order, sampler, num_tokens):
     """Any batch made of any images in any order: each keeps the tokens and gets the logits it gets alone."""
     model, pool = net(blocks=ALL, seed=seed % 5, NUM_TOKENS=num_tokens, SAMPLER=sampler), inputs(4, seed)

@@ -55,7 +55,7 @@ distinct_scores = st.lists(st.integers(1, 10**6), min_size=2, max_size=60, uniqu
 
 
 @given(distinct_scores, st.integers(2, 80), st.booleans(), st.sampled_from(["official", "paper"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_inverse_transform_is_the_definition(scores, num_points, fills_slots, rule):
     """The closed form picks the tokens that trying every sample point picks.
 
@@ -74,7 +74,7 @@ def test_inverse_transform_is_the_definition(scores, num_points, fills_slots, ru
 
 
 @given(st.lists(st.sampled_from([0, 0, 0, 1, 2, 3, 1000]), min_size=1, max_size=40).filter(any), st.integers(1, 60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_paper_rule_never_keeps_a_token_without_mass(scores, num_points):
     """By the paper's rule a score of 0 is a probability of 0. What is kept is what every point picks on its own."""
     sampler = BlockSampler(block=0, num_tokens=num_points + 1, rule="paper")
@@ -104,7 +104,7 @@ def test_paper_rule_gives_a_plateau_to_its_first_entry(small, dtype):
     st.sampled_from(["official", "paper"]),
     st.integers(0, 7),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_sequence_does_not_see_the_batch(rows, num_points, name, rule, pad):
     """What is kept of a sequence is the same alone, in a batch, and with more padding: exactly, for every sampler."""
     sampler = BlockSampler(block=3, num_tokens=num_points + 1, rule=rule, sampler=name)
@@ -116,7 +116,7 @@ def test_a_sequence_does_not_see_the_batch(rows, num_points, name, rule, pad):
 
 
 @given(distinct_scores, st.integers(2, 40), st.floats(1e-3, 1e3), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_official_rule_ignores_scale_and_order(scores, num_points, scale, random):
     """Scores are sorted and normalised first: neither their unit nor the order of the tokens matters."""
     sampler = BlockSampler(block=0, num_tokens=num_points + 1)
@@ -130,7 +130,7 @@ def test_official_rule_ignores_scale_and_order(scores, num_points, scale, random
 
 
 @given(distinct_scores, st.integers(2, 80), st.sampled_from(sorted(SAMPLERS)), st.sampled_from(["official", "paper"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_number_kept(scores, num_points, name, rule):
     """At least one and at most K tokens stay; topk and random keep exactly K, or all there are."""
     sampler = BlockSampler(block=0, num_tokens=num_points + 1, rule=rule, sampler=name)

@@ -35,7 +35,7 @@ UNITS = np.repeat(np.arange(40), 4)
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 0.9), st.floats(0.1, 0.9), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_differences_are_antisymmetric_and_of_the_accuracies(seed, rate_a, rate_b, has_seeds):
     rng = np.random.default_rng(seed)
     a, b = draw_hits(rng, rate_a), draw_hits(rng, rate_b)
@@ -173,7 +173,7 @@ def test_an_interrupted_list_goes_on(tmp_path):
 
 
 @given(st.floats(1, 60), st.floats(0.2, 2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_num_tokens_meets_the_target(target, power):
     """For a cost that rises with K, to the step in which K is searched."""
     k = nearest_num_tokens(lambda k: k**power, target)

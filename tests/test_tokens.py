@@ -14,7 +14,7 @@ lengths_of_sequences = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
 @given(lengths_of_sequences)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_pad_and_unpad_are_inverse(lengths):
     layout = Layout.from_lengths(torch.tensor(lengths))
     x = torch.randn(sum(lengths), 3)
@@ -27,7 +27,7 @@ def test_pad_and_unpad_are_inverse(lengths):
 
 
 @given(st.integers(1, 4), st.integers(3, 12), st.integers(1, 2), st.integers(0, 2**30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_keep_remembers_where_tokens_come_from(num_sequences, length, num_prefix, seed):
     """After two rounds of keeping, every token still equals the original at its position, and the grid holds the rest
     as zeros.
@@ -104,7 +104,7 @@ def random_qkv(k_sizes, q_sizes, dtype=torch.float64, device="cpu"):
 
 @pytest.mark.parametrize("backend", ["padded", "loop", "auto"])
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_attention_backends_agree(backend, sizes):
     """Values and gradients of each backend equal attention written out, for any query and key lengths."""
     q_sizes, k_sizes = [min(s) for s in sizes], [max(s) for s in sizes]
@@ -137,7 +137,7 @@ def test_varlen_attention_agrees(dtype):
 
 
 @given(lengths_of_sequences)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_scoring_rows_are_rows_of_the_attention_matrix(sizes):
     """cls_attention is row 0 of the softmax matrix, mean_attention the mean of its rows, whatever the chunk."""
     q, k, _ = random_qkv(sizes, sizes)

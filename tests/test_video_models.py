@@ -51,7 +51,7 @@ def test_empty_batch(kind, share):
 
 @each_mode
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 2), min_size=2, max_size=3), st.sampled_from([1.0, 0.5, 20]))
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 def test_results_do_not_depend_on_the_batch(kind, share, seed, order, num_tokens):
     """Any batch of any clips in any order: each keeps the tokens, gets the logits and costs what it does alone."""
     model = sampling_model(kind, share, "ATS.NUM_TOKENS", num_tokens, seed=seed % 5)
