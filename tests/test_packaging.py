@@ -106,11 +106,13 @@ def test_wheel_finds_its_configs_from_anywhere(site, tmp_path):
 
 def test_wheel_finds_the_weights_that_its_configs_name(site, tmp_path):
     code = (
-        "import ats.config as c, ats.checkpoint as k, ats.models as m; cfg = c.load_config('Digits/DeiT_ATS.yaml'); "
-        "k.load_weights(m.build_model(cfg), cfg.TEST.CHECKPOINT_FILE_PATH); print(c.SHIPPED)"
+        "import ats.config as c; cfg = c.load_config('Digits/DeiT_ATS.yaml'); "
+        "print(c.find_shipped(cfg.TEST.CHECKPOINT_FILE_PATH))"  # as `load_checkpoint` does
     )
-    said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).splitlines()
-    assert said == [str(site / "ats" / "configs")]
+    [found] = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).splitlines()
+    weights = Path("configs", "Digits", "weights", "deit_dense.safetensors")
+    assert found == str(site / "ats" / weights)
+    assert Path(found).read_bytes() == (ROOT / weights).read_bytes()
 
 
 def test_a_local_config_comes_before_a_shipped_one(tmp_path, monkeypatch):
