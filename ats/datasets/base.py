@@ -80,9 +80,18 @@ class FileDataset(Dataset[Sample], ABC):
             return self._read(key.index)
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> list[Sample] | UserError:
-        """A batch for a DataLoader. A UserError is returned, not raised: see `ats.datasets.build.Loader`."""
+        """A batch for a DataLoader, of indices or of Draws. A UserError is returned, not raised: see
+        `ats.datasets.build.Loader`.
+        """
         try:
-            return [self[key] for key in keys]
+            if not isinstance(keys[0], Draw):
+                return [self[key] for key in keys]
+            with generators_unchanged():  # once for all: it takes as long as a fiftieth of reading an image
+                samples = []
+                for index, seed in keys:
+                    seed_generators(seed)
+                    samples.append(self._read(index))
+                return samples
         except UserError as error:
             return error
 
@@ -101,13 +110,25 @@ class FileDataset(Dataset[Sample], ABC):
         raise UserError(f"{bad} cannot be read, and nor can the {MAX_REPLACEMENTS - 1} files tried in its place.")
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed `random`, `numpy` and `torch` (CPU) for the block, then put their states back."""
-    states = random_states()
+def seed_generators(seed: int) -> None:
+    """Seed `random`, `numpy` and `torch` (CPU)."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - timm draws from the global generator
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would disturb the GPU's generators
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed `random`, `numpy` and `torch` (CPU) for the block, then put their states back."""
+    with generators_unchanged():
+        seed_generators(seed)
+        yield
+
+
+@contextmanager
+def generators_unchanged() -> Iterator[None]:
+    """Put the states of `random`, `numpy` and `torch` (CPU) back after the block."""
+    states = random_states()
     try:
         yield
     finally:
