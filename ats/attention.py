@@ -52,8 +52,8 @@ def ragged_attention(
     attend = _BACKENDS[backend]
     if not q.is_cuda or keys.kind == "static" or torch.compiler.is_compiling():
         return attend(q, k, v, queries, keys, scale, dropout_p)
-    # cuDNN's attention makes a plan, which takes tens of milliseconds, for all lengths that it has not met before, as
-    # ragged sequences bring them at every call; flash attention needs none.
+    # cuDNN's attention makes a plan for lengths that it has not met before, which ragged sequences bring at every call;
+    # flash attention needs none. Others' traces show tens of milliseconds for a plan; not measured here, without a GPU.
     allowed = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

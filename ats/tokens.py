@@ -164,7 +164,7 @@ class RaggedTokens:
         tokens = object.__new__(type(self))
         for name in type(self).__dataclass_fields__:  # torch.compile of PyTorch 2.11 cannot go over `__dict__`
             setattr(tokens, name, getattr(self, name))
-        for name in ("grid_index", "row_at_position"):
+        for name in ("grid_index", "row_at_position"):  # the `cached` ones below: one left out is looked up anew
             if name in self.__dict__:
                 setattr(tokens, name, self.__dict__[name])
         tokens.x = x
