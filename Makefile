@@ -29,7 +29,7 @@ test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-faults: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_faults.py -k any_moment --kills $(KILLS) -s
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine/test_faults.py -k any_moment --kills $(KILLS) -s
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -59,7 +59,7 @@ def timm_model(
     import timm
 
     from ats.checkpoint import load_weights
-    from ats.plugin import patch
+    from ats.plugin.patch import patch
 
     model = patch(timm.create_model(name, pretrained=pretrained, **kwargs), blocks=blocks, num_tokens=num_tokens)
     if checkpoint:

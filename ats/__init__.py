@@ -1,7 +1,7 @@
 """Adaptive Token Sampling (Fayyaz et al., ECCV 2022) for vision transformers.
 
-    ats.patch(timm_model, blocks=range(3, 12), num_tokens=197)      # see ats/plugin.py
-    ats.calibrate(timm_model, images, gflops=2.9)                   # see ats/calibration.py
+    ats.patch(timm_model, blocks=range(3, 12), num_tokens=197)      # see ats/plugin/patch.py
+    ats.calibrate(timm_model, images, gflops=2.9)                   # see ats/budget/calibration.py
 
 Importing `ats` imports nothing heavy; what is named here is loaded when it is first used.
 """
@@ -11,9 +11,9 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "patch": "ats.plugin",
-    "unpatch": "ats.plugin",
-    "calibrate": "ats.calibration",
+    "patch": "ats.plugin.patch",
+    "unpatch": "ats.plugin.patch",
+    "calibrate": "ats.budget.calibration",
     "UserError": "ats.errors",
 }
 __all__ = ["UserError", "__version__", "calibrate", "patch", "unpatch"]

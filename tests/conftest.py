@@ -29,7 +29,7 @@ COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0), "yello
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--kills N`: moments at which tests/test_faults.py kills a training."""
+    """`--kills N`: moments at which tests/engine/test_faults.py kills a training."""
     parser.addoption("--kills", type=int, default=3)
 
 

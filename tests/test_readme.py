@@ -123,7 +123,7 @@ def test_scripts_of_commands_exist(place, line):
 def test_export_commands_parse(place, line):
     """So are those of exports, and what they ask for can be exported."""
     from ats.cli.export import parse_args
-    from ats.engine.export import check_exportable, format_of
+    from ats.export.graph import check_exportable, format_of
 
     words = [str(ROOT / word) if word.endswith(".yaml") else word for word in shlex.split(line)]
     args, cfg = parse_args(words[2:])

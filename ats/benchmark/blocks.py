@@ -14,7 +14,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ats.models import cost, cvt_cost, mvit_cost, psvit
+from ats.models import cost, psvit
+from ats.models.cvt import cost as cvt_cost
+from ats.models.mvit import cost as mvit_cost
 from ats.tokens import KeptTokens
 
 Call = tuple[tuple, Tensor]  # arguments of a block's formula, and what it gave

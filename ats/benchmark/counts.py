@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ats.sampling import SAMPLERS, BlockSampler, Candidates, inverse_transform
+from ats.reduction.sampling import SAMPLERS, BlockSampler, Candidates, inverse_transform
 
 # DeiT-S, blocks 3 to 11: mean and standard deviation of the tokens kept of 197, CLS counted.
 PAPER_BLOCKS = tuple(range(3, 12))
@@ -67,7 +67,7 @@ class ImposedCounts:
         return (self.scale * (count - 1) / (PAPER_NUM_TOKENS - 1)).clamp(0.05, 1)
 
     def __call__(self, candidates: Candidates, num_points: int, options: BlockSampler) -> Tensor:
-        """See `ats.sampling.Sampler`."""
+        """See `ats.reduction.sampling.Sampler`."""
         inverse_transform(candidates, num_points, options)  # paid for; its choice is not used
         return self.choose(candidates, num_points, options)
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ats.flops import gflops
-from ats.reducers import EViT, ToMe
-from ats.sampling import BlockSampler
+from ats.reduction.reducers import EViT, ToMe
+from ats.reduction.sampling import BlockSampler
 
 MATCHED = ("topk", "random", "tome", "evit")
 NUM_HALVINGS = 12

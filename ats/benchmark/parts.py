@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ats.benchmark.counts import ImposedCounts
-from ats.models import ats_block
-from ats.models.ats_block import ATSBlock
+from ats.models import block as ats_block
+from ats.models.block import ATSBlock
 from ats.tokens import RaggedTokens
 
 PARTS = ("embedding", "qkv", "scoring and sampling", "attention", "mlp", "scatter and gather", "rest")

@@ -12,7 +12,7 @@ import torch
 
 from ats import kernels
 from ats.benchmark.meters import pass_seconds
-from ats.sampling import BlockSampler, Candidates, inverse_transform
+from ats.reduction.sampling import BlockSampler, Candidates, inverse_transform
 from ats.tokens import RaggedTokens
 
 

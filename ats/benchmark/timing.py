@@ -26,10 +26,10 @@ from ats.benchmark.parts import part_seconds
 from ats.benchmark.products import linear_efficiencies
 from ats.benchmark.turns import time_in_turn
 from ats.benchmark.variants import GRAPHS, build_variants, labelled_images
-from ats.cuda_graph import capture
 from ats.engine.device import autocast, select_device
 from ats.engine.evaluate import evaluate
 from ats.errors import UserError
+from ats.export.cuda_graph import capture
 from ats.flops import gflops
 
 

@@ -29,7 +29,7 @@ from ats.engine.logging import setup_logging
 from ats.errors import UserError, exit_status
 
 if TYPE_CHECKING:
-    from ats.calibration import Calibration
+    from ats.budget.calibration import Calibration
 
 OPTIONS = ("--cfg", "--gflops", "--keep", "--speedup", "--accounting", "--split", "--images", "--refine", "--output")
 
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
     Raises:
         UserError: weights, data or budget do not fit.
     """
-    from ats.calibration import calibrate
+    from ats.budget.calibration import calibrate
     from ats.checkpoint import load_weights
     from ats.datasets.build import build_sample_loader
     from ats.engine.device import explain_lost_worker, select_device

@@ -7,7 +7,7 @@
 Weights are those that run_net.py would evaluate. With ATS, tokens lie in slots, min(ATS.NUM_TOKENS, slots before) for
 every image, so choose ATS.NUM_TOKENS: it sets what the file costs, and no image keeps more. The file is run on random
 images (and on some of the data set where DATA.PATH_TO_DATA_DIR is there) and compared with the network as it is
-evaluated; a file that computes something else is an error. `ats/engine/export.py` says what goes in and comes out.
+evaluated; a file that computes something else is an error. `ats/export/graph.py` says what goes in and comes out.
 
 Works for MODEL.NAME ViT (also VIT.DISTILLED True) and timm/<name>, with ATS and without.
 """
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     Raises:
         UserError: what was asked for cannot be done, or the file does not compute what the network does.
     """
-    from ats.engine.export import compare, export, format_of, load, save
+    from ats.export.graph import compare, export, format_of, load, save
 
     kind = format_of(args.output, args.format)
     if args.images < 1:

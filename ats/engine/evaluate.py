@@ -39,7 +39,7 @@ from ats.errors import UserError
 from ats.files import atomic_write
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
-from ats.sampling import REDUCERS
+from ats.reduction.sampling import REDUCERS
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ats.models.ats_block import ATSBlock
-from ats.sampling import BlockSampler
+from ats.models.block import ATSBlock
+from ats.reduction.sampling import BlockSampler
 from ats.tokens import KeptTokens
 
 

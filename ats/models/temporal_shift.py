@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from ats.models.ats_block import ATSBlock
+from ats.models.block import ATSBlock
 from ats.tokens import RaggedTokens
 
 

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from ats.attention import ragged_attention
 from ats.errors import UserError, suggest
-from ats.models.ats_block import ATSBlock, insert_ats, run_blocks, samplers_from_cfg
+from ats.models.block import ATSBlock, insert_ats, run_blocks, samplers_from_cfg
 from ats.models.cost import blocks_multiply_adds, conv_multiply_adds, linear_multiply_adds
 from ats.models.vit import VisionTransformer, clip_to_frames, vit_settings_from_cfg
-from ats.sampling import BlockSampler
+from ats.reduction.sampling import BlockSampler
 from ats.tokens import KeptTokens, Layout, RaggedTokens
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ats.errors import UserError
-from ats.models.ats_block import insert_ats, run_blocks, samplers_from_cfg
+from ats.models.block import insert_ats, run_blocks, samplers_from_cfg
 from ats.models.cost import blocks_multiply_adds, conv_multiply_adds, linear_multiply_adds
-from ats.sampling import BlockSampler
+from ats.reduction.sampling import BlockSampler
 from ats.tokens import KeptTokens
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from ats.datasets.build import mean_std
 from ats.engine.device import select_device
 from ats.errors import UserError
 from ats.flops import gflops
-from ats.models import XViT, build_model
+from ats.models import build_model
+from ats.models.xvit import XViT
 from ats.visualize.grids import BlockView, look
 
 

@@ -21,12 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from ats.errors import UserError
-from ats.models import CvT, MViT, PSViT, TimeSformer, VisionTransformer, XViT
-from ats.models.canvas import Grid
-from ats.models.cvt_cost import conv_grid
-from ats.models.mvit_block import divide
-from ats.models.timm_vit import ATSModel
-from ats.sampling import BlockSampler, Candidates, usable
+from ats.models.cvt import CvT
+from ats.models.cvt.cost import conv_grid
+from ats.models.dense_grid import Grid
+from ats.models.mvit import MViT
+from ats.models.mvit.dense import divide
+from ats.models.psvit import PSViT
+from ats.models.timesformer import TimeSformer
+from ats.models.vit import VisionTransformer
+from ats.models.xvit import XViT
+from ats.plugin.timm.model import ATSModel
+from ats.reduction.sampling import BlockSampler, Candidates, usable
 from ats.tokens import KeptTokens
 
 DISC_PIXELS = 112  # PS-ViT's discs are drawn on a grid of so many cells along each side

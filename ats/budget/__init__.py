@@ -1,0 +1,1 @@
+"""K for a budget."""

@@ -1,0 +1,1 @@
+"""Networks as graphs: ONNX and .pt2 files, CUDA graphs."""

@@ -1,0 +1,103 @@
+"""Scores and sampler outside PyTorch's operations: Triton's kernels on a GPU, Numba's functions on a CPU.
+
+Both are answers or None. None says that the caller's plain operations, which are the reference, have to do: nothing is
+installed for this device, the numbers are of another type, or something wants to see PyTorch's own operations - a
+compiler, a tracer, a counter of FLOPs, a transform of torch.func.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+logger = logging.getLogger(__name__)
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+class Rows(Protocol):
+    """Where sequences lie among rows: what is asked here of a `Layout` (`tokens.py`, which builds on this module)."""
+
+    lengths: Tensor
+    longest: int
+    uniform: bool
+    start: Tensor
+
+
+def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor | None:
+    """[S, M] bool, which candidates inverse transform sampling keeps by the official rule.
+
+    Args:
+        scores, lengths, slots: see `ats.reduction.sampling.Candidates`.
+        num_points: K - 1, sample points.
+    """
+    if _triton_may_run(scores):
+        from ats.kernels.triton_sampling import try_official_rule
+
+        return try_official_rule(scores, lengths, slots, num_points)
+    numba = _numba_for(scores) if scores.dtype == torch.float32 else None
+    return None if numba is None else numba.official_rule(scores, lengths, slots, num_points)
+
+
+def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Rows, scale: float) -> Tensor | None:
+    """Significance scores [S, M] of all tokens, prefix tokens included; 0 behind the end of a sequence.
+
+    Args:
+        q: [S, H, D], of CLS. k, v: [T, H, D] of the tokens; without v its norm is left out. keys: their layout.
+    """
+    if _triton_may_run(k):
+        from ats.kernels.triton_scores import try_cls_scores
+
+        return try_cls_scores(q, k, v, start=keys.start, lengths=keys.lengths, longest=keys.longest, scale=scale)
+    fits = k.dtype != torch.float64 and all(t.stride(-1) == 1 for t in (q, k, k if v is None else v))
+    numba = _numba_for(k) if fits else None
+    if numba is None:
+        return None
+    rows_apart = keys.longest if keys.uniform else 0
+    return numba.cls_scores(q, k, v, lengths=keys.lengths, longest=keys.longest, rows_apart=rows_apart, scale=scale)
+
+
+def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The tokens that a mask keeps of packed sequences.
+
+    Args:
+        mask: [S, M] bool, False behind the end of a sequence. position: [T] int64. lengths: [S] int64.
+
+    Returns:
+        Their rows [T'] int64 among the packed ones, their entries of `position` [T'], and each sequence's number of
+        them [S].
+    """
+    numba = _numba_for(mask)
+    return None if numba is None else numba.kept_rows(mask, position, lengths)
+
+
+def _triton_may_run(x: Tensor) -> bool:
+    return x.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling()
+
+
+def _numba_for(x: Tensor) -> ModuleType | None:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    observed = _get_current_dispatch_mode() is not None or is_functorch_wrapped_tensor(x)
+    return None if observed else _numba_kernels()
+
+
+@cache
+def _numba_kernels() -> ModuleType | None:
+    """`numba_kernels`; None without Numba. Imported when the first image is sampled, as that takes a moment."""
+    try:
+        from ats.kernels import numba_kernels
+    except ImportError:
+        return None
+    except RuntimeError as error:  # Numba finds no folder to keep what it builds
+        logger.warning("Numba's functions cannot run (%s); PyTorch scores and samples instead, slower.", error)
+        return None
+    return numba_kernels

@@ -1,0 +1,102 @@
+"""Inverse transform sampling (official rule) as one GPU kernel: from scores to a mask without leaving the chip.
+
+What `ats.reduction.inverse_transform.official_rule` does in some twenty kernels, one program per sequence does here:
+sort, cumulative sum, and the closed form that picks the entries nearest to the sample points. That function is the
+reference and what runs everywhere else; tests/kernels/test_triton_sampling.py compares the two, number by number.
+
+Sorting has to carry the token's index along and to be stable. Both follow from sorting 64-bit keys: the bits of the
+score (a float that is not negative orders like its bits) above, the index below.
+
+The sum is taken in float64 and rounded once, as PyTorch does on a CPU, so that the order of additions does not
+decide which token wins.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MAX_CANDIDATES = 4096  # a program holds its whole sequence; 1024 x 1024 pixels have as many patches of 16 x 16
+_failed = False
+
+
+def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor:
+    """See `ats.kernels.official_rule`; scores float32, NaN and infinity say that a sequence's are unusable."""
+    num_sequences, num_candidates = scores.shape
+    keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    block = triton.next_power_of_2(num_candidates)
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    _official_rule[(num_sequences,)](
+        scores,
+        lengths,
+        keep,
+        num_candidates,
+        scores.stride(0),
+        slots,
+        num_points,
+        BLOCK=block,
+        num_warps=min(max(block // 64, 1), 16),
+        enable_fp_fusion=False,  # rounded where PyTorch rounds
+    )
+    return keep
+
+
+def try_official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor | None:
+    """`official_rule` where it can run: float32 on a GPU, at most MAX_CANDIDATES. None elsewhere, and from then on
+    where Triton could not build its kernel (it needs a C compiler), which the log says once.
+    """
+    global _failed
+    num_sequences, num_candidates = scores.shape
+    fits = scores.is_cuda and scores.dtype == torch.float32 and num_sequences and 0 < num_candidates <= MAX_CANDIDATES
+    if _failed or not fits:
+        return None
+    try:
+        with torch.cuda.device_of(scores):  # Triton launches on the current device
+            return official_rule(scores, lengths, slots, num_points)
+    except Exception as error:  # Triton raises anything from RuntimeError to CalledProcessError
+        _failed = True
+        logger.warning("The sampling kernel cannot run (%s: %s); PyTorch samples instead.", type(error).__name__, error)
+        return None
+
+
+# Numbers that change from batch to batch are plain arguments, not reasons to build the kernel anew.
+@triton.jit(do_not_specialize=["num_candidates", "score_row", "slots", "num_points"])
+def _official_rule(scores, lengths, keep, num_candidates, score_row, slots, num_points, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BLOCK)
+    length = tl.load(lengths + row).to(tl.int32)
+    is_valid = index < length
+
+    # `usable`: a sequence whose scores are not finite or have no mass counts all its tokens the same.
+    score = tl.where(is_valid, tl.load(scores + row * score_row + index, mask=is_valid, other=0.0), 0.0)
+    total = tl.sum(score, axis=0)
+    score = tl.where((total > 0) & (total < float("inf")), score, 1.0)  # false of NaN
+
+    bits = tl.where(is_valid, score, float("inf")).to(tl.int32, bitcast=True)
+    keys = tl.sort((bits.to(tl.int64) << 32) | index.to(tl.int64))
+    ranked = (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    order = (keys & 0xFFFFFFFF).to(tl.int32)
+    taken = index < length  # ranks, from here on: valid entries have come first
+
+    cdf = tl.cumsum(tl.where(taken, ranked, 0.0).to(tl.float64), axis=0).to(tl.float32)
+    last = tl.max(cdf, axis=0)
+    lowest = tl.where(length == slots, tl.min(cdf, axis=0), 0.0)
+    lowest = tl.where(last > lowest, lowest, 0.0)
+    cdf = tl.div_rn(cdf - lowest, (last - lowest) + tl.zeros_like(cdf))
+    first = tl.min(tl.where(cdf > 0, cdf, float("inf")), axis=0)
+    step = tl.div_rn(1 - first, tl.maximum(num_points - 1, 1).to(tl.float32))
+
+    # `nearest_to_points`: points below the midpoint to the next entry, less those below the midpoint to the last one.
+    middle = (cdf + tl.gather(cdf, tl.minimum(index + 1, BLOCK - 1), axis=0)) * 0.5
+    step = tl.maximum(step, 1.1754943508222875e-38)  # the smallest normal float32
+    below = tl.floor(tl.div_rn(middle - first, step + tl.zeros_like(cdf))) + 1
+    below = tl.minimum(tl.maximum(below, 0.0), num_points.to(tl.float32))
+    below = tl.where(index + 1 < length, below, num_points.to(tl.float32))
+    before = tl.where(index > 0, tl.gather(below, tl.maximum(index - 1, 0), axis=0), 0.0)
+    tl.store(keep + row * num_candidates + order, (below > before) & taken, mask=order < num_candidates)

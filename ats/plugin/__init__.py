@@ -1,0 +1,1 @@
+"""`ats.patch`: adaptive token sampling in models of timm and Hugging Face transformers."""

@@ -1,0 +1,1 @@
+"""Hugging Face transformers' vision transformers with adaptive token sampling."""

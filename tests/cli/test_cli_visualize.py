@@ -1,0 +1,226 @@
+"""tools/visualize.py: a picture for every file, the numbers of the two networks, and every mistake in one line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from clips import encode
+from helpers import randomise
+from PIL import Image
+
+from ats.checkpoint import save_safetensors
+from ats.cli.visualize import main, make_parser, split_words
+from ats.config import get_cfg, load_config
+from ats.datasets import build_dataset
+from ats.errors import UserError
+from ats.models import build_model
+from ats.visualize.inputs import class_names, read_input
+
+TIMM = "[[img_size,32],[patch_size,8],[embed_dim,48],[depth,3],[num_heads,3]]"
+VIDEO = {
+    "MODEL": {"NAME": "XViT", "NUM_CLASSES": 2},
+    "VIT": {"IMG_SIZE": 32, "PATCH_SIZE": 8, "EMBED_DIM": 32, "DEPTH": 3, "NUM_HEADS": 2},
+    "XVIT": {"NUM_SEGMENTS": 4, "TEMPORAL_EMBED_LEN": 4},
+    "TEMPORAL_HEAD": {"NUM_ATTENTION_HEADS": 2, "MLP_DIM": 32},
+    "ATS": {"ENABLE": True, "BLOCKS": [1, 2]},
+    "TEST": {"DATASET": "kinetics"},
+    "DATA": {"NUM_FRAMES": 4, "SAMPLING_RATE": 4, "TEST_CROP_SIZE": 32, "TRAIN_JITTER_SCALES": [32, 32]},
+    "DATA_LOADER": {"NUM_WORKERS": 0},
+    "DEVICE": "cpu",
+}
+
+
+def with_weights(config: Path, folder: Path, network: Sequence[str] = ()) -> list[str]:
+    """The words of a command line for `config` and the KEY=VALUEs of `network`, with weights from the seed 0."""
+    pairs = [word for pair in network for word in pair.split("=")]
+    save_safetensors(folder / "w.safetensors", randomise(build_model(load_config(config, pairs))).state_dict())
+    weights = ["TEST.CHECKPOINT_FILE_PATH", str(folder / "w.safetensors"), "DEVICE=cpu"]
+    return ["--cfg", str(config), *weights, *network]
+
+
+@pytest.fixture
+def words(tiny_config, tmp_path):
+    """A command line for the tiny network on images, without files."""
+    return with_weights(tiny_config, tmp_path)
+
+
+@pytest.fixture
+def video_words(tmp_path):
+    """One for clips, with a val.csv of two classes."""
+    for name in ("falling", "rising"):
+        encode(tmp_path / "videos" / name / "clip.mp4", 20)
+    (tmp_path / "val.csv").write_text("videos/falling/clip.mp4 0\nvideos/rising/clip.mp4 1\n")
+    config = tmp_path / "video.yaml"
+    config.write_text(yaml.safe_dump(VIDEO | {"DATA": VIDEO["DATA"] | {"PATH_TO_DATA_DIR": str(tmp_path)}}))
+    return with_weights(config, tmp_path)
+
+
+def test_images(words, colours, tmp_path, capsys):
+    """A strip and a line for every image of files and folders, also where names are the same."""
+    one = colours / "val" / "red" / "0.png"
+    assert main([str(one), *words, str(colours / "val" / "blue"), "-o", str(tmp_path / "look")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9
+    names = sorted(path.name for path in (tmp_path / "look").iterdir())
+    assert names == sorted([f"{i}.png" for i in range(8)] + ["0_2.png"])
+    assert lines[0].startswith(f"{one}: dense ")
+    assert re.search(
+        r"dense (blue|green|red|yellow) [\d.]+ %; with ATS (blue|green|red|yellow) [\d.]+ %; 0\.\d+ of ", lines[0]
+    )
+    with Image.open(tmp_path / "look" / "0.png") as strip:
+        pixels = np.asarray(strip.convert("RGB"))
+    assert strip.size[0] > strip.size[1] > 300
+    assert ((pixels[..., 0] > 150) & (pixels[..., 1] < 60)).sum() > 1000  # there is the red square
+
+
+def test_bad_files_do_not_stop_the_others(words, colours, tmp_path, capsys):
+    (tmp_path / "bad.png").write_text("no image")
+    (tmp_path / "empty.jpg").write_text("")
+    good = [str(colours / "val" / "red" / f"{i}.png") for i in range(2)]
+    files = [good[0], str(tmp_path / "bad.png"), str(tmp_path / "empty.jpg"), good[1]]
+    assert main([*files, *words, "-o", str(tmp_path / "look")]) == 1
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 2
+    assert sorted(path.name for path in (tmp_path / "look").iterdir()) == ["0.png", "1.png"]
+    assert said.err.startswith("error: 2 of 4 files cannot be read; the others are drawn.\n")
+    assert f"Cannot read the image {tmp_path}/bad.png" in said.err
+    assert f"Cannot read the image {tmp_path}/empty.jpg" in said.err
+
+
+def test_clips(video_words, tmp_path, capsys):
+    """A strip and an animation of the clip's frames; classes are named after the folders."""
+    assert main([*video_words, str(tmp_path / "videos"), "-o", str(tmp_path / "look")]) == 0
+    assert re.search(r"clip\.mp4: dense (falling|rising) ", capsys.readouterr().out)
+    names = sorted(path.name for path in (tmp_path / "look").iterdir())
+    assert names == ["clip.gif", "clip.png", "clip_2.gif", "clip_2.png"]
+    with Image.open(tmp_path / "look" / "clip.gif") as animation:
+        assert animation.n_frames == 4
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        ["MODEL.NAME=timm/deit3_small_patch16_224", f"TIMM.KWARGS={TIMM}", "ATS.NUM_TOKENS=12"],
+        ["MODEL.NAME=PSViT", "PSVIT.NUM_POINTS=[6,5]", "PSVIT.NUM_ITERS=1", "PSVIT.STEM_DIMS=[8,4,12]",
+         "PSVIT.DEPTH=3", "PSVIT.EMBED_DIM=24", "PSVIT.NUM_HEADS=2"],
+    ],
+    ids=["timm", "PSViT"],
+)  # fmt: skip
+def test_other_families(network, tiny_config, colours, tmp_path, capsys):
+    """A strip and a report of networks that are not ViT."""
+    words = with_weights(tiny_config, tmp_path, network)
+    output = ["-o", str(tmp_path / "look"), "--report", str(tmp_path / "page.html")]
+    assert main([*words, str(colours / "val" / "red" / "0.png"), *output]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "page.html")
+    assert (tmp_path / "look" / "0.png").stat().st_size > 5000
+    assert (tmp_path / "page.html").stat().st_size > 30_000
+
+
+def test_inputs_are_those_of_the_evaluation(words, video_words, tiny_config, colours, tmp_path):
+    """A file is read as the validation data set reads it."""
+    cfg = load_config(tiny_config)
+    dataset = build_dataset(cfg, "val")
+    assert torch.equal(read_input(Path(dataset.path(3)), cfg), dataset[3].x)
+    cfg = load_config(tmp_path / "video.yaml", ["TRAIN.DATASET", "kinetics"])
+    dataset = build_dataset(cfg, "val")
+    assert torch.equal(read_input(Path(dataset.path(1)), cfg), dataset[1].x)
+
+
+def test_words(tmp_path, monkeypatch):
+    """Files and overrides may be mixed; a file that exists is a file whatever it is called."""
+    monkeypatch.chdir(tmp_path)
+    Path("DEVICE").touch()
+    assert split_words(["a.jpg", "ATS.ENABLE", "True", "b", "OUTPUT_DIR=x=y", "DEVICE"]) == (
+        [Path("a.jpg"), Path("b"), Path("DEVICE")],
+        ["ATS.ENABLE", "True", "OUTPUT_DIR", "x=y"],
+    )
+    with pytest.raises(UserError, match=r"type ATS\.BLOCKS VALUE"):
+        split_words(["ATS.BLOCKS"])
+
+
+def test_readme_commands_parse():
+    """Every option, key and value of the commands in the README is accepted."""
+    root = Path(__file__).parents[2]
+    blocks = re.findall(r"```bash\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    lines = [
+        line.split("  #")[0]
+        for block in blocks
+        for line in block.splitlines()
+        if line.startswith("python tools/visualize.py")
+    ]
+    assert len(lines) >= 3
+    for line in lines:
+        python, script, *rest = shlex.split(line)
+        assert python == "python"
+        assert (root / script).is_file()
+        args = make_parser().parse_intermixed_args(rest)
+        paths, overrides = split_words(args.words)
+        load_config(root / args.cfg, overrides)
+        assert paths or args.report
+
+
+def make_inputs(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    (folder / "text.png").write_text("no image")
+    (folder / "names.txt").write_text("a\nb\n")
+    encode(folder / "clip.mp4", 8)
+    Image.new("RGB", (40, 40)).save(folder / "image.png")
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        (["text.png"], "Cannot read the image {}/text.png: it is not an image"),
+        (["empty"], "The folder {}/empty holds no image (.jpg"),
+        (["absent.png"], "There is no file or folder {}/absent.png"),
+        (["clip.mp4"], "{}/clip.mp4 is a clip, but the network of this config takes images"),
+        (["image.png", "ATS.ENABLE", "False"], "ATS.ENABLE is False: there are no tokens to drop. Add ATS.ENABLE True"),
+        (["image.png", "ATS.BLOCKS", "[]"], "ATS.BLOCKS is empty"),
+        (["image.png", "TEST.CHECKPOINT_FILE_PATH="], "TEST.CHECKPOINT_FILE_PATH is empty: what untrained weights"),
+        (["image.png", "--classes", "names.txt"], "names.txt has 2 names, but the network MODEL.NUM_CLASSES 4"),
+        (["image.png", "--classes", "absent.txt"], "absent.txt: cannot be read"),
+        (["image.png", "AST.ENABLE", "True"], "ATS.ENABLE"),
+        (["image.png", "--outptu", "x"], "--outptu"),
+        ([], "There is nothing to look at: give images, clips or a folder of them, or --report FILE.html"),
+    ],
+)
+def test_mistakes(extra, text, words, tmp_path, capsys):
+    """One line that names the path or the key and what to type, and exit status 1."""
+    make_inputs(tmp_path)
+    extra = [str(tmp_path / w) if re.search(r"\.(png|txt|mp4)$|^empty$", w) else w for w in extra]
+    assert main([*words, *extra]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert text.format(tmp_path) in err
+    assert "Traceback" not in err
+
+
+def test_no_config(capsys):
+    assert main(["--report", "x.html"]) == 1
+    assert "--cfg FILE is missing" in capsys.readouterr().err
+
+
+def test_class_names(tmp_path):
+    """ImageNet's names for 1,000 classes without data and for folders called by synsets; numbers where nothing is
+    known.
+    """
+    cfg = get_cfg()
+    cfg.MODEL.NUM_CLASSES = 1000
+    names = class_names(cfg)
+    assert (names[0], len(names)) == (class_names(cfg, "imagenet-1k")[0], 1000)
+    assert names[0].startswith("tench")
+    cfg.MODEL.NUM_CLASSES = 2
+    assert class_names(cfg) == ["class 0", "class 1"]
+    with pytest.raises(UserError, match="1000 names"):
+        class_names(cfg, "imagenet-1k")
+    for synset in ("n01440764", "n01443537"):
+        (tmp_path / "val" / synset).mkdir(parents=True)
+    cfg.DATA.PATH_TO_DATA_DIR = str(tmp_path)
+    assert class_names(cfg) == names[:2]

@@ -1,0 +1,261 @@
+"""ats.datasets.decode: which frames come out, from which files, and what damaged ones get."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from clips import encode, noise, numbered_frame, read_numbers
+
+from ats.datasets.decode import Video, clip_size, clip_start, frame_indices
+from ats.errors import UserError
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures" / "video_data_path" / "case.json").read_text())
+FORMATS = [("h264", "mp4"), ("h264", "mkv"), ("h264", "mov"), ("hevc", "mp4"), ("hevc", "mkv")]
+FORMATS += [(codec, suffix) for codec in ("vp9", "av1") for suffix in ("mp4", "webm", "mkv")]
+SETS = ([0], [59], [0, 5, 10], [11, 12, 13], [24, 23, 47, 47], [30, 41, 59], list(range(60)))
+
+
+def decode_everything(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_temporal_sampling_is_slowfasts():
+    """All 232 rows of the golden case, to the frame."""
+    rows = GOLDEN["temporal_sampling"]["rows"]
+    for row in rows:
+        size = clip_size(
+            row["fps"],
+            num_frames=row["num_frames"],
+            sampling_rate=row["sampling_rate"],
+            target_fps=row["target_fps"],
+        )
+        start = clip_start(
+            row["video_frames"],
+            size,
+            view=row["clip_idx"],
+            num_views=row["num_clips"],
+            use_offset_sampling=row["use_offset"],
+        )
+        assert size == pytest.approx(row["clip_size"], abs=1e-6)
+        assert (start, start + size - 1) == pytest.approx((row["start"], row["end"]), abs=1e-6)
+        indices = frame_indices(start, size, num_frames=row["num_frames"], num_video_frames=row["video_frames"])
+        assert indices == row["frame_indices"]
+    assert len(rows) == 232
+
+
+@pytest.mark.parametrize(("codec", "suffix"), FORMATS)
+def test_seeking_finds_the_frames_of_decoding_everything(tmp_path, codec, suffix):
+    """By number and pixel by pixel, from one key frame or over several."""
+    path = encode(tmp_path / f"clip.{suffix}", codec=codec)
+    every = decode_everything(path)
+    assert read_numbers(every) == list(range(60))
+    with Video(path) as video:
+        assert (video.num_frames, video.fps) == (60, 30.0)
+        for indices in SETS:
+            frames = video.read(indices)
+            assert np.array_equal(frames, every[indices])
+        assert len(video._key_pts) > 1  # otherwise nothing was sought
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf": "0"},
+        {"bf": "6", "b-pyramid": "normal"},
+        {"x264-params": "open-gop=1:bframes=4:scenecut=0:keyint=10:min-keyint=10"},
+        {"x264-params": "intra-refresh=1:keyint=15"},
+    ],
+    ids=["no B-frames", "B-pyramid", "open groups", "no key frames but the first"],
+)
+def test_h264_structures(tmp_path, options):
+    path = encode(tmp_path / "clip.mp4", noise(60), options=options)
+    every = decode_everything(path)
+    with Video(path) as video:
+        for indices in SETS:
+            assert np.array_equal(video.read(indices), every[indices])
+
+
+def test_open_groups_of_hevc(tmp_path):
+    """Frames shown before a key frame may need the group before it."""
+    options = {"x265-params": "open-gop=1:bframes=4:keyint=10:min-keyint=10:scenecut=0:log-level=none"}
+    path = encode(tmp_path / "clip.mp4", noise(60), codec="hevc", options=options)
+    every = decode_everything(path)
+    with Video(path) as video:
+        for indices in SETS + tuple([i] for i in range(60)):
+            assert np.array_equal(video.read(indices), every[indices])
+
+
+def test_only_the_clip_is_decoded(tmp_path, monkeypatch):
+    """Two frames near the end of a long video cost a group of pictures, not the video."""
+    path = encode(tmp_path / "clip.mp4", 250, gop_size=25)
+    shown = []
+    with Video(path) as video:
+        original = video._frames_from
+        monkeypatch.setattr(video, "_frames_from", lambda *a: (shown.append(f) or f for f in original(*a)))
+        assert read_numbers(video.read([230, 240])) == [230, 240]
+    assert len(shown) <= 25
+
+
+def test_avi_is_counted(tmp_path):
+    """Its packets have no time stamps to go by."""
+    path = encode(tmp_path / "clip.avi")
+    with Video(path) as video:
+        assert video._pts is None
+        assert video.num_frames == 60
+        for indices in SETS:
+            assert read_numbers(video.read(indices)) == indices
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("h264", "mp4"), ("h264", "mkv"), ("vp9", "webm")])
+def test_variable_frame_rate(tmp_path, codec, suffix):
+    """Frames are counted, as SlowFast counts them; the rate is the average whatever the header says."""
+    milliseconds = np.cumsum(np.random.default_rng(0).integers(15, 80, 60)).tolist()
+    path = encode(tmp_path / f"clip.{suffix}", codec=codec, milliseconds=milliseconds)
+    with Video(path) as video:
+        assert video.num_frames == 60
+        assert video.fps == pytest.approx(59_000 / (milliseconds[-1] - milliseconds[0]), rel=0.03)
+        for indices in SETS:
+            assert read_numbers(video.read(indices)) == indices
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotated_video_is_turned(tmp_path, rotation):
+    """The header's rotation is to the left: 90 puts the top left corner at the bottom left."""
+    frame = np.zeros((48, 64, 3), np.uint8)
+    frame[:16, :16] = 255
+    path = encode(tmp_path / "clip.mp4", [frame] * 3, rotation=rotation)
+    with Video(path) as video:
+        shown = video.read([1])[0]
+    assert shown.shape == ((48, 64, 3) if rotation == 180 else (64, 48, 3))
+    corners = {90: (-1, 0), 180: (-1, -1), 270: (0, -1)}
+    for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        assert (shown[corner].mean() > 127) == (corner == corners[rotation])
+
+
+def test_header_without_counts_and_durations(tmp_path):
+    """Recordings that were streamed have neither a number of frames nor a length in their header."""
+    for suffix, options in (("mp4", {"movflags": "frag_keyframe+empty_moov"}), ("mkv", {"live": "1"})):
+        path = encode(tmp_path / f"clip.{suffix}", container_options=options)
+        with av.open(str(path)) as container:
+            assert container.streams.video[0].frames == 0
+        with Video(path) as video:
+            assert (video.num_frames, video.fps) == (60, pytest.approx(30))
+            assert read_numbers(video.read([7, 33, 59])) == [7, 33, 59]
+
+
+def test_frames_that_are_not_there(tmp_path):
+    with Video(encode(tmp_path / "clip.mp4", 5)) as video:
+        assert read_numbers(video.read([4, 4, 0])) == [4, 4, 0]
+        for indices in ([5], [-1], []):
+            with pytest.raises(IndexError, match="frames 0 to 4"):
+                video.read(indices)
+
+
+def test_one_frame(tmp_path):
+    with Video(encode(tmp_path / "clip.mp4", [numbered_frame(3)])) as video:
+        assert video.num_frames == 1
+        assert read_numbers(video.read([0, 0])) == [3, 3]
+
+
+def sound(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 10240), np.float32), format="fltp", layout="mono")
+        frame.rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def read_all(path: Path) -> None:
+    with Video(path) as video:
+        video.read(list(range(video.num_frames)))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize(
+    ("codec", "suffix", "options"),
+    [("h264", "mp4", {}), ("h264", "mp4", {"movflags": "faststart"}), ("h264", "mkv", {}), ("vp9", "webm", {})],
+    ids=["mp4", "mp4 faststart", "mkv", "webm"],
+)
+def test_truncated_files(tmp_path, codec, suffix, options, share):
+    """Nowhere is the rest taken for the whole."""
+    path = encode(tmp_path / f"clip.{suffix}", noise(30), codec=codec, container_options=options)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UserError, match=rf"Cannot read the video {path}: .*Restore the file, or remove it"):
+        read_all(path)
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "options"),
+    [
+        ("h264", "mp4", {"movflags": "faststart"}),
+        ("h264", "mp4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("h264", "mov", {"movflags": "faststart"}),
+        ("h264", "mkv", {}),
+        ("vp9", "webm", {}),
+        ("h264", "avi", {}),
+    ],
+    ids=["mp4 faststart", "mp4 fragments", "mov", "mkv", "webm", "avi"],
+)
+def test_truncated_between_two_frames(tmp_path, codec, suffix, options):
+    """Cut where a frame ends (as a cut in the sound would be), every frame that is left is whole; the file is not."""
+    path = encode(tmp_path / f"clip.{suffix}", noise(30), codec=codec, container_options=options)
+    read_all(path)
+    with av.open(str(path)) as container:
+        starts = sorted(packet.pos for packet in container.demux(video=0) if packet.size)
+    content = path.read_bytes()
+    for start in starts[9::10]:
+        path.write_bytes(content[:start])
+        with pytest.raises(UserError, match="it is cut off or damaged"):
+            read_all(path)
+    path.write_bytes(content + b"appended by somebody")  # does no harm
+    read_all(path)
+
+
+def test_damage_in_the_middle(tmp_path):
+    path = encode(tmp_path / "clip.mp4", noise(30))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 3000] = bytes(3000)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"Cannot read the video {path}: "):
+        read_all(path)
+    with Video(path) as video:  # what is whole can be read
+        video.read([0, 3])
+
+
+def test_huge_frames_are_refused(tmp_path, monkeypatch):
+    path = encode(tmp_path / "clip.mp4", 3)
+    monkeypatch.setattr("ats.datasets.decode.MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(UserError, match="frames of 64 x 48 pixels are too large"):
+        Video(path)
+
+
+def test_files_that_are_no_videos(tmp_path):
+    def reason(path: Path | str) -> str:
+        with pytest.raises(UserError, match=f"Cannot read the video {path}: ") as caught:
+            read_all(path)
+        return str(caught.value)
+
+    assert "there is no such file" in reason(tmp_path / "none.mp4")
+    assert "there is no such file" in reason("http://127.0.0.1/clip.mp4")
+    assert "there is no such file" in reason(tmp_path)
+    assert "it has no video stream" in reason(sound(tmp_path / "sound.mp4"))
+    texts = {"empty": "", "page": "<html>404</html>" * 50, "list": "#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/x.ts\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.mp4").write_text(text)
+        assert "Invalid data" in reason(tmp_path / f"{name}.mp4")
+
+
+def test_encoding_leaves_the_priority_of_the_process(tmp_path):
+    """libsvtav1 makes a root process real-time; clips made by it must not."""
+    before = os.sched_getscheduler(0)
+    encode(tmp_path / "v.mp4", 4, codec="av1")
+    assert os.sched_getscheduler(0) == before

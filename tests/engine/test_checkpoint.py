@@ -1,0 +1,155 @@
+"""Reading weights: strict, safe, and with messages that help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ats.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_safetensors
+from ats.errors import UserError
+from ats.models.vit import VisionTransformer
+
+
+def vit(**settings) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(
+        **{"img_size": (32, 32), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+        | settings
+    )
+
+
+@pytest.fixture
+def weights():
+    return {key: torch.randn_like(value) for key, value in vit().state_dict().items()}
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "model_state", "state_dict", "state_dict_ema", "module"])
+@pytest.mark.parametrize("prefix", ["", "module.", "base_model.", "module.base_model.", "_orig_mod."])
+def test_wrappers_and_prefixes(tmp_path, weights, wrapper, prefix):
+    state = {prefix + key: value for key, value in weights.items()}
+    path = tmp_path / "weights.pth"
+    torch.save({wrapper: state, "epoch": 3, "args": argparse.Namespace(lr=1.0)} if wrapper else state, path)
+    model = vit()
+    load_weights(model, path)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_safetensors(tmp_path, weights):
+    save_file(weights, tmp_path / "a.safetensors")
+    model = vit()
+    load_weights(model, tmp_path / "a.safetensors")
+    save_safetensors(tmp_path / "new" / "b.safetensors", model.state_dict())
+    assert all(
+        torch.equal(value, weights[key]) for key, value in load_checkpoint(tmp_path / "new" / "b.safetensors").items()
+    )
+
+
+def test_safetensors_by_another_name(tmp_path, weights):
+    """A file is what it holds: renamed to .pth it is read all the same, and not called a pickle that runs code."""
+    save_file(weights, tmp_path / "weights.safetensors")
+    (tmp_path / "weights.safetensors").rename(tmp_path / "weights.pth")
+    assert load_checkpoint(tmp_path / "weights.pth").keys() == weights.keys()
+
+
+def test_another_architecture_is_told_by_groups_of_keys(weights):
+    with pytest.raises(UserError) as error:
+        load_weights(vit(depth=4, distilled=True), weights)
+    text = str(error.value)
+    assert "keys missing" in text
+    assert "blocks.*.attn.qkv.weight (x2)" in text
+    assert "dist_token" in text
+    assert "pos_embed (1, 17, 32) instead of (1, 18, 32)" in text
+    with pytest.raises(UserError, match="keys unexpected: blocks"):
+        load_weights(vit(depth=1), weights)
+    with pytest.raises(UserError, match="of another shape"):
+        load_weights(vit(embed_dim=16), weights)
+
+
+def test_another_head_names_the_key_to_change(weights):
+    with pytest.raises(UserError, match=r"The file has 5 classes: set MODEL\.NUM_CLASSES 5\.$"):
+        load_weights(vit(num_classes=3), weights)
+    with pytest.raises(UserError, match=r"set MODEL\.NUM_CLASSES 5 or, to fine-tune it for others, A\.B True\.$"):
+        load_weights(vit(num_classes=3), weights, advice="A.B True")
+    model = vit(num_classes=3)
+    head = model.head.weight.clone()
+    load_weights(model, weights, skip=("head.",))
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.cls_token, weights["cls_token"])
+
+
+class Payload:
+    """A pickle that would create a file when read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, how, weights):
+    path, proof = tmp_path / "evil.pth", tmp_path / "proof"
+    contents = {"model": weights, "extra": Payload(proof)}
+    if how == "torch":
+        torch.save(contents, path)
+    else:
+        path.write_bytes(pickle.dumps(contents, protocol=2))
+    with pytest.raises(UserError) as error:
+        load_weights(vit(), path)
+    assert not proof.exists()
+    if how == "torch":
+        assert "would run code" in str(error.value)
+        assert "mkdir" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken"])
+def test_damaged_files_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match="not a checkpoint or is damaged") as error:
+        load_checkpoint(tmp_path / name)
+    assert not re.search(r"(: \d*|Error)$", str(error.value))  # the number of a byte, the name of a class
+
+
+def test_folder_instead_of_a_file(tmp_path, weights):
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder: type the file in it, {tmp_path}/FILE"):
+        load_checkpoint(tmp_path)
+    save_safetensors(tmp_path / "model.safetensors", weights)
+    with pytest.raises(UserError, match=f"is a folder: type the file in it, {tmp_path}/model.safetensors"):
+        load_checkpoint(tmp_path)
+
+
+def test_truncated_file(tmp_path, weights):
+    torch.save(weights, tmp_path / "a.pth")
+    data = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "a.pth").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="not a checkpoint or is damaged"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_missing_file_and_wrong_contents(tmp_path):
+    with pytest.raises(UserError, match="No checkpoint file"):
+        load_checkpoint(tmp_path / "none.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds a list"):
+        load_checkpoint(tmp_path / "list.pth")
+    torch.save({"epoch": 1}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="holds no weights"):
+        load_weights(vit(), tmp_path / "empty.pth")
+
+
+def test_saving_is_all_or_nothing(tmp_path):
+    """A save that fails half-way leaves the old file as it was and no temporary file behind."""
+    path = tmp_path / "a.pyth"
+    save_checkpoint(path, {"epoch": 1})
+    with pytest.raises(AttributeError):
+        save_checkpoint(path, {"epoch": 2, "function": lambda: None})
+    assert load_checkpoint(path) == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pyth"]

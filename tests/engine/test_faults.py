@@ -1,0 +1,338 @@
+"""Runs that are killed, stopped, starved or misled: each goes on to the result of an undisturbed one, or ends with one
+clear message.
+
+`make test-faults` runs the campaign of SIGKILLs with more of them:
+pytest tests/engine/test_faults.py -k any_moment --kills 30
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Run, run_net, run_net_well
+
+from ats.checkpoint import load_checkpoint
+from ats.config import load_config
+from ats.engine import checkpointing, train
+from ats.engine.checkpointing import checkpoint_path, list_checkpoints
+from ats.errors import UserError
+
+TIMINGS = ("images_per_second", "data_wait_share")
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def read_log(output_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def same(a: object, b: object) -> bool:
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_end(output_dir: Path, expected: Path, epochs: int) -> None:
+    """Two finished runs have the same log, exported weights, and everything in their last checkpoint."""
+    assert read_log(output_dir) == read_log(expected)
+    assert same(*(load_checkpoint(folder / "model.safetensors") for folder in (output_dir, expected)))
+    contents, other = (load_checkpoint(checkpoint_path(folder, epochs)) for folder in (output_dir, expected))
+    for key in ("model_state", "ema_state", "optimizer_state", "scaler_state", "epoch", "step", "best_top1"):
+        assert same(contents.get(key), other.get(key)), key
+
+
+# ---- SIGKILL
+
+
+EVERYTHING = [
+    *("TRAIN.ENABLE", "True", "TEST.ENABLE", "False", "SOLVER.MAX_EPOCH", "6", "LOG_PERIOD", "3"),
+    *("TRAIN.CHECKPOINT_STEPS", "2", "TRAIN.CHECKPOINT_KEEP", "2", "TRAIN.EVAL_PERIOD", "2"),
+    *("EMA.ENABLE", "True", "EMA.DECAY", "0.9", "MIXUP.ENABLE", "True", "AUG.ENABLE", "True", "AUG.NUM_SAMPLE", "2"),
+    *("VIT.DROP_PATH_RATE", "0.2", "VIT.DROP_RATE", "0.1", "SOLVER.CLIP_GRAD_L2NORM", "1"),
+    *("TRAIN.MIXED_PRECISION", "True", "TRAIN.AMP_DTYPE", "float16", "DATA_LOADER.NUM_WORKERS", "1"),
+]
+
+
+class Assassin:
+    """Kills a run at a moment of a kind: so many lines of the log and some milliseconds after its start, while a
+    checkpoint is being written, or after an evaluation.
+    """
+
+    KINDS = ("random", "writing", "evaluated", "random")
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self.moments: list[str] = []
+
+    def strike(self, run: Run, output_dir: Path) -> bool:
+        """Wait for the moment and send SIGKILL; False if the run ended before."""
+        kind = self.KINDS[len(self.moments) % len(self.KINDS)]
+        process = run.processes[0]
+
+        def is_moment() -> bool:
+            if kind == "writing":
+                return any((output_dir / "checkpoints").glob(".*.tmp"))
+            return run.console().count("reach top-1" if kind == "evaluated" else "gradient norm") >= num_lines
+
+        num_lines = 1 if kind == "evaluated" else self._random.randrange(4)
+        for _ in range(self._random.randint(1, 3) if kind == "writing" else 1):  # the second checkpoint, or the third
+            while process.is_alive() and is_moment() and kind == "writing":
+                time.sleep(0.0005)
+            while process.is_alive() and not is_moment():
+                time.sleep(0.0005)
+        if kind != "writing":
+            time.sleep(self._random.uniform(0, 0.3))
+        if not process.is_alive():
+            return False
+        process.kill()
+        run.wait()
+        tmp = any((output_dir / "checkpoints").glob(".*.tmp"))
+        newest = next((path.stem.removeprefix("checkpoint_") for path in list_checkpoints(output_dir)), "no checkpoint")
+        self.moments.append(f"{kind}, after {newest}{', a half-written checkpoint' if tmp else ''}")
+        return True
+
+
+def test_killed_at_any_moment(tiny_config, tmp_path, pytestconfig):
+    """SIGKILL at so many moments, each followed by the same command: every run ends as the undisturbed one, to the bit,
+    with everything random switched on, a data worker, EMA, float16's scaler and lines of the log that average over
+    steps before and after the kill.
+    """
+    expected = tmp_path / "expected"
+    run_net_well(expected, ["--cfg", tiny_config, *EVERYTHING, "OUTPUT_DIR", expected])
+    assassin = Assassin(seed=pytestconfig.getoption("kills"))
+    num_runs = 0
+    while True:
+        num_runs += 1
+        output_dir = tmp_path / f"run_{num_runs}"
+        argv = ["--cfg", tiny_config, *EVERYTHING, "OUTPUT_DIR", output_dir]
+        while True:
+            run = run_net(output_dir, argv)
+            if len(assassin.moments) == pytestconfig.getoption("kills") or not assassin.strike(run, output_dir):
+                break
+        assert run.wait() == [0], run.console()
+        assert_same_end(output_dir, expected, epochs=6)
+        if len(assassin.moments) == pytestconfig.getoption("kills"):
+            break
+    print(f"\n{len(assassin.moments)} kills in {num_runs} runs, runs lost: 0")
+    print("\n".join(f"  {moment}" for moment in assassin.moments))
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def make_cfg(tiny_config: Path, tmp_path: Path):
+    def make(*overrides: str, out: str = "out"):
+        return load_config(tiny_config, ["OUTPUT_DIR", str(tmp_path / out), *overrides])
+
+    return make
+
+
+def test_disk_full(make_cfg, tmp_path, monkeypatch):
+    """The kernel's own "no space left" while the second checkpoint is written: the first stays, and with room again
+    the same command goes on from it.
+    """
+    first, second = (checkpoint_path(tmp_path / "out", epoch) for epoch in (1, 2))
+    obstacle = second.with_name(f".{second.name}.{os.getpid()}.tmp")
+    evaluate = train.evaluate
+
+    def fill_the_disk(*args, **kwargs):
+        obstacle.symlink_to("/dev/full")
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", fill_the_disk)
+    with pytest.raises(UserError) as error:
+        train.train(make_cfg())
+    assert f"Cannot write the checkpoint {second}: No space left on device" in str(error.value)
+    assert f"The last one is intact: {first}" in str(error.value)
+    assert list_checkpoints(tmp_path / "out") == [first]
+    assert not list(first.parent.glob(".*.tmp"))
+    monkeypatch.undo()
+    train.train(make_cfg())
+    train.train(make_cfg(out="undisturbed"))
+    assert_same_end(tmp_path / "out", tmp_path / "undisturbed", epochs=2)
+
+
+def test_flipped_bits_are_noticed(make_cfg, tmp_path, caplog):
+    """torch.load would read them without a word."""
+    train.train(make_cfg())
+    path = checkpoint_path(tmp_path / "out", 2)
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 255
+    path.write_bytes(contents)
+    load_checkpoint(path)
+    caplog.clear()
+    train.train(make_cfg())
+    assert f"Skipped a checkpoint: {path} is damaged: its check sums are wrong" in caplog.text
+    assert f"Resumed from {checkpoint_path(tmp_path / 'out', 1)}" in caplog.text
+
+
+def test_the_last_and_the_best_are_kept(make_cfg, tmp_path, monkeypatch):
+    accuracy = iter([50.0, 70.0, 60.0])
+    evaluate = train.evaluate
+
+    def evaluate_as_told(*args, **kwargs):
+        result = evaluate(*args, **kwargs)
+        result.top1 = next(accuracy)
+        return result
+
+    monkeypatch.setattr(train, "evaluate", evaluate_as_told)
+    train.train(make_cfg("SOLVER.MAX_EPOCH", "3", "TRAIN.CHECKPOINT_STEPS", "3", "TRAIN.CHECKPOINT_KEEP", "2"))
+    folder = tmp_path / "out" / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoint_epoch_00003.pyth",
+        "checkpoint_epoch_00002_step_00000001.pyth",  # 9 steps of 4 per epoch
+        "checkpoint_best.pyth",
+    }
+    assert load_checkpoint(folder / "checkpoint_best.pyth")["epoch"] == 1  # the second epoch
+    assert load_checkpoint(folder / "checkpoint_epoch_00003.pyth")["best_top1"] == 70
+
+
+def test_checkpoints_by_the_clock(make_cfg, tmp_path, monkeypatch):
+    """The clock stands still but for the 70 seconds that step 2 takes."""
+    now = [0.0]
+    train_step = train.train_step
+
+    def slow_step(*args, **kwargs):
+        now[0] += 70 if now[0] == 1 else 1
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", slow_step)
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now[0])
+    train.train(make_cfg("SOLVER.MAX_EPOCH", "1", "TRAIN.CHECKPOINT_MINUTES", "1"))
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == [
+        "checkpoint_epoch_00001.pyth",
+        "checkpoint_epoch_00000_step_00000002.pyth",
+    ]
+
+
+def test_non_finite_loss_names_the_last_checkpoint(make_cfg, tmp_path):
+    changes = ("SOLVER.OPTIMIZING_METHOD", "sgd", "SOLVER.BASE_LR", "1e30", "TRAIN.CHECKPOINT_STEPS", "1")
+    with pytest.raises(UserError) as error:
+        train.train(make_cfg(*changes))
+    (last,) = list_checkpoints(tmp_path / "out")[:1]
+    assert f"Last checkpoint: {last}." in str(error.value)
+    assert "in epoch 1, step " in str(error.value)
+
+
+# ---- signals
+
+
+FOREVER = ["TRAIN.ENABLE", "True", "SOLVER.MAX_EPOCH", "100000", "LOG_PERIOD", "1", "TRAIN.EVAL_PERIOD", "0"]
+
+
+def test_interrupt_and_lock(tiny_config, tmp_path):
+    """A second run in the folder of a running one is refused; SIGINT ends the first with a checkpoint and status 130;
+    the same command goes on from there.
+    """
+    argv = ["--cfg", tiny_config, *FOREVER, "TRAIN.CHECKPOINT_PERIOD", "0"]
+    first = run_net(tmp_path / "first", argv)
+    first.wait_for("epoch 2/100000")
+    second = run_net(tmp_path / "second", argv)
+    assert second.wait() == [1]
+    assert f"is in use by another run (process {first.pid} on " in second.console()
+    os.kill(first.pid, signal.SIGINT)
+    assert first.wait() == [130], first.console()
+    assert "stopped by SIGINT after step" in first.console()
+    assert "the same command goes on from there" in first.console()
+    third = run_net(tmp_path / "third", argv)
+    third.wait_for(f"Resumed from {list_checkpoints(tmp_path / 'out')[0]}")
+    os.kill(third.pid, signal.SIGTERM)
+    assert third.wait()[0] in (143, -signal.SIGTERM)  # the latter before the first step
+
+
+def _slow_steps() -> None:
+    train_step = train.train_step
+
+    def slow(*args, **kwargs):
+        print("a slow step", flush=True)
+        time.sleep(1000)
+        return train_step(*args, **kwargs)
+
+    train.train_step = slow
+
+
+def test_second_interrupt_quits_at_once(tiny_config, tmp_path):
+    run = run_net(tmp_path, ["--cfg", tiny_config, *FOREVER], setup=_slow_steps)
+    run.wait_for("a slow step")
+    os.kill(run.pid, signal.SIGINT)
+    run.wait_for("SIGINT: stopping after this step, again to quit at once")
+    os.kill(run.pid, signal.SIGINT)
+    assert run.wait() == [130]
+    assert "quit without a checkpoint" in run.console()
+
+
+def _slow_evaluation() -> None:
+    def slow(*args, **kwargs):
+        print("a slow evaluation", flush=True)
+        time.sleep(1000)
+
+    train.evaluate = slow
+
+
+def test_signal_in_the_evaluation_does_not_wait_for_its_end(tiny_config, tmp_path):
+    """The epoch is saved before it, and the evaluation is made again by the next run."""
+    argv = ["--cfg", tiny_config, "TRAIN.ENABLE", "True", "TEST.ENABLE", "False", "OUTPUT_DIR"]
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    run = run_net(stopped, [*argv, stopped], setup=_slow_evaluation)
+    run.wait_for("a slow evaluation")
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait() == [143], run.console()
+    assert "stopped by SIGTERM in the evaluation after epoch 1 of 2" in run.console()
+    run_net_well(stopped, [*argv, stopped])
+    run_net_well(straight, [*argv, straight])
+    assert_same_end(stopped, straight, epochs=2)
+
+
+# ---- data
+
+
+def test_killed_data_worker(tiny_config, tmp_path):
+    """As the kernel does when memory runs out: an error that says so, and no hanging."""
+    run = run_net(tmp_path, ["--cfg", tiny_config, *FOREVER, "DATA_LOADER.NUM_WORKERS", "1"])
+    run.wait_for("epoch 2/100000")
+    (worker, *_) = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    assert run.wait() == [1]
+    assert "error: DataLoader worker " in run.console()  # and what became of it, in words that depend on the moment
+    assert "killed by signal: Killed" in run.console() or "exited unexpectedly" in run.console()
+    assert "DATA_LOADER.NUM_WORKERS" in run.console()
+    assert "Traceback" not in run.console()
+
+
+def test_broken_files_are_counted_and_replaced_the_same_way_each_time(tiny_config, colours, tmp_path):
+    """One of 64 files is broken: the log counts it, and runs with and without a worker and with two processes read the
+    same replacement.
+    """
+    data = tmp_path / "data"
+    for path in colours.rglob("*.png"):
+        copy = data / path.relative_to(colours)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes() if copy.name != "3.png" or "train/red" not in str(path) else b"broken")
+    argv = ["--cfg", tiny_config, "TRAIN.ENABLE", "True", "TEST.ENABLE", "False", "DATA.PATH_TO_DATA_DIR", data]
+    logs = []
+    for num_workers, num_processes in ((0, 1), (1, 1), (0, 2)):
+        out = tmp_path / f"{num_workers}_{num_processes}"
+        changes = ["OUTPUT_DIR", out, "DATA_LOADER.NUM_WORKERS", num_workers]
+        run = run_net_well(out, [*argv, *changes], num_processes=num_processes)
+        assert run.console().count(f"{data / 'train' / 'red' / '3.png'} cannot be read") >= 1
+        logs.append(read_log(out))
+    assert [line["bad_files"] for line in logs[0] if line["event"] == "train"][-1] == 2  # once in each of two epochs
+    assert logs[1] == logs[0]
+    for line, other in zip(logs[0], logs[2], strict=True):
+        assert other.get("bad_files") == line.get("bad_files")
+        assert other.get("loss", 0) == pytest.approx(line.get("loss", 0), abs=1e-5)
