@@ -5,20 +5,22 @@
     model = torch.hub.load("<a clone>", "timm_model", "deit3_small_patch16_224", source="local", blocks=range(3, 12))
     model = torch.hub.load("<a clone>", "config", "Kinetics/XViT_B16_16x16_K600_ATS.yaml", source="local")
 
-`torch.hub.list` and `torch.hub.help` show them where the repository is on GitHub. Every entry point of a network takes
+With the repository on GitHub, `torch.hub.list` and `torch.hub.help` show them. The entry points of networks take
 
-* `pretrained`: download the released dense weights, where there is a file of them (DeiT). False by default.
-* `checkpoint`: a file of weights instead; the releases' own files load.
-* `dense`: the network without ATS. `blocks`, `num_tokens`: ATS.BLOCKS and ATS.NUM_TOKENS; None: the config's.
-* `overrides`: any other keys, [KEY, VALUE, ...].
+* `pretrained`: download the released dense weights, if they can be downloaded (DeiT). Default: False.
+* `checkpoint`: load this file of weights instead; the original releases load as they are.
+* `dense`: build the network without ATS.
+* `blocks`, `num_tokens`: ATS.BLOCKS and ATS.NUM_TOKENS. Default: the config's.
+* `overrides`: any other config keys, [KEY, VALUE, ...].
 
-and returns a network on the CPU, in evaluation mode, with random weights if it is given none.
+They return a network on the CPU in evaluation mode, with random weights unless they are given some.
 """
 
 import re as _re
 import urllib.error as _urllib_error
 from collections.abc import Callable as _Callable
 from collections.abc import Iterable as _Iterable
+from functools import partial as _partial
 from pathlib import Path as _Path
 
 import torch as _torch
@@ -41,42 +43,9 @@ def config(
     blocks: _Iterable[int] | None = None,
     num_tokens: float | list | None = None,
     overrides: _Iterable = (),
+    _url: str = "",
 ) -> _nn.Module:
-    """The network of any YAML file: a path, or a name below configs/."""
-    return _build(name, "", pretrained, checkpoint, dense, blocks, num_tokens, overrides)
-
-
-def timm_model(
-    name: str,
-    *,
-    blocks: _Iterable[int],
-    num_tokens: float | list = 1.0,
-    pretrained: bool = False,
-    checkpoint: str = "",
-    **kwargs: object,
-) -> _nn.Module:
-    """timm's model `name` with ATS (`ats.patch`); `pretrained` takes timm's weights, `kwargs` go to timm."""
-    import timm
-
-    from ats.checkpoint import load_weights
-    from ats.plugin.patch import patch
-
-    model = patch(timm.create_model(name, pretrained=pretrained, **kwargs), blocks=blocks, num_tokens=num_tokens)
-    if checkpoint:
-        load_weights(model, checkpoint)
-    return model.eval()
-
-
-def _build(
-    name: str,
-    url: str,
-    pretrained: bool,
-    checkpoint: str,
-    dense: bool,
-    blocks: _Iterable[int] | None,
-    num_tokens: float | list | None,
-    overrides: _Iterable,
-) -> _nn.Module:
+    """The network of a YAML file: a path, or a name in configs/."""
     from ats.checkpoint import load_weights
     from ats.config import load_config
     from ats.models import build_model
@@ -90,18 +59,39 @@ def _build(
         pairs += ["ATS.NUM_TOKENS", num_tokens]
     if pretrained and checkpoint:
         raise _UserError("Give pretrained=True or checkpoint=FILE, not both.")
-    if pretrained and not url:
-        raise _UserError(f"{name} has no weights that can be downloaded here. Give checkpoint=FILE.")
+    if pretrained and not _url:
+        raise _UserError(f"{name} has no weights that can be downloaded. Give checkpoint=FILE.")
     model = build_model(load_config(_CONFIGS / name if (_CONFIGS / name).is_file() else name, pairs))
     if pretrained:
-        checkpoint = _download(url)
+        checkpoint = _download(_url)
+    if checkpoint:
+        load_weights(model, checkpoint)
+    return model.eval()
+
+
+def timm_model(
+    name: str,
+    *,
+    blocks: _Iterable[int],
+    num_tokens: float | list = 1.0,
+    pretrained: bool = False,
+    checkpoint: str = "",
+    **kwargs: object,
+) -> _nn.Module:
+    """timm's model `name` with ATS (`ats.patch`). `pretrained` loads timm's weights; `kwargs` go to timm."""
+    import timm
+
+    from ats.checkpoint import load_weights
+    from ats.plugin.patch import patch
+
+    model = patch(timm.create_model(name, pretrained=pretrained, **kwargs), blocks=blocks, num_tokens=num_tokens)
     if checkpoint:
         load_weights(model, checkpoint)
     return model.eval()
 
 
 def _download(url: str) -> str:
-    """The file at `url`, kept in torch.hub's folder; its name holds the beginning of its SHA-256, which is checked."""
+    """Download `url` to torch.hub's folder, unless it is there, and check the SHA-256 prefix in the file's name."""
     path = _Path(_torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,19 +103,9 @@ def _download(url: str) -> str:
 
 
 def _entry_point(name: str, what: str, url: str = "") -> _Callable[..., _nn.Module]:
-    def build(
-        *,
-        pretrained: bool = False,
-        checkpoint: str = "",
-        dense: bool = False,
-        blocks: _Iterable[int] | None = None,
-        num_tokens: float | list | None = None,
-        overrides: _Iterable = (),
-    ) -> _nn.Module:
-        return _build(name, url, pretrained, checkpoint, dense, blocks, num_tokens, overrides)
-
-    build.__doc__ = f"{what}, configs/{name}. The arguments are those of every network here, see hubconf.py."
-    return build
+    entry_point = _partial(config, name, _url=url)
+    entry_point.__doc__ = f"{what}, configs/{name}. hubconf.py describes the arguments."
+    return entry_point
 
 
 deit_tiny = _entry_point(

@@ -1,4 +1,4 @@
-"""`pip install .` gives the package `ats`; `requirements.txt` holds the versions it was tested with."""
+"""`pip install .` installs the package `ats`. `requirements.txt` lists the versions it was tested with."""
 
 import re
 from pathlib import Path
@@ -15,13 +15,15 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    # `ats.configs` are the YAML files of configs/, and the weights that those of Digits name: with them the commands
-    # find `--cfg ImageNet/DeiT_S.yaml` anywhere.
+    # `ats.configs` holds the YAML files of configs/ and the weights of the Digits configs, so that the commands find
+    # `--cfg ImageNet/DeiT_S.yaml` in any folder.
     packages=[*find_packages(include=["ats", "ats.*"]), "ats.configs"],
     package_dir={"ats.configs": "configs"},
     package_data={
         "ats": ["py.typed"],
-        "ats.visualize": ["report.html"],
+        "ats.benchmark": ["suites/*.yaml"],
+        "ats.study": ["*.yaml", "*.md"],
+        "ats.visualize": ["page.html"],
         "ats.configs": ["*/*.yaml", "Digits/weights/*.safetensors"],
     },
     entry_points={

@@ -3,8 +3,7 @@
 One function, several backends that compute the same numbers:
 
 * `padded`: scaled_dot_product_attention over sequences padded to the longest, with a mask. Runs everywhere.
-* `loop`: one scaled_dot_product_attention per sequence. No wasted work, many calls: for the
-  CPU.
+* `loop`: one scaled_dot_product_attention per sequence. No wasted work, many calls: for the CPU.
 * `varlen`: torch's variable-length flash attention. CUDA, half precision.
 
 Shapes: S sequences, Tq / Tk packed queries / keys, H heads, D channels of a head.
@@ -40,16 +39,18 @@ def ragged_attention(
         q: [Tq, H, D]. k, v: [Tk, H, D].
         queries, keys: layouts of q and of k, v; the same number of sequences.
         dropout_p: dropout on the attention weights.
-        bias: [S, H, Mq, Mk] in the padded layout; with it there is one backend, padded.
+        bias: [S, 1 or H, 1 or Mq, Mk] in the padded layout, added to the logits. Not with the backend varlen.
 
     Returns:
         [Tq, H, D].
     """
-    if bias is not None:
-        return _padded(q, k, v, queries, keys, scale, dropout_p, bias)
     if backend == "auto":
         backend = choose_backend(q, queries=queries, keys=keys, dropout_p=dropout_p)
+        if backend == "varlen" and bias is not None:
+            backend = "padded"
     attend = _BACKENDS[backend]
+    if bias is not None:
+        return attend(q, k, v, queries, keys, scale, dropout_p, bias)
     if not q.is_cuda or keys.kind == "static" or torch.compiler.is_compiling():
         return attend(q, k, v, queries, keys, scale, dropout_p)
     # cuDNN's attention makes a plan for lengths that it has not met before, which ragged sequences bring at every call;
@@ -63,7 +64,7 @@ def ragged_attention(
 
 
 def choose_backend(q: Tensor, *, queries: Layout, keys: Layout, dropout_p: float = 0.0) -> str:
-    """The backend for these tensors: varlen where it runs; on a CPU the loop where padding would compute on air."""
+    """The backend for these tensors: varlen where it runs; on a CPU the loop where padding would be computed."""
     if queries.uniform and keys.uniform:
         return "padded"  # nothing is padded: one plain call
     if q.is_cuda:
@@ -91,10 +92,27 @@ def _padded(
     return queries.unpad(out.transpose(1, 2))
 
 
-def _loop(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, dropout_p: float) -> Tensor:
+def _loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Layout,
+    keys: Layout,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None = None,
+) -> Tensor:
     q, k, v = (t.transpose(0, 1)[None].split(layout.sizes, 2) for t, layout in ((q, queries), (k, keys), (v, keys)))
+    if bias is None:
+        masks = [None] * len(k)
+    else:
+        bias = bias.to(q[0].dtype)
+        masks = [
+            own[None, :, :num_q, :num_k] for own, num_q, num_k in zip(bias, queries.sizes, keys.sizes, strict=True)
+        ]
     attended = (
-        F.scaled_dot_product_attention(*own, dropout_p=dropout_p, scale=scale) for own in zip(q, k, v, strict=True)
+        F.scaled_dot_product_attention(*own, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+        for *own, mask in zip(q, k, v, masks, strict=True)
     )
     return torch.cat([own[0].transpose(0, 1) for own in attended])
 
@@ -104,7 +122,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scal
 
     if dropout_p:
         raise ValueError("variable-length attention has no dropout on the attention weights; use the padded backend")
-    return varlen_attn(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest, scale=scale)
+    return varlen_attn(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest, scale=scale)
 
 
 def _has_varlen() -> bool:

@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the whole new ones, whatever happens while they are written."""
+"""Atomic writes: a file is either the old one or the whole new one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block succeeds, and is removed when it fails.
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, delete it if the block fails.
 
     Args:
-        sync: wait until the file and its name are on the disk, so that it outlives a crash of the machine; False for
-            many small files that can be written again.
+        sync: flush the file and its folder to disk, so that the file survives a crash of the machine. False suits many
+            small files that can be written again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,13 +22,13 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         if sync:
-            _sync(temporary, os.O_RDWR)  # some file systems notice only here that they are full
+            _sync(temporary, os.O_RDWR)  # some file systems report a full disk only here
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if sync:
-        _sync(path.parent, os.O_RDONLY)  # the rename itself
+        _sync(path.parent, os.O_RDONLY)  # makes the rename durable
 
 
 def _sync(path: Path, flags: int) -> None:

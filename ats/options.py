@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import field
 from typing import NamedTuple
 
 
@@ -35,3 +36,24 @@ PROBABILITY = Range(0, 1)
 RATE = Range(0, 1, below=True)
 SHARE = Range(0, 1, above=True)
 SEED = Range(0, 2**32 - 1)
+
+
+class Option(NamedTuple):
+    """What is known of one option of a reduction besides its default, which is the dataclass field's."""
+
+    help: str = ""  # its meaning, in a sentence
+    within: Range | None = None  # the numbers it takes; None: any
+    choices: tuple[object, ...] = ()  # the values it takes, if few
+    types: tuple[type, ...] = ()  # Python types it takes; empty: the default's
+    per_block: bool = False  # a list with one entry per block of the network is taken, too
+    networks: tuple[str, ...] = ()  # values of MODEL.NAME that read it; empty: all with ATS
+    give: str = ""  # what to type, for the message that refuses a value: "a share in (0, 1]"
+
+
+def option(default: object, help: str = "", **about: object) -> object:
+    """A dataclass field that is an option of a reduction: `r: int = option(8, "Tokens merged away.", within=FROM_0)`.
+
+    Args:
+        about: the other attributes of `Option`.
+    """
+    return field(default=default, metadata={"option": Option(help, **about)})

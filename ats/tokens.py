@@ -1,54 +1,44 @@
-"""RaggedTokens: a batch of token sequences of different lengths.
+"""RaggedTokens: a batch of token sequences of different lengths, and the trace of what each block did to them.
 
 Three layouts hold them, `ATS.LAYOUT`:
 
-* `packed`: one after the other, `x [T, C]`. Nothing is computed on air: padding to the longest sequence would cost what
+* `packed`: one sequence after the other, `x [T, C]`, without padding: padding to the longest sequence would cost what
   sampling saves. Pointwise layers (LayerNorm, Linear, MLP) run on `x` as it is; only attention and scoring ask the
   `Layout` where a sequence begins.
-* `padded`: every sequence takes as many rows as the longest of the batch. What the others are measured against.
-* `static`: every sequence takes as many rows as it has token slots. No shape depends on the data, so the network can be
-  exported (`tools/export.py`), captured in a CUDA graph and compiled whole; `ATS.NUM_TOKENS` sets what it costs.
+* `padded`: every sequence takes as many rows as the longest of the batch. A baseline for benchmarks.
+* `static`: every sequence takes `max_tokens` rows. No shape depends on the data, so the network can be exported
+  (`tools/export.py`), captured in a CUDA graph and compiled whole; `ATS.NUM_TOKENS` sets its cost.
 
-A token's numbers are the same in all three; rows of padding hold some token that was dropped, and no token looks at
-them.
+A token's numbers are the same in all three. Rows of padding hold some dropped token; no token attends to them.
 
-Shapes: S sequences, T rows in all, M rows of the longest sequence, C channels, P prefix tokens (CLS, distillation),
-which come first in every sequence and are always kept.
+Shapes: S sequences, T rows of all sequences together, M rows of the longest sequence, C channels, P prefix tokens (CLS,
+distillation), which come first in every sequence and are always kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ats import kernels
-from ats.caching import cached
+from ats.lazy import cached
 
 LAYOUTS = ("packed", "padded", "static")
 
 
 class Layout:
-    """Where the sequences lie in a tensor of T rows.
-
-    Attributes:
-        lengths: [S] int64, tokens per sequence.
-        total: T. longest: M.
-        kind: name in LAYOUTS.
-        num_sequences: S.
-        full: there is no padding.
-        uniform: all sequences have M rows, so `pad` is a view.
-    """
+    """Where the sequences lie in a tensor of T rows."""
 
     def __init__(self, lengths: Tensor, *, total: int, longest: int, kind: str = "packed", full: bool = True) -> None:
-        self.lengths = lengths
-        self.num_sequences = lengths.shape[0]  # of a tensor, `len` would be the example's number to torch.export
-        self.total = total
-        self.longest = longest
-        self.kind = kind
-        self.full = full
-        self.uniform = kind != "packed" or total == self.num_sequences * longest
+        self.lengths = lengths  # [S] int64, tokens per sequence
+        self.num_sequences = lengths.shape[0]  # S; `len` of a tensor would be the example's number to torch.export
+        self.total, self.longest = total, longest  # T, M
+        self.kind = kind  # name in LAYOUTS
+        self.full = full  # there is no padding
+        self.uniform = kind != "packed" or total == self.num_sequences * longest  # M rows each, so `pad` is a view
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, *, longest_of_none: int = 1) -> Layout:
@@ -65,6 +55,19 @@ class Layout:
         layout.sizes = sizes
         return layout
 
+    def of_lengths(self, lengths: Tensor | None, *, longest: int) -> Layout:
+        """A layout of this kind for the same number of sequences.
+
+        Args:
+            lengths: [S]; None: all have `longest` tokens, so nothing has to be waited for on a GPU.
+            longest: rows of each sequence where the layout has padding.
+        """
+        if lengths is not None and self.kind == "packed":
+            return Layout.from_lengths(lengths)
+        full = lengths is None
+        lengths = torch.full_like(self.lengths, longest) if lengths is None else lengths
+        return Layout(lengths, total=self.num_sequences * longest, longest=longest, kind=self.kind, full=full)
+
     @cached
     def start(self) -> Tensor:
         """[S] int64, the row of each sequence's first token."""
@@ -77,8 +80,8 @@ class Layout:
         return x[:: self.longest] if self.uniform else x.index_select(0, self.start)
 
     @cached
-    def offsets(self) -> Tensor:
-        """[S + 1] int32, start of each packed sequence and T (`cu_seqlens` of variable-length attention)."""
+    def cu_seqlens(self) -> Tensor:
+        """[S + 1] int32, start of each packed sequence, then T, as variable-length attention wants it."""
         return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
 
     @cached
@@ -120,55 +123,66 @@ class Layout:
 
 @dataclass
 class RaggedTokens:
-    """Sequences of tokens with their places in the sequences the network began with.
+    """Sequences of tokens with their positions in the sequences that the network began with.
 
-    Attributes:
-        x: [T, C] tokens; in each sequence the prefix tokens first, then patches by ascending position.
-        layout: where the sequences lie in x.
-        position: [T] int64, index of the token in the original sequence; prefix tokens are 0 .. P - 1. Of a row of
-            padding: N, which is no position; of a fused token: -1; of merged tokens that of one of them.
-        num_prefix_tokens: P.
-        num_positions: length N of the original sequences.
-        slots: token slots: N at first, min(K, slots) after an ATS block. A number of the configuration, not of the
-            data.
-        group: how many consecutive sequences belong together: the frames of a clip; 1 for images.
-        rotary: [N, h, 2D] sine and cosine of every original position, for blocks with rotary embedding; h is 1 or H.
-        size: [T] how many original tokens each stands for where they are merged; patches are then in any order.
-        key_bias: [S, M] added to the logits of every key, for sequences of one length.
-        has_fused: some tokens are sums of others and stand nowhere.
+    In x each sequence has its prefix tokens first, then patches by ascending position, or in any order once tokens were
+    merged or fused.
     """
 
-    x: Tensor
-    layout: Layout
+    x: Tensor  # [T, C]
+    layout: Layout  # where the sequences lie in x
+    # [T] int64, index of the token in the original sequence; prefix tokens are 0 .. P - 1. Padding: N, which is no
+    # position; a fused token: -1; merged tokens: that of one of them.
     position: Tensor
-    num_prefix_tokens: int
-    num_positions: int
-    slots: int
-    group: int = 1
-    rotary: Tensor | None = None
-    size: Tensor | None = None
-    key_bias: Tensor | None = None
-    has_fused: bool = False
+    num_prefix_tokens: int  # P
+    num_positions: int  # length N of the original sequences
+    max_tokens: int  # bounds a sequence's length by configuration, not data: N, then min(K, max_tokens) per ATS block
+    frames_per_clip: int = 1  # consecutive sequences that belong together
+    grid: tuple[int, int, int] | None = None  # (T, H, W) of the positions, for networks that pool or convolve them
+    rotary: Tensor | None = None  # [N, h, 2D] sine and cosine of every original position; h is 1 or H
+    size: Tensor | None = None  # [T] how many original tokens each stands for, once tokens were merged
+    key_bias: Tensor | None = None  # [T] added to the logits of every key
+    has_fused: bool = False  # some tokens are sums of others and have no position
+    record: BlockRecord | None = None  # of the last ATS block; it leads to those before
 
     @classmethod
-    def from_dense(cls, x: Tensor, num_prefix_tokens: int, *, group: int = 1, layout: str = "packed") -> RaggedTokens:
+    def from_dense(
+        cls,
+        x: Tensor,
+        num_prefix_tokens: int,
+        *,
+        frames_per_clip: int = 1,
+        layout: str = "packed",
+        grid: tuple[int, int, int] | None = None,
+    ) -> RaggedTokens:
         """Dense sequences [S, N, C] as ragged ones; `x` is not copied."""
         num_sequences, length, _ = x.shape
         lengths = torch.full((num_sequences,), length, device=x.device)
-        layout = Layout(lengths, total=num_sequences * length, longest=length, kind=layout)
+        places = Layout(lengths, total=num_sequences * length, longest=length, kind=layout)
         position = torch.arange(length, device=x.device).repeat(num_sequences)
-        return cls(x.flatten(0, 1), layout, position, num_prefix_tokens, length, length, group)
+        return cls(x.flatten(0, 1), places, position, num_prefix_tokens, length, length, frames_per_clip, grid)
 
     def with_x(self, x: Tensor) -> RaggedTokens:
-        """The same tokens with other values [T, C'], and what has been looked up of their places (`cached`)."""
+        """The same tokens with other values [T, C'], keeping what was computed of their places (`cached`)."""
         tokens = object.__new__(type(self))
-        for name in type(self).__dataclass_fields__:  # torch.compile of PyTorch 2.11 cannot go over `__dict__`
+        for name in type(self).__dataclass_fields__:  # torch.compile of PyTorch 2.11 cannot iterate over `__dict__`
             setattr(tokens, name, getattr(self, name))
-        for name in ("grid_index", "row_at_position"):  # the `cached` ones below: one left out is looked up anew
+        for name in ("grid_index", "row_at_position"):  # the `cached` ones below: one left out is computed anew
             if name in self.__dict__:
                 setattr(tokens, name, self.__dict__[name])
         tokens.x = x
         return tokens
+
+    @property
+    def trace(self) -> tuple[BlockRecord, ...]:
+        """What each ATS block so far did, in order."""
+        records, record = [], self.record
+        while record is not None:
+            index = record.source.index
+            kept = None if record.kept is None else replace(record.kept, block=index)
+            records.append(replace(record, block=index, kept=kept, previous=None, source=None))
+            record = record.previous
+        return tuple(reversed(records))
 
     def prefix(self) -> Tensor:
         """[S, P, C], the prefix tokens."""
@@ -179,14 +193,14 @@ class RaggedTokens:
         start = self.layout.start
         return (start[:, None] + torch.arange(self.num_prefix_tokens, device=start.device)).flatten()
 
-    def keep(self, mask: Tensor, *, slots: int) -> tuple[RaggedTokens, Tensor]:
+    def keep(self, mask: Tensor, *, max_tokens: int) -> tuple[RaggedTokens, Tensor]:
         """The tokens marked in `mask` [S, M] (all prefix tokens True, padding False), and their indices [T'] in the old
         x.
 
         The one place where a shape depends on the data, unless the layout is static: on a GPU it waits once.
         """
         if not torch.compiler.is_compiling() and self.layout.num_sequences == 0:  # an empty batch
-            return replace(self, slots=slots), self.position
+            return replace(self, max_tokens=max_tokens), self.position
         native = kernels.kept_rows(mask, self.position, self.layout.lengths) if self.layout.kind == "packed" else None
         if native is not None:
             index, position, lengths = native
@@ -194,24 +208,28 @@ class RaggedTokens:
         elif self.layout.kind == "packed":
             layout = Layout.from_lengths(mask.sum(dim=1))
             marked = self.layout.unpad(mask)
-            # Their number is known: where asking for it again is a wait or a cut in the graph, it is not.
+            # Their number is known; asking for it again would be a wait or a graph break.
             known = mask.is_cuda or torch.compiler.is_compiling()
             index = (marked.nonzero_static(size=layout.total) if known else marked.nonzero()).squeeze(1)
             position = self.position.index_select(0, index)
         else:
             lengths = mask.sum(dim=1)
-            longest = slots if self.layout.kind == "static" else int(lengths.max())
+            longest = max_tokens if self.layout.kind == "static" else int(lengths.max())
             # A stable sort moves the kept tokens to the front and leaves them in their order.
             order = mask.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices[:, :longest]
             index = (order + self.layout.start[:, None]).flatten()
             total = lengths.shape[0] * longest
             layout = Layout(lengths, total=total, longest=longest, kind=self.layout.kind, full=False)
             position = torch.where(layout.mask.flatten(), self.position[index], self.num_positions)
-        kept = replace(self, x=self.x.index_select(0, index), layout=layout, position=position, slots=slots)
-        return kept, index
+        of_rows = {"x": self.x.index_select(0, index), "position": position}
+        if self.size is not None:
+            of_rows["size"] = self.size.index_select(0, index)
+        if self.key_bias is not None:
+            of_rows["key_bias"] = self.key_bias.index_select(0, index)
+        return replace(self, layout=layout, max_tokens=max_tokens, **of_rows), index
 
     def to_grid(self, x: Tensor | None = None, value: float = 0) -> Tensor:
-        """Dense [S, N, ...] with every token at its original position and `value` where it was dropped. A view if none
+        """Dense [S, N, ...] with every token at its original position and `value` where it was dropped; a view if none
         was. Fused tokens have no position and are left out.
 
         Args:
@@ -220,15 +238,13 @@ class RaggedTokens:
         x = self.x if x is None else x
         num_sequences = self.layout.num_sequences
         size = num_sequences * self.num_positions
-        if not self.layout.full:  # padding goes to a column of its own, which is cut off
+        if self.has_fused or not self.layout.full:  # what has no position goes to a column of its own, which is cut off
             columns = self.num_positions + 1
-            index = self.layout.sequence * columns + self.position
+            column = torch.where(self.position < 0, self.num_positions, self.position)
+            index = self.layout.sequence * columns + column
             grid = x.new_full((num_sequences * columns, *x.shape[1:]), value).index_copy(0, index, x)
             return grid.unflatten(0, (num_sequences, columns))[:, : self.num_positions]
-        if self.has_fused:
-            placed = (self.position >= 0).nonzero().squeeze(1)
-            grid = x.new_full((size, *x.shape[1:]), value).index_copy(0, self.grid_index[placed], x[placed])
-        elif self.layout.total == size:
+        if self.layout.total == size:
             grid = x
         elif x.requires_grad:  # backward this is a plain gather
             grid = x.new_full((size, *x.shape[1:]), value).index_copy(0, self.grid_index, x)
@@ -246,33 +262,29 @@ class RaggedTokens:
         return self.layout.sequence * self.num_positions + self.lookup()
 
     def lookup(self) -> Tensor:
-        """[T] int64, `position` for tables of N rows: padding, which has none, reads the last."""
-        return self.position if self.layout.full else self.position.clamp(max=self.num_positions - 1)
+        """[T] int64, `position` for tables of N rows. Padding and fused tokens, which have none, read some row."""
+        has_all = self.layout.full and not self.has_fused
+        return self.position if has_all else self.position.clamp(0, self.num_positions - 1)
 
     @cached
     def row_at_position(self) -> Tensor:
         """[S * N] int64, the row of x that holds the token of a place in the original dense layout; T where it was
         dropped.
         """
-        rows = self.grid_index.new_full((len(self.layout.lengths) * self.num_positions,), self.layout.total)
-        return rows.index_copy(0, self.grid_index, torch.arange(self.layout.total, device=rows.device))
+        size = len(self.layout.lengths) * self.num_positions
+        index = torch.where(self.position < 0, size, self.grid_index) if self.has_fused else self.grid_index
+        rows = index.new_full((size + 1,), self.layout.total)
+        return rows.index_copy(0, index, torch.arange(self.layout.total, device=rows.device))[:size]
 
 
 @dataclass
 class KeptTokens:
-    """What one ATS block kept: an entry of the trace.
+    """What one ATS block kept: an entry of the trace."""
 
-    Attributes:
-        block: index of the block in the network.
-        num_tokens: [S] int64, tokens kept by each sequence, prefix tokens counted.
-        rows: their original positions, sequence after sequence: [T] int64, or [S, M] with padding behind them.
-        num_prefix_tokens: P.
-    """
-
-    block: int
-    num_tokens: Tensor
-    rows: Tensor
-    num_prefix_tokens: int
+    block: int  # index of the block in the network
+    num_tokens: Tensor  # [S] int64, tokens kept by each sequence, prefix tokens counted
+    rows: Tensor  # their original positions, sequence after sequence: [T] int64, or [S, M] with padding at the ends
+    num_prefix_tokens: int  # P
 
     @classmethod
     def of(cls, tokens: RaggedTokens, block: int) -> KeptTokens:
@@ -296,3 +308,37 @@ class KeptTokens:
         num_prefix = self.num_prefix_tokens
         positions = self.position.split(self.num_tokens.tolist())
         return [p[p >= num_prefix].sort().values - num_prefix for p in positions]
+
+
+@dataclass
+class BlockRecord:
+    """What one ATS block did, sampling or not; the numbers are those it worked with, so recording costs nothing.
+
+    Counts are [S] int64, prefix tokens included. In ViT the first three are the same.
+    """
+
+    block: int  # index of the block in the network
+    num_in: Tensor  # tokens that came in
+    num_queries: Tensor  # before any was dropped
+    num_keys: Tensor
+    num_out: Tensor  # tokens that go on
+    max_tokens: int = 0  # of the tokens that go on, see `RaggedTokens`
+    reduction: object | None = None  # `ats.reduction.Reduction`: how the block loses tokens; None: it keeps all
+    kept: KeptTokens | None = None  # None without a reduction
+    candidates: object | None = None  # `ats.reduction.Candidates` with scores, if `ATSBlock.record_scores` is set
+    # During the forward pass the record before and the ATSBlock, whose index `RaggedTokens.trace` fills in. A tuple of
+    # records or the number itself would make torch.compile compile every block anew.
+    previous: BlockRecord | None = None
+    source: object | None = None
+
+
+class Trace(list[KeptTokens]):
+    """What a forward pass did: a list with one `KeptTokens` for every block that has a reduction, in order.
+
+    Attributes:
+        records: of all ATS blocks, those that keep everything too.
+    """
+
+    def __init__(self, records: Iterable[BlockRecord] = ()) -> None:
+        self.records = tuple(records)
+        super().__init__(record.kept for record in self.records if record.kept is not None)

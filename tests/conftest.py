@@ -12,7 +12,8 @@ import yaml
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from ats.config import schema
+from ats.config.keys import keys
+from ats.reduction import REDUCTIONS, register_sampler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # tests import the tools by their names
 
@@ -23,7 +24,7 @@ settings.load_profile("any machine")
 # The longest files, begun first: whole files go to the processes of `make test`, and a long one that is begun last
 # keeps one of them busy while the others have nothing left to do.
 LONGEST = ("compile", "distributed", "faults", "demo", "study", "mvit", "cvt", "demo_video_weights", "calibration")
-LONGEST += ("seed_command", "triton_sampling", "model_zoo", "run_net_video", "export", "make_digits", "benchmark")
+LONGEST += ("seed_command", "triton_sampling", "model_zoo", "run_net_video", "export", "make_digits", "suite")
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0), "yellow": (255, 255, 0)}
 
@@ -64,11 +65,10 @@ def _meta_tensors_get_no_values():
 @pytest.fixture(autouse=True, scope="session")
 def _device_cpu():
     """What tests compare is exact on a CPU; DEVICE auto takes a GPU where there is one. Tests of a GPU ask for it."""
-    [number] = [number for number, key in enumerate(schema.KEYS) if key.name == "DEVICE"]
-    key = schema.KEYS[number]
-    schema.KEYS[number] = key._replace(default="cpu")
+    key = keys()["DEVICE"]
+    object.__setattr__(key, "default", "cpu")  # an entry is frozen
     yield
-    schema.KEYS[number] = key
+    object.__setattr__(key, "default", "auto")
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +113,24 @@ def tiny_config(colours: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+@pytest.fixture
+def keep_all():
+    """Name of a sampler that keeps everything, to compare the ragged path with the dense one."""
+    register_sampler("keep_all")(lambda candidates, num_points, options: candidates.valid)
+    yield "keep_all"
+    del REDUCTIONS["keep_all"]
+
+
+@pytest.fixture
+def merge_dropped():
+    """Name of a reduction in one file that selects and merges (support/merge_dropped.py)."""
+    from merge_dropped import MergeDropped
+
+    REDUCTIONS["merge_dropped"] = MergeDropped
+    yield "merge_dropped"
+    del REDUCTIONS["merge_dropped"]
 
 
 @pytest.fixture

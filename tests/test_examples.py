@@ -18,14 +18,14 @@ TINY = ["--model", "vit_tiny_patch16_224", "--blocks", "4", "8"]
 
 
 def test_plug_into_timm(tmp_path, capsys):
-    """With random weights and scikit-learn's photographs: it prints what is kept, within K, and saves the picture."""
+    """With random weights and scikit-learn's photographs, it prints the kept counts, at most K, and saves a picture."""
     assert main([*TINY, "--num-tokens", "60", "--output", str(tmp_path / "kept.png")]) == 0
     said = capsys.readouterr().out
     kept = {int(block): eval(counts) for block, counts in re.findall(r"kept by block +(\d+): (\[.*\])", said)}
     assert list(kept) == [4, 8]
     assert all(8 <= after <= before <= 60 for before, after in zip(kept[4], kept[8], strict=True))
     assert "random weights" in said
-    assert "tokens that come in: 197" in said
+    assert "input tokens: 197" in said
     as_run, dense = re.search(r"GFLOPs: (.*) instead of (.*)", said).groups()
     assert all(float(value) < float(dense) for value in as_run.split(", "))
     width, height = Image.open(tmp_path / "kept.png").size
@@ -33,7 +33,7 @@ def test_plug_into_timm(tmp_path, capsys):
 
 
 def test_plug_into_timm_with_a_checkpoint_and_an_image(tmp_path, capsys):
-    """Weights and pictures of the reader's: the classes are those of the weights."""
+    """With given weights and pictures, the classes are those of the weights."""
     torch.manual_seed(1)
     weights = timm.create_model("vit_tiny_patch16_224").state_dict()
     weights["head.bias"][123] = 1e3

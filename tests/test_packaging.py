@@ -1,4 +1,4 @@
-"""What `pip install` and torch.hub give: the package with its configs, types and commands; the entry points."""
+"""What `pip install` and torch.hub provide: the package with configs, types and commands; the entry points."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ from ats.errors import UserError
 from ats.models import build_model
 
 ROOT = Path(__file__).parents[1]
-# tools/visualize.py and its command may come later than the others.
-WRITTEN = {command: script for command, script in COMMANDS.items() if (ROOT / script).is_file()}
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
-    """The output of a command that must succeed."""
+    """Run a command that must succeed; returns its output."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -36,7 +34,7 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path, str]:
-    """(wheel, sdist, what setuptools said), built offline from a copy of the files that git has."""
+    """(wheel, sdist, setuptools' output), built offline from a copy of the files that git tracks."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
         "\n"
@@ -55,7 +53,7 @@ def built(tmp_path_factory) -> tuple[Path, Path, str]:
 
 @pytest.fixture(scope="module")
 def site(built, tmp_path_factory) -> Path:
-    """A folder with the wheel as pip would unpack it."""
+    """A folder with the wheel unpacked by pip."""
     folder = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile"]
     run(*pip, "--disable-pip-version-check", "--target", folder, built[0], cwd=folder)
@@ -86,11 +84,10 @@ def test_wheel_and_sdist_hold_everything_and_nothing_else(built):
 
 
 def test_commands_of_the_wheel_answer_help(site, tmp_path):
-    """Every console command starts from the installed package, away from any clone, and speaks of itself."""
-    assert set(WRITTEN) >= {"ats-run", "ats-benchmark", "ats-calibrate"}
-    for command in WRITTEN:
-        script = site / "bin" / command
-        said = run(sys.executable, script, "--help", cwd=tmp_path, PYTHONPATH=str(site))
+    """Every console command starts from the installed package, outside a clone, and its help names it."""
+    for command, script in COMMANDS.items():
+        assert (ROOT / script).is_file()
+        said = run(sys.executable, site / "bin" / command, "--help", cwd=tmp_path, PYTHONPATH=str(site))
         assert command in said
         assert "tools/" not in said
 
@@ -116,7 +113,7 @@ def test_wheel_finds_the_weights_that_its_configs_name(site, tmp_path):
 
 
 def test_a_local_config_comes_before_a_shipped_one(tmp_path, monkeypatch):
-    """And a clone's are found from other folders too."""
+    """The configs of a clone are found from other folders too."""
     monkeypatch.chdir(tmp_path)
     assert load_config("ImageNet/DeiT_S.yaml").VIT.EMBED_DIM == 384
     (tmp_path / "ImageNet").mkdir()
@@ -130,7 +127,7 @@ def test_a_local_config_comes_before_a_shipped_one(tmp_path, monkeypatch):
     assert SHIPPED == ROOT / "configs"
 
 
-def test_help_speaks_of_the_command_that_was_typed(monkeypatch):
+def test_help_names_the_command_that_was_typed(monkeypatch):
     text = "python tools/run_net.py --cfg X, then tools/benchmark.py"
     monkeypatch.setattr(sys, "argv", ["tools/run_net.py"])
     assert as_typed(text) == text
@@ -145,8 +142,8 @@ def load(name: str, *args: object, **kwargs: object) -> torch.nn.Module:
     return torch.hub.load(str(ROOT), name, *args, source="local", **kwargs)
 
 
-def test_hub_shows_entry_points_alone():
-    """What torch.hub would list: entry points, each with a text, of configs that are there; none of the imports."""
+def test_hub_lists_only_entry_points():
+    """torch.hub would list the entry points, each with a docstring and an existing config, and no imported names."""
     import hubconf
 
     names = [name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")]
@@ -162,7 +159,7 @@ def test_hub_shows_entry_points_alone():
     [("deit_tiny", "ImageNet/DeiT_Ti.yaml"), ("cvt_13", "ImageNet/CvT_13_ATS.yaml")],
 )
 def test_hub_model_is_the_configs(name, config):
-    """Same parameters, in evaluation mode, with ATS unless `dense`; the settings arrive."""
+    """It has the config's parameters, is in evaluation mode, has ATS unless `dense`, and takes the settings."""
     model = load(name)
     want = build_model(load_config(config)).state_dict()
     assert {key: value.shape for key, value in model.state_dict().items()} == {k: v.shape for k, v in want.items()}
@@ -175,7 +172,7 @@ def test_hub_model_is_the_configs(name, config):
 
 
 def test_hub_weights_from_a_file_and_from_a_release(tmp_path, monkeypatch):
-    """`checkpoint` and `pretrained` load what the file holds; a download whose checksum is wrong is refused."""
+    """`checkpoint` and `pretrained` load the file's weights; a download with a wrong checksum is refused."""
     import hubconf
 
     model = randomise(build_model(load_config("ImageNet/DeiT_Ti.yaml")))

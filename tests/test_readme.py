@@ -102,7 +102,8 @@ def test_no_block_is_left_out_in_silence():
 @pytest.mark.parametrize(("place", "line"), [pair for pair in COMMANDS if "run_net.py" in pair[1]])
 def test_commands_parse(place, line):
     """Every key and value of a run_net command is accepted, also where the command is not run."""
-    from ats.cli.run_net import make_parser, parse_overrides
+    from ats.cli.parser import parse_overrides
+    from ats.cli.run_net import make_parser
 
     line = re.sub(r"\$folder/my_run\.py", "tools/run_net.py", re.sub(PLACEHOLDER, "/data", line))
     words = shlex.split(line.replace("CONFIG", "configs/Digits/DeiT.yaml"))
@@ -110,7 +111,7 @@ def test_commands_parse(place, line):
     args, rest = make_parser().parse_known_args(words[script + 1 :])
     if args.cfg.startswith("output/"):  # written by the command before it
         return
-    load_config(ROOT / args.cfg, parse_overrides(rest))
+    load_config(ROOT / args.cfg, parse_overrides(rest, make_parser()))
 
 
 @pytest.mark.parametrize(("place", "line"), COMMANDS)

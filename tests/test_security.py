@@ -1,5 +1,5 @@
-"""Files from strangers: nothing they hold is run, nothing they say fills the memory or leads elsewhere, and nothing is
-fetched from a network.
+"""Untrusted files: nothing in them is run, they cannot exhaust memory or escape their folder, and nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import tarfile
 import zlib
 from pathlib import Path
 
+import make_digits
+import prepare_imagenet
+import prepare_kinetics
 import pytest
 import torch
 from clips import encode
+from image_folders import add, jpeg, make_archives
 from PIL import Image
-from test_datasets import add, archives, jpeg, load_tool  # noqa: F401 - archives is a fixture
 
 from ats.checkpoint import load_checkpoint, save_safetensors
 from ats.config import load_config
@@ -56,7 +59,7 @@ HOW = {
 
 @pytest.fixture
 def proof(tmp_path):
-    """What a payload would create; nothing may have, whatever the test did."""
+    """What a payload would create; it must not exist after the test."""
     path = tmp_path / "proof"
     yield path
     assert not path.exists()
@@ -64,7 +67,7 @@ def proof(tmp_path):
 
 @pytest.fixture
 def evil(tmp_path, proof, tiny_config):
-    """Writes a checkpoint whose weights are those of the config's network, and which holds a payload beside them."""
+    """A function that writes a checkpoint with the config's weights and a payload."""
 
     def write(path: Path, how: str) -> Path:
         state = build_model(load_config(tiny_config)).state_dict()
@@ -92,7 +95,7 @@ def test_weights_to_test_or_to_start_from(how, key, suffix, evil, tiny_config, t
 
 @pytest.mark.parametrize("how", HOW)
 def test_resume(how, evil, tiny_config, caplog):
-    """A checkpoint with a payload is named and skipped like any that cannot be read, and the run starts again."""
+    """A checkpoint with a payload is named and skipped like any unreadable one, and the run starts over."""
     cfg = load_config(tiny_config, ["SOLVER.MAX_EPOCH", "1"])
     train(cfg)
     path, best = (Path(cfg.OUTPUT_DIR) / "checkpoints" / f"checkpoint_{name}.pyth" for name in ("epoch_00001", "best"))
@@ -106,7 +109,7 @@ def test_resume(how, evil, tiny_config, caplog):
 
 
 def test_files_of_text(proof, tmp_path):
-    """A pickle in the place of a csv, YAML or JSON file is bad text."""
+    """A pickle in place of a csv, YAML or JSON file is treated as bad text."""
     content = pickle.dumps(Payload(proof))
     (tmp_path / "test.csv").write_bytes(content)
     with pytest.raises(UserError, match=r"test\.csv, line 1: "):
@@ -115,10 +118,11 @@ def test_files_of_text(proof, tmp_path):
     with pytest.raises(UserError, match="is not a YAML file"):
         load_config(tmp_path / "a.yaml")
     (tmp_path / "checked.json").write_bytes(content)
-    assert load_tool("prepare_kinetics")._read_known(tmp_path / "checked.json") == {}
+    assert prepare_kinetics._read_known(tmp_path / "checked.json") == {}
     (tmp_path / "digits.json").write_bytes(content)
-    tool = load_tool("make_digits")
-    assert tool.make_digits(tmp_path, train_per_digit=1, val_per_digit=1, size=32, num_workers=0)  # not "up to date"
+    assert make_digits.make_digits(
+        tmp_path, train_per_digit=1, val_per_digit=1, size=32, num_workers=0
+    )  # not "up to date"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,7 @@ FORBIDDEN |= {"yaml.full_load", "joblib.load", "torch.hub.load_state_dict_from_u
 
 
 def test_no_call_that_would_trust_a_file():
-    """Every torch.load is weights_only, every yaml.load safe, np.load takes no pickles; nothing asks for a download."""
+    """Every torch.load is weights_only, every yaml.load is safe, np.load allows no pickles, nothing downloads."""
     for path in [*ROOT.glob("ats/**/*.py"), *ROOT.glob("tools/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
@@ -152,7 +156,7 @@ def test_no_call_that_would_trust_a_file():
             assert name != "torch.load" or keywords.get("weights_only") == "True", where
             assert name != "yaml.load" or keywords.get("Loader") in ("yaml.SafeLoader", "_UniqueKeyLoader"), where
             assert keywords.get("allow_pickle", "False") == "False", where
-            assert keywords.get("pretrained", "False") in ("False", "cfg.TIMM.PRETRAINED"), where  # a key asks
+            assert keywords.get("pretrained", "False") in ("False", "cfg.TIMM.PRETRAINED"), where  # only on request
             assert keywords.get("shell", "False") == "False", where
 
 
@@ -160,7 +164,7 @@ def test_no_call_that_would_trust_a_file():
 
 
 def bomb(side: int = 50_000) -> bytes:
-    """A PNG of some hundred bytes whose header says that it has side x side pixels."""
+    """A PNG of a few hundred bytes whose header claims side x side pixels."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, format="png")
     chunk = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -169,7 +173,7 @@ def bomb(side: int = 50_000) -> bytes:
 
 
 def test_image_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
-    """Also where a program has switched Pillow's own limit off."""
+    """Also if a program has turned Pillow's own limit off."""
     path = tmp_path / "bomb.png"
     path.write_bytes(bomb())
     with pytest.raises(UserError, match=rf"Cannot read the image {path}: .*2500000000 pixels"):
@@ -177,32 +181,32 @@ def test_image_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(UserError, match=rf"Cannot read the image {path}: 50000 x 50000 pixels are more than"):
         read_image(str(path))
-    path.write_bytes(bomb(1000))  # not too large: it goes on, to find that the data end early
+    path.write_bytes(bomb(1000))  # not too large, so it is decoded, but the data end early
     with pytest.raises(UserError, match="truncated"):
         read_image(str(path))
 
 
-def test_image_bombs_in_the_official_archives(archives, tmp_path, capsys):  # noqa: F811
+def test_image_bombs_in_the_official_archives(tmp_path, capsys, monkeypatch):
     """An error that names archive and file; and nothing of it is written."""
-    tool, output = load_tool("prepare_imagenet"), tmp_path / "imagenet"
+    archives, output = make_archives(tmp_path / "archives"), tmp_path / "imagenet"
     name = "ILSVRC2012_val_00000001.JPEG"
 
     def error(content: bytes) -> str:
         with tarfile.open(archives / "ILSVRC2012_img_val.tar", "w") as tar:
             add(tar, name, content)
         arguments = ["--archives", str(archives), "--output", str(output), "--split", "val"]
-        assert tool.main(arguments) == 1
+        assert prepare_imagenet.main(arguments) == 1
         assert not (output / "val").exists() or not list((output / "val").rglob("*.JPEG"))
         return capsys.readouterr().err
 
     assert f"ILSVRC2012_img_val.tar is damaged or is not the official archive ({name} cannot be read" in error(bomb())
     assert f"{name} is not an image" in error(b"<html>")
-    tool.MAX_BYTES = 2000
+    monkeypatch.setattr(prepare_imagenet, "MAX_BYTES", 2000)
     assert f"{name} has 2001 bytes, more than 2000" in error(jpeg(1).ljust(2001, b"\0"))
 
 
 def test_formats_that_start_programs_are_not_opened(tmp_path):
-    """Pillow would give EPS to Ghostscript, whatever the name says."""
+    """Pillow would pass EPS data to Ghostscript, whatever the file is called."""
     path = tmp_path / "a.jpg"
     Image.new("RGB", (8, 8)).save(path, format="eps")
     assert Image.open(path).format == "EPS"
@@ -216,12 +220,12 @@ def test_formats_that_start_programs_are_not_opened(tmp_path):
 def test_video_files_that_are_lists_of_others(tmp_path):
     encode(tmp_path / "secret.mp4", 5)
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
-    with pytest.raises(UserError, match="it is none of the containers that are read"):
+    with pytest.raises(UserError, match="it is not in one of the supported containers"):
         Video(tmp_path / "list.mp4")
 
 
 def test_links_are_followed_but_not_climbed(tmp_path):
-    """A symbolic link in the folder is its owner's; `..` behind one does not lead out of the prefix."""
+    """A symbolic link in the folder is trusted; `..` after one does not lead out of the prefix."""
     inside, outside = tmp_path / "videos", tmp_path / "outside" / "deep"
     inside.mkdir()
     encode(outside / "v.mp4", 20)
@@ -242,7 +246,7 @@ def test_links_are_followed_but_not_climbed(tmp_path):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Whoever looks a name up or connects to another machine fails the test, even if the error is swallowed."""
+    """Any name lookup or connection to another machine fails the test, even if its error is caught."""
     tried = []
 
     def refuse(*args, **kwargs):
@@ -261,7 +265,7 @@ def no_network(monkeypatch):
 
 
 def test_nothing_is_fetched(no_network, tiny_config, tmp_path):
-    """Train, resume and test, with augmentation, mixup and EMA; then build a network of every family."""
+    """Train, resume and test with augmentation, mixup and EMA; then build a network of every family."""
     words = ["AUG.ENABLE", "True", "MIXUP.ENABLE", "True", "EMA.ENABLE", "True"]
     weights = train(load_config(tiny_config, words))
     train(load_config(tiny_config, [*words, "SOLVER.MAX_EPOCH", "3"]), force=True)
@@ -273,7 +277,7 @@ def test_nothing_is_fetched(no_network, tiny_config, tmp_path):
 
 
 def test_addresses_are_not_paths(no_network, tiny_config, tmp_path):
-    """What looks like an address is a file that is not there."""
+    """A URL is treated as a file that does not exist."""
     for key in ("TEST.CHECKPOINT_FILE_PATH", "TRAIN.CHECKPOINT_FILE_PATH"):
         run = train if key.startswith("TRAIN") else evaluate_weights
         with pytest.raises(UserError, match="No checkpoint file https:/"):

@@ -22,7 +22,7 @@ def test_pad_and_unpad_are_inverse(lengths):
     assert padded.shape == (len(lengths), max(lengths), 3)
     assert torch.equal(layout.unpad(padded), x)
     assert (padded[~layout.mask] == -1).all()
-    assert layout.offsets.tolist() == [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    assert layout.cu_seqlens.tolist() == [0, *torch.tensor(lengths).cumsum(0).tolist()]
     assert layout.uniform == (len(set(lengths)) == 1)
 
 
@@ -38,7 +38,7 @@ def test_keep_remembers_where_tokens_come_from(num_sequences, length, num_prefix
     for _ in range(2):
         mask = torch.rand(num_sequences, tokens.layout.longest, generator=generator) < 0.6
         mask[:, :num_prefix] = True
-        kept, index = tokens.keep(mask & tokens.layout.mask, slots=length)
+        kept, index = tokens.keep(mask & tokens.layout.mask, max_tokens=length)
         assert torch.equal(kept.x, tokens.x[index])
         tokens = kept
     assert torch.equal(tokens.x, dense.flatten(0, 1)[tokens.grid_index])
@@ -50,7 +50,7 @@ def test_keep_remembers_where_tokens_come_from(num_sequences, length, num_prefix
     for i, patches in enumerate(entry.patches):
         assert len(patches) == entry.num_tokens[i] - num_prefix
         assert torch.equal(
-            tokens.x[tokens.layout.offsets[i] + num_prefix : tokens.layout.offsets[i + 1]],
+            tokens.x[tokens.layout.cu_seqlens[i] + num_prefix : tokens.layout.cu_seqlens[i + 1]],
             dense[i, num_prefix + patches],
         )
 
@@ -59,8 +59,8 @@ def test_keep_remembers_where_tokens_come_from(num_sequences, length, num_prefix
 def test_no_sequences_at_all(layout):
     """Of an empty batch nothing is dropped, and what is asked of tokens has its usual shape."""
     tokens = RaggedTokens.from_dense(torch.zeros(0, 5, 3), 1, layout=layout)
-    kept, index = tokens.keep(torch.zeros(0, 5, dtype=torch.bool), slots=4)
-    assert (kept.slots, kept.x.shape, index.dtype, index.shape) == (4, (0, 3), torch.int64, (0,))
+    kept, index = tokens.keep(torch.zeros(0, 5, dtype=torch.bool), max_tokens=4)
+    assert (kept.max_tokens, kept.x.shape, index.dtype, index.shape) == (4, (0, 3), torch.int64, (0,))
     assert kept.prefix().shape == (0, 1, 3)
     assert kept.to_grid().shape == (0, 5, 3)
     assert KeptTokens.of(kept, block=0).patches == []
@@ -72,7 +72,7 @@ def test_grid_and_its_gradient(value):
     """Placing tokens with and without a gradient gives the same grid, the value where none is; gradients come back."""
     tokens = RaggedTokens.from_dense(torch.randn(2, 6, 3), 1)
     mask = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 0]], dtype=torch.bool)
-    tokens = tokens.keep(mask, slots=6)[0]
+    tokens = tokens.keep(mask, max_tokens=6)[0]
     grid = tokens.to_grid(value=value)
     assert (grid[~mask] == value).all()
     assert torch.equal(grid[mask], tokens.x)
@@ -142,7 +142,7 @@ def test_scoring_rows_are_rows_of_the_attention_matrix(sizes):
     """cls_attention is row 0 of the softmax matrix, mean_attention the mean of its rows, whatever the chunk."""
     q, k, _ = random_qkv(sizes, sizes)
     layout = Layout.from_lengths(torch.tensor(sizes))
-    cls = cls_attention(q[layout.offsets[:-1].long()], k, keys=layout, scale=0.3)
+    cls = cls_attention(q[layout.cu_seqlens[:-1].long()], k, keys=layout, scale=0.3)
     mean = mean_attention(q, k, layout=layout, scale=0.3, chunk=2)
     for i, (q_s, k_s) in enumerate(zip(q.split(sizes), k.split(sizes), strict=True)):
         matrix = (torch.einsum("qhd,khd->hqk", q_s, k_s) * 0.3).softmax(-1)

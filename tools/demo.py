@@ -1,9 +1,9 @@
-"""The demo: a small DeiT on real handwritten digits, dense, with ATS untouched, and with ATS fine-tuned.
+"""The demo: a small DeiT on real handwritten digits - dense, with ATS not fine-tuned, and with ATS fine-tuned.
 
     make demo          # or: python tools/demo.py [--output DIR] [--data DIR]
 
 Makes the Digits data set if it is not there, evaluates the weights in configs/Digits/weights, prints one table and
-writes output/demo/{table.md, results.json, kept_tokens.png}. How the weights were trained is in README.md.
+writes output/demo/{table.md, results.json, kept_tokens.png}. README.md says how the weights were trained.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """A line of the table: its name, its config and weights in configs/Digits, where ATS begins (None: dense)."""
+    """A line of the table: its name, its config and weights in configs/Digits, the first ATS block (None: dense)."""
 
     name: str
     config: str
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def make_rows(network: str) -> list[Row]:
-    """Dense, and ATS untouched and fine-tuned at three operating points. `network`: DeiT or XViT."""
+    """Dense, then ATS untouched and ATS fine-tuned, each at three operating points. `network`: DeiT or XViT."""
     dense, tuned = f"{network.lower()}_dense", f"{network.lower()}_ats"
     return [
         Row("dense", network, dense, None),
@@ -65,7 +65,7 @@ def row_config(row: Row, *, data: Path, output: Path) -> CfgNode:
 
 
 def load_model(cfg: CfgNode) -> tuple[nn.Module, torch.device]:
-    """The network with the weights of a row's configuration, on its device."""
+    """The network and weights of a row's configuration, and the device that it is on."""
     from ats.checkpoint import load_weights
     from ats.engine.device import select_device
     from ats.models import build_model
@@ -79,27 +79,27 @@ def load_model(cfg: CfgNode) -> tuple[nn.Module, torch.device]:
 def time_together(
     results: dict[str, Result], models: dict[str, nn.Module], x: torch.Tensor, *, rounds: int = 9
 ) -> None:
-    """Give each result its network's rate on `x`: of the median of rounds in which every network runs once.
+    """Replace each result's rate by one measured on `x`, as the median of rounds in which every network runs once.
 
-    The rates that `evaluate` measures are minutes apart, in which a shared machine's speed changes.
+    `evaluate` measures the rates minutes apart, and the speed of a shared machine changes in between.
     """
     import torch
 
-    from ats.benchmark.turns import time_in_turn
+    from ats.benchmark.interleave import interleave
 
-    print(f"all {len(models)} in turn, {rounds} times, for their speed", file=sys.stderr)
+    print(f"timing: all {len(models)} in turn, {rounds} times", file=sys.stderr)
     with torch.inference_mode():
         runs = {name: partial(model.eval(), x) for name, model in models.items()}
-        seconds, _ = time_in_turn(runs, x.device, rounds=rounds)
+        seconds, _ = interleave(runs, rounds=rounds)
     for name, result in results.items():
         result.images_per_second = len(x) / statistics.median(seconds[name])
 
 
 def run_demo(run: Callable[..., None], *, about: str, data: str, output: str, argv: list[str] | None) -> int:
-    """The command line of a demo, with the default names of its data set and results; returns the exit status."""
+    """The command line of a demo; `data` and `output` name its default folders. Returns the exit status."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / data, help="the data set")
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / output, help="where table and picture go")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / output, help="where the table and pictures go")
     args = parser.parse_args(argv)
     return exit_status(lambda: run(data=args.data, output=args.output))
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(*, data: Path, output: Path) -> None:
-    """Make the data, evaluate every row, write table and picture."""
+    """Make the data, evaluate every row, write the table and the picture."""
     import simplejson
     import torch
 
@@ -136,33 +136,32 @@ def run(*, data: Path, output: Path) -> None:
     )
     (output / "table.md").write_text(format_table(results, style="pipe") + "\n")
     picture = draw_examples(cfg, model, output / "kept_tokens.png")
-    print(f"\n{table}\n\nPicture of the tokens that survive each block: {picture}\nTable and numbers: {output}")
+    print(f"\n{table}\n\nPicture of the tokens kept by each block: {picture}\nTable and numbers: {output}")
 
 
 def draw_examples(cfg: CfgNode, model: nn.Module, path: Path, *, num_images: int = 6) -> Path:
-    """Images of the validation set from the cheapest to the costliest, with what the network kept of them."""
+    """Draw validation images, from the cheapest to the costliest, with the patches that the network kept."""
     import torch
 
     from ats.datasets import build_loader
     from ats.flops import gflops
-    from ats.visualize import draw_kept_tokens
+    from ats.visualize import as_pictures, draw_kept_tokens, look
 
     dataset = build_loader(cfg, "val").dataset
     samples = [dataset[index] for index in range(0, len(dataset), 37)]
     x = torch.stack([sample.x for sample in samples])
     model.cpu().eval()
     with torch.no_grad():
-        _, trace = model.forward_tokens(x)
-        by_cost = gflops(model, trace, x.shape).as_run.argsort()
-        chosen = by_cost[torch.linspace(0, len(by_cost) - 1, num_images).round().long()]
-        logits, trace = model.forward_tokens(x[chosen])
-    mean, std = (torch.tensor(values)[:, None, None] for values in (cfg.DATA.MEAN, cfg.DATA.STD))
+        by_cost = gflops(model, model.forward_tokens(x)[1], x.shape).as_run.argsort()
+    chosen = by_cost[torch.linspace(0, len(by_cost) - 1, num_images).round().long()]
+    logits, _, views = look(model, x[chosen])
     labels = [samples[i].label for i in chosen.tolist()]
     captions = [
         f"read as {guess}" + ("" if guess == label else f", is {label}")
         for guess, label in zip(logits.argmax(1).tolist(), labels, strict=True)
     ]
-    return draw_kept_tokens(path, x[chosen] * std + mean, trace, model.grid_size, captions=captions)
+    pictures = as_pictures(x[chosen], cfg.DATA.MEAN, cfg.DATA.STD)
+    return draw_kept_tokens(path, pictures, views, captions=captions)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The video demo: a small XViT on moving handwritten digits, dense, with ATS untouched, and with ATS fine-tuned.
+"""The video demo: a small XViT on moving handwritten digits - dense, with ATS not fine-tuned, and with ATS fine-tuned.
 
     make demo-video    # or: python tools/demo_video.py [--output DIR] [--data DIR]
 
 Makes the moving Digits data set if it is not there, evaluates the weights in configs/Digits/weights on its videos, as
 they are and with the frames of every clip shuffled, prints one table and writes output/demo_video/{table.md,
-results.json, kept_tokens.png, kept_tokens.gif}. A class is a digit and the direction it moves in: shuffled frames still
-show the digit and the axis, so a network that uses time falls to half its accuracy or less, and one that does not stays
-where it is. How the weights were trained is in README.md.
+results.json, kept_tokens.png, kept_tokens.gif}. A class is a digit and the direction it moves in. Shuffled frames still
+show the digit and the axis, so a network that uses time drops to half its accuracy or less, and one that ignores time
+does not change. README.md says how the weights were trained.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS = make_rows("XViT")
 
 
 class Shuffled:
-    """Batches of clips with the frames of every clip in a random order of its own, the same in every run."""
+    """Batches of clips whose frames are shuffled, each clip in its own random order, the same in every run."""
 
     def __init__(self, batches: Sequence[Sample]) -> None:
         self.batches = batches
@@ -47,7 +47,7 @@ class Shuffled:
 
 
 def shuffle_frames(x: Tensor, index: Tensor) -> Tensor:
-    """Clips [B, 3, T, H, W] with their frames in an order that follows from the clip's `index` [B] alone."""
+    """Clips [B, 3, T, H, W] with their frames in an order that depends on the clip's `index` [B] only."""
     import torch
 
     def order(seed: int) -> Tensor:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(*, data: Path, output: Path) -> None:
-    """Make the data, evaluate every row, write table and pictures."""
+    """Make the data, evaluate every row, write the table and the pictures."""
     import simplejson
     import torch
 
@@ -87,16 +87,16 @@ def run(*, data: Path, output: Path) -> None:
     (output / "results.json").write_text(simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
     (output / "table.md").write_text(format_table(results, style="pipe") + "\n")
     pictures = draw_examples(row_config(ROWS[-2], data=data, output=output), batches, output)
-    print(f"\n{format_table(results)}\n\nTokens that survive over time: {', '.join(map(str, pictures))}")
+    print(f"\n{format_table(results)}\n\nPictures of the tokens kept over time: {', '.join(map(str, pictures))}")
     print(f"Table and numbers: {output}")
 
 
 def evaluate_both(
     model: nn.Module, batches: Sequence[Sample], *, device: torch.device, cfg: CfgNode, dataset: object
 ) -> tuple[Result, Result]:
-    """The result on the videos as they are, and with their frames shuffled."""
-    from ats.engine.ensemble import build_ensemble
+    """The results on the videos as they are, and with their frames shuffled."""
     from ats.engine.evaluate import evaluate
+    from ats.engine.tally import build_ensemble
 
     return tuple(
         evaluate(model, clips, device=device, ensemble=build_ensemble(cfg, dataset))
@@ -120,32 +120,30 @@ def format_table(results: dict[str, tuple[Result, Result]], *, style: str = "sim
 
 
 def draw_examples(cfg: CfgNode, batches: Sequence[Sample], output: Path, *, num_clips: int = 6) -> list[Path]:
-    """Clips from the cheapest to the costliest, with what the network kept of them: all animated, three as a strip."""
+    """Draw clips, from the cheapest to the costliest, with the patches kept: all as an animation, three as a strip."""
     import torch
 
-    from ats.datasets.video_transforms import MEAN, STD
+    from ats.datasets.build import mean_std
     from ats.flops import gflops
-    from ats.visualize import animate_kept_tokens, draw_kept_over_time
+    from ats.visualize import animate, as_pictures, draw_kept_tokens, fade, look
 
     x, labels = (torch.cat(parts)[::3] for parts in zip(*((batch.x, batch.label) for batch in batches), strict=True))
     model = load_model(cfg)[0].cpu().eval()
     with torch.inference_mode():
         by_cost = gflops(model, model.forward_tokens(x)[1], x.shape).as_run.argsort()
-        chosen = by_cost[torch.linspace(0, len(by_cost) - 1, num_clips).round().long()]
-        logits, trace = model.forward_tokens(x[chosen])
-        _, strip_trace = model.forward_tokens(x[chosen[::2]])
-    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (cfg.DATA.MEAN or MEAN, cfg.DATA.STD or STD))
-    clips, grid = x[chosen] * std + mean, model.base_model.grid_size
+    chosen = by_cost[torch.linspace(0, len(by_cost) - 1, num_clips).round().long()]
+    logits, _, views = look(model, x[chosen])
+    clips = as_pictures(x[chosen], *mean_std(cfg))
     names = [name.replace("_", ", ") for name in CLASSES]
     captions = [
-        f"read as {names[guess]}" + ("" if guess == label else f"; is {names[label]}")
+        f"read as {names[guess]}" + ("" if guess == label else f"\nis {names[label]}")
         for guess, label in zip(logits.argmax(1).tolist(), labels[chosen].tolist(), strict=True)
     ]
+    strip = [view.sample(slice(None, None, 2)) for view in (views[0], views[-1])]
+    rows = [clips, *(fade(clips, view.kept) for view in (views[0], views[len(views) // 2], views[-1]))]
     return [
-        draw_kept_over_time(
-            output / "kept_tokens.png", clips[::2], [strip_trace[0], strip_trace[-1]], grid, captions=captions[::2]
-        ),
-        animate_kept_tokens(output / "kept_tokens.gif", clips, [trace[0], trace[len(trace) // 2], trace[-1]], grid),
+        draw_kept_tokens(output / "kept_tokens.png", clips[::2], strip, captions=captions[::2]),
+        animate(output / "kept_tokens.gif", torch.stack(rows)),
     ]
 
 

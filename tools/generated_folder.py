@@ -2,9 +2,10 @@
 
     made = make_folder("data/digits", kind=Kind("Digits", "digits.json"), settings={"seed": 0}, fill=write_files)
 
-`<output>/<manifest>` says what the files are and how they were made, `<output>/SHA256SUMS` has a line for everything
-else at the top of the folder. The same settings again check these sums and touch nothing; whatever else is found there
-- other settings, a damaged or added file - is made anew, beside the old folder, which stays whole until the new one is.
+`<output>/<manifest>` says what the files are and how they were made. `<output>/SHA256SUMS` has a line for everything
+else at the top of the folder. If the settings are the same and the sums match, nothing is touched. Otherwise - other
+settings, a damaged or an extra file - the folder is made again, beside the old one, which stays until the new one is
+complete.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ SUMS = "SHA256SUMS"
 
 
 class Kind(NamedTuple):
-    """What a folder is, for messages; and the file that says so and holds its settings."""
+    """What a folder holds, for messages, and the name of the file that says so and has its settings."""
 
     name: str
     manifest: str
 
 
 def make_folder(output: str | Path, *, kind: Kind, settings: dict, fill: Callable[[Path], dict]) -> bool:
-    """Make `output`, unless the files of these settings are there already.
+    """Make `output`, unless it already holds the files of these settings.
 
     Args:
         output: a folder that does not exist, is empty, or holds an older data set of this kind (which is replaced).
-        settings: all that the files depend on; plain values.
-        fill: writes the files into the folder it gets and returns what the manifest says beside the settings.
+        settings: everything that the files depend on; plain values.
+        fill: writes the files into the folder it is given and returns the rest of the manifest.
 
     Returns:
         True if the files were made, False if they were up to date.
 
     Raises:
-        UserError: `output` is a file, or something else's folder.
+        UserError: `output` is a file, or a folder of something else.
     """
     output = Path(output).absolute()
     _check_output(output, kind)
@@ -53,7 +54,7 @@ def make_folder(output: str | Path, *, kind: Kind, settings: dict, fill: Callabl
         return False
     output.parent.mkdir(parents=True, exist_ok=True)
     new = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)  # of a killed run that had the same number
+    shutil.rmtree(new, ignore_errors=True)  # left by a killed run with the same process id
     try:
         new.mkdir()
         write_manifest(new, kind, {"settings": settings} | fill(new))
@@ -64,27 +65,27 @@ def make_folder(output: str | Path, *, kind: Kind, settings: dict, fill: Callabl
 
 
 def write_manifest(folder: Path, kind: Kind, manifest: dict) -> None:
-    """Write the sums of what is in the folder, then the manifest."""
+    """Write the manifest, and the checksums of everything else in the folder."""
     sums = checksums(folder, kind)
     (folder / kind.manifest).write_text(json.dumps(manifest, separators=(",", ":")) + "\n")
     (folder / SUMS).write_text("".join(f"{line}\n" for line in sums))
 
 
 def checksums(folder: Path, kind: Kind) -> list[str]:
-    """`<sum>  <name>` of every file and folder in `folder`, manifest and sums left out, by name."""
+    """`<sum>  <name>` of every file and folder in `folder` but the manifest and the sums, sorted by name."""
     paths = sorted(path for path in folder.iterdir() if path.name not in (kind.manifest, SUMS))
     return [f"{checksum(path)}  {path.name}" for path in paths]
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, or over the names (relative to `path`) and bytes of all files below a folder, in order."""
+    """SHA-256 of a file, or of the names (relative to `path`) and bytes of all files below a folder, sorted by name."""
     digest = hashlib.sha256()
     if path.is_file():
         digest.update(path.read_bytes())
         return digest.hexdigest()
     files = [os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names]
     for name, file_path in sorted((os.path.relpath(file, path).replace(os.sep, "/"), file) for file in files):
-        with open(file_path, "rb", buffering=0) as file:  # pathlib takes three times as long over 25,000 files
+        with open(file_path, "rb", buffering=0) as file:  # pathlib takes three times as long for 25,000 files
             content = file.read()
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
@@ -110,13 +111,13 @@ def _check_output(output: Path, kind: Kind) -> None:
         )
     if any(output.iterdir()) and not (output / kind.manifest).is_file():
         raise UserError(
-            f"{output} is not empty and is not a {kind.name} folder (it has no {kind.manifest}), so it is left as it "
-            "is. Give another folder with --output."
+            f"{output} is not empty and is not a {kind.name} folder (it has no {kind.manifest}), so it was left "
+            "alone. Choose another folder with --output."
         )
 
 
 def _remove_leftovers(output: Path) -> None:
-    """Remove what killed runs left beside `output`; a run that is still alive keeps its own."""
+    """Remove what killed runs left beside `output`, but not the folder of a run that is still alive."""
     for folder in output.parent.glob(f".{output.name}.partial-*"):
         pid = folder.name.rsplit("-", 1)[-1]
         try:
@@ -128,7 +129,7 @@ def _remove_leftovers(output: Path) -> None:
 
 
 def _replace(output: Path, new: Path) -> None:
-    """Put `new` where `output` is; at every moment `output` is whole or absent."""
+    """Move `new` to `output`; at every moment `output` is complete or absent."""
     if output.exists():
         old = new.with_name(new.name.replace(".partial-", ".partial-old-"))
         output.rename(old)
@@ -139,7 +140,10 @@ def _replace(output: Path, new: Path) -> None:
 
 
 def map_in_processes(function: Callable[[int], list], num_items: int, *, num_workers: int | None) -> Iterator[list]:
-    """`function(0), function(1), ...`, in any order; `num_workers` processes, default one per core; up to 1: none."""
+    """`function(0), function(1), ...`, in any order.
+
+    `num_workers`: processes, by default one per core; 0 or 1: run in this process.
+    """
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers <= 1:
@@ -159,7 +163,7 @@ def _call(item: int) -> list:
 
 
 def run_tool(parser: argparse.ArgumentParser, make: Callable[..., bool], argv: list[str] | None) -> int:
-    """Call `make(output, ...)` with the options of `parser` as keywords, say what happened, return the exit status."""
+    """Call `make(output, ...)` with the options of `parser` as keywords, print the outcome, return the exit status."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     argv = sys.argv[1:] if argv is None else argv
 

@@ -1,8 +1,8 @@
-"""Write docs/LEGACY_KEYS.md, what the keys of older releases become here:
+"""Write docs/LEGACY_KEYS.md: what the keys of older releases become here.
 
     python tools/legacy_keys.py
 
-Every row is what `ats/config/legacy.py` does with the key; a test compares the file with it.
+Every row is what `ats/config/legacy.py` does with the key; a test checks that the file is up to date.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed
 
-from ats.config import legacy, legacy_images
-from ats.config.schema import KEY
+from ats.config import legacy
+from ats.config.keys import keys
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "LEGACY_KEYS.md"
 HEAD = """# Keys of older releases
 
-YAML files of the official ATS code, SlowFast's MViT, X-ViT, TimeSformer, CvT and PS-ViT load as they are. This is what
-becomes of their keys, written by `python tools/legacy_keys.py` from `ats/config/legacy.py`; a test compares the two. A
-key that does not stand here has its name and its meaning, or is an error that suggests the nearest one. Whatever is
-renamed or has no effect is said in the log when a file is read.
+YAML files of the official ATS code, SlowFast's MViT, X-ViT, TimeSformer, CvT and PS-ViT load as they are. This page
+says what becomes of their keys. `python tools/legacy_keys.py` writes it from `ats/config/legacy.py`; a test compares
+the two. A key that is not listed keeps its name and meaning, or is an error that suggests the nearest key. When a file
+is read, the log says which keys were renamed and which have no effect.
 """
 # The keys of the official release's one config, DeiT_S.yaml, in its order.
 OFFICIAL = (
@@ -33,7 +33,7 @@ OFFICIAL = (
     "VIT.DEPTH", "VIT.NUM_HEADS", "VIT.QK_SCALE", "VIT.REPRESENTATION_SIZE", "VIT.HYBRID_BACKBONE", "VIT.NORM_LAYER",
     "VIT.ATS_BLOCKS", "VIT.NUM_TOKENS", "VIT.DROP_TOKENS", "NUM_GPUS",
 )  # fmt: skip
-# Values that a translation takes, where it does not take any.
+# A value for each key that does not accept just any value.
 EXAMPLES = {
     "VIT.ATS_BLOCKS": [3],
     "MODEL.LOSS_FUNC": "smooth_cross_entropy",
@@ -41,32 +41,27 @@ EXAMPLES = {
     "TEST.INTERPOLATION": 3,
     "model": "ps_vit_b_18",
 }
-# Keys that kept their names, and not all of their meaning.
+# Keys that kept their names but not all of their meaning.
 NOTES = {"TEST.CHECKPOINT_FILE_PATH": "the same, but a run that trains evaluates what it trained; SlowFast this file"}
 
 
 def becomes(key: str) -> str:
-    """The keys that replace a renamed one; "" for one that is only answered with what to type."""
-    pairs = legacy.RENAMED[key](EXAMPLES.get(key, 1))
-    return ", ".join(dict.fromkeys(f"`{new}`" for new, _ in pairs))
+    """The keys that replace a renamed one."""
+    pairs = legacy.translate_key(key, EXAMPLES.get(key, 1))
+    return ", ".join(f"`{new}`" for new, _ in pairs)
 
 
 def cell(key: str) -> str:
     """What becomes of a key of the official release."""
     if key in legacy.RENAMED:
-        return becomes(key) or "no effect: the log says what to type instead"
+        return becomes(key)
     if key in legacy.FIXED:
-        return f"{values(key)} is how it is here; anything else is an error"
+        return f"`{legacy.FIXED[key]}` is how it is here; anything else is an error"
     if key in legacy.IGNORED:
         return f"no effect: {legacy.IGNORED[key]}"
-    if key not in KEY:
+    if key not in keys():
         raise ValueError(f"{key} is neither a key nor translated")
     return NOTES.get(key, "the same")
-
-
-def values(key: str) -> str:
-    """The values that a fixed key may have."""
-    return " or ".join(f"`{value}`" for value in legacy.FIXED[key])
 
 
 def table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
@@ -77,10 +72,10 @@ def table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 def render() -> str:
     """The whole file."""
-    logging.disable(logging.WARNING)  # what the translations say to a user
+    logging.disable(logging.WARNING)  # messages to the user
     try:
         official = [(key, cell(key)) for key in OFFICIAL]
-        renamed = [(key, becomes(key) or "answered with the torchrun command to type") for key in legacy.RENAMED]
+        renamed = [(key, becomes(key)) for key in legacy.RENAMED]
     finally:
         logging.disable(logging.NOTSET)
     parts = [
@@ -91,10 +86,10 @@ def render() -> str:
         table(("there", "here"), renamed),
         "## Names of networks\n",
         table(("`MODEL.NAME` or `MODEL.MODEL_NAME` there", "`MODEL.NAME` here"), list(legacy.NETWORKS.items())),
-        f"PS-ViT's `model` is one of {', '.join(f'`{name}`' for name in legacy_images.PSVIT_NETWORKS)}.\n",
-        "## One value only\n\nThese are read; any other value is an error that says so.\n",
-        table(("key", "value"), [(key, values(key)) for key in legacy.FIXED]),
-        "## Without effect\n\nNamed in a warning when they are read; `*` stands for anything.\n",
+        f"PS-ViT's `model` is one of {', '.join(f'`{name}`' for name in legacy.PSVIT_NETWORKS)}.\n",
+        "## One value only\n\nAny other value is an error that says so.\n",
+        table(("key", "value"), [(key, f"`{value}`") for key, value in legacy.FIXED.items()]),
+        "## Without effect\n\nA warning names them when they are read. `*` matches anything; VALUE is the value.\n",
         table(("key", "why"), list(legacy.IGNORED.items())),
     ]
     return "\n".join(parts)

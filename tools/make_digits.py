@@ -3,19 +3,19 @@
     python tools/make_digits.py --output data/digits
 
 scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels. They are split by digit image, stratified by class: 80 %
-for training, 20 % for validation. Each one is enlarged, turned a little and placed at random on `per_digit` canvases,
-among fragments (about half a digit each) of other digits of the *same split*: whatever is seen in validation,
-distractors included, was never seen in training. The number of fragments differs from canvas to canvas, hence so does
-the number of tokens an image needs. No fragment enters the box of the digit, and each is smaller than a digit: the
-label is unambiguous. Training canvases slant, stretch and thicken the digit more than validation canvases do: that is
-augmentation, and unlike crops it never cuts a digit off.
+for training, 20 % for validation. Each digit is enlarged, turned a little and placed at random on several canvases,
+among fragments (about half a digit each) of other digits of the *same split*. So nothing in the validation images, not
+even a fragment, was seen in training. The number of fragments differs between canvases, and with it the number of
+tokens an image needs. The label is unambiguous: no fragment enters the box of the digit, and each is smaller than a
+digit. Training canvases slant, stretch and thicken the digit more than validation canvases do. This is augmentation,
+and unlike crops it never cuts a digit off.
 
     <output>/train/<class>/<digit>_<copy>.png     <digit> is the index in sklearn.datasets.load_digits()
     <output>/val/<class>/<digit>_<copy>.png
     <output>/SHA256SUMS                           one checksum per split, over the names and bytes of all its files
-    <output>/digits.json                          settings, counts, number of distractors of every image
+    <output>/digits.json                          settings, counts, number of distractors on every image
 
-Each image depends on (seed, split, digit, copy, size) alone, whatever the number of processes and of copies.
+Each image depends only on (seed, split, digit, copy, size), not on the number of processes or copies.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from ats.errors import UserError
 
 KIND = Kind("Digits", "digits.json")
 SOURCE = "scikit-learn's load_digits(): optical recognition of handwritten digits, UCI (Alpaydin and Kaynak)"
-VERSION = 2  # of the pictures: raise it when they change, so that old folders are made anew
+VERSION = 2  # of the pictures: raise it when they change, so that old folders are made again
 VAL_FRACTION = 0.2
-NUM_CELLS = 8  # of the grid digits are placed on, per side: a patch of configs/Digits each
-MAX_DISTRACTORS = 10  # asked for; a crowded canvas gets those that fit
-NUM_ATTEMPTS = 12  # to place one of them
-NUM_FRAGMENTS = 4096  # drawn once per split and used again: drawing them is what costs time
+NUM_CELLS = 8  # per side of the grid that digits are placed on; each cell is a patch of configs/Digits
+MAX_DISTRACTORS = 10  # per canvas; a crowded canvas gets as many as fit
+NUM_ATTEMPTS = 12  # to place a distractor
+NUM_FRAGMENTS = 4096  # drawn once per split and reused, because drawing them is slow
 MIN_SIZE = 32
 
 
@@ -59,12 +59,12 @@ class Digits(NamedTuple):
 
 
 class Variation(NamedTuple):
-    """How much a digit differs from canvas to canvas: each is the half-width of a uniform distribution."""
+    """How much a digit varies between canvases; each value is the half-width of a uniform distribution."""
 
     angle: float  # degrees
     shear: float  # horizontal, in pixels per pixel
-    stretch: float  # of height over width, as a logarithm
-    weight: float  # of the strokes: of the darkness that counts as ink
+    stretch: float  # logarithm of height over width
+    weight: float  # of the strokes: how dark a pixel must be to count as ink
 
 
 VARIATION = {
@@ -82,7 +82,7 @@ class Box(NamedTuple):
     width: int
 
     def meets_any(self, others: list[Box], *, gap: int) -> bool:
-        """Whether fewer than `gap` pixels lie between this and any other."""
+        """Whether fewer than `gap` pixels lie between this box and any of the others."""
         top, left, height, width = self
         return any(
             top < other_top + other_height + gap
@@ -99,7 +99,7 @@ def split_digits(*, seed: int) -> dict[str, Digits]:
     Returns:
         `{"train": Digits, "val": Digits}`, about 80 % and 20 % of every class.
     """
-    from sklearn.datasets import load_digits  # takes a second to import: not needed to say "up to date"
+    from sklearn.datasets import load_digits  # takes a second to import, and "up to date" does not need it
 
     source = load_digits()
     rng = np.random.default_rng(seed)
@@ -124,12 +124,12 @@ def draw_strokes(
     stretch: float = 0.0,
     threshold: float = 0.3,
 ) -> np.ndarray:
-    """Enlarge and turn a small glyph and crop it to its ink.
+    """Enlarge and turn a small glyph, and crop it to its ink.
 
     Args:
         glyph: [h, w] in 0..1.
         scale: pixels per glyph cell. angle: degrees. shear: horizontal, in pixels per pixel.
-        stretch: logarithm of height over width. threshold: the darkness at which ink begins: lower is bolder.
+        stretch: logarithm of height over width. threshold: the darkness at which ink begins; lower is bolder.
 
     Returns:
         Opacity [H, W] in 0..1 whose first and last rows and columns have ink; [0, 0] if the glyph is blank.
@@ -145,7 +145,7 @@ def draw_strokes(
     image = Image.fromarray(padded).transform(
         (out_size, out_size), Image.Transform.AFFINE, (a, b, c, d, e, f), resample=Image.Resampling.BICUBIC
     )
-    ink = np.clip((np.asarray(image) - threshold) / 0.45, 0, 1)  # enlarging blurs: make the strokes crisp again
+    ink = np.clip((np.asarray(image) - threshold) / 0.45, 0, 1)  # enlarging blurs; make the strokes crisp again
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     if not len(rows):
         return np.zeros((0, 0), np.float32)
@@ -153,7 +153,7 @@ def draw_strokes(
 
 
 class Fragment(NamedTuple):
-    """A distractor: the opacity of its strokes [H, W] in 0..1, and the position in `Digits` of its source."""
+    """A distractor: the opacity of its strokes, [H, W] in 0..1, and the index in `Digits` of its source digit."""
 
     strokes: np.ndarray
     source: int
@@ -165,7 +165,7 @@ def cut_fragments(digits: Digits, *, seed: list[int], num_fragments: int, cell: 
     Args:
         cell: pixels of the canvas per 1/60 of its side.
     """
-    # Not the left or right half: those of 4, 7 and 9 are strokes as tall as a digit, which read as 1.
+    # Not the left or right half: in 4, 7 and 9 that is a stroke as tall as a digit, which looks like a 1.
     pieces = [np.s_[:4, :], np.s_[4:, :], np.s_[:5, :5], np.s_[:5, 3:], np.s_[3:, :5], np.s_[3:, 3:]]
     rng = np.random.default_rng(seed)
     fragments = []
@@ -213,7 +213,7 @@ def place(canvas: np.ndarray, strokes: np.ndarray, box: Box, *, ink: np.ndarray,
 
 
 def box_at(strokes: np.ndarray, y: float, x: float, *, size: int) -> Box:
-    """The box of strokes whose place is y, x in 0..1 of those that the canvas has for them."""
+    """The box of strokes at y, x, where 0..1 covers all places in which they fit on the canvas."""
     height, width = strokes.shape
     return Box(int(y * (size - height + 1)), int(x * (size - width + 1)), height, width)
 
@@ -228,13 +228,13 @@ def scatter_fragments(
     avoid: int,
     max_distractors: int = MAX_DISTRACTORS,
 ) -> int:
-    """Place up to `max_distractors` fragments where they meet neither a box of `taken` nor each other.
+    """Place up to `max_distractors` fragments where they touch neither a box in `taken` nor each other.
 
     Args:
-        avoid: no fragment of this digit (a position in `Digits`).
+        avoid: use no fragment of this digit (an index in `Digits`).
 
     Returns:
-        Their number.
+        The number of fragments placed.
     """
     size = len(canvas)
     gap = round(size / 30)
@@ -270,7 +270,7 @@ def make_canvas(
     variation: Variation,
     size: int,
 ) -> tuple[Image.Image, int, Box]:
-    """Place digit `index` of `digits` on a canvas among fragments of the others.
+    """Place digit `index` of `digits` on a canvas among fragments of other digits.
 
     Returns:
         The RGB image [size, size], the number of distractors on it, and the digit's box.
@@ -284,10 +284,10 @@ def make_canvas(
 
 
 def snap(box: Box, *, size: int) -> Box:
-    """The box moved so that its centre lies on an 8 x 8 grid of the canvas, and inside the canvas.
+    """Move the box so that its centre lies on an 8 x 8 grid and the box inside the canvas.
 
-    A vision transformer has no translation invariance: learning every offset of a digit to its patches takes more
-    training than a demo can afford. Placement is free in steps of a patch; size, slant and angle vary freely.
+    A vision transformer has no translation invariance. Learning every offset between a digit and its patches takes more
+    training than a demo can afford. So digits move in steps of a patch; size, slant and angle vary freely.
     """
     cell = size / NUM_CELLS
 
@@ -313,12 +313,12 @@ def _write_digit(
     digit_id, label = int(digits.ids[index]), int(digits.labels[index])
     written = []
     for copy in range(per_digit):
-        rng = np.random.default_rng([*seed, digit_id + 1, copy])  # 0 is the fragments' stream
+        rng = np.random.default_rng([*seed, digit_id + 1, copy])  # the fragments use stream 0
         image, num_distractors, _ = make_canvas(rng, digits, index, fragments=fragments, variation=variation, size=size)
         name = f"{label}/{digit_id:04d}_{copy:02d}.png"
         png = io.BytesIO()
         image.save(png, format="png", compress_level=1)
-        (folder / name).write_bytes(png.getvalue())  # in one piece: faster than saving to the file
+        (folder / name).write_bytes(png.getvalue())  # one write is faster than saving straight to the file
         written.append((name, num_distractors))
     return written
 
@@ -326,7 +326,7 @@ def _write_digit(
 def _write_split(
     folder: Path, digits: Digits, *, seed: list[int], per_digit: int, size: int, num_workers: int | None
 ) -> dict[str, int]:
-    """Write one split; returns the number of distractors of each file, by name, in order."""
+    """Write one split; returns file name -> number of distractors, sorted by name."""
     for label in range(10):
         (folder / str(label)).mkdir(parents=True)
     fragments = cut_fragments(digits, seed=[*seed, 0], num_fragments=NUM_FRAGMENTS, cell=size / 60)
@@ -349,7 +349,7 @@ def _write_split(
 
 
 def check_settings(*, seed: int, train_per_digit: int, val_per_digit: int, size: int) -> None:
-    """Refuse settings out of range, by their options' names."""
+    """Refuse settings that are out of range, naming the option."""
     if seed < 0:
         raise UserError(f"--seed must not be negative; got {seed}.")
     for name, value in (("--train-per-digit", train_per_digit), ("--val-per-digit", val_per_digit)):
@@ -368,20 +368,20 @@ def make_digits(
     size: int = 56,
     num_workers: int | None = None,
 ) -> bool:
-    """Make the Digits data set in `output`, unless the same files are there already.
+    """Make the Digits data set in `output`, unless it already holds the same files.
 
     Args:
         output: a folder that does not exist, is empty, or holds an older Digits data set (which is replaced).
         seed: of the split, the placement and the clutter.
         train_per_digit, val_per_digit: canvases per source digit.
         size: of the square canvas, in pixels; the digits scale with it.
-        num_workers: processes; default one per core. Does not change the result.
+        num_workers: processes, by default one per core. Does not change the result.
 
     Returns:
         True if the files were made, False if they were up to date.
 
     Raises:
-        UserError: `output` is something else's folder, or a setting is out of range.
+        UserError: `output` is a folder of something else, or a setting is out of range.
     """
     check_settings(seed=seed, train_per_digit=train_per_digit, val_per_digit=val_per_digit, size=size)
     settings = {

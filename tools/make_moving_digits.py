@@ -2,22 +2,22 @@
 
     python tools/make_moving_digits.py --output data/moving_digits
 
-A clip is named after what moves and where to: "3_left", "7_up", ...: 10 digits x 4 directions, 40 classes. The digits,
-their split into training and validation and the fragments of others that clutter the canvas are make_digits.py's;
-nothing that is seen in validation, clutter included, was seen in training. Clutter stands still; the digit moves in
-front of it at constant speed, with a rim of background that keeps its strokes apart from what it passes.
+A class is a digit and the direction it moves in: "3_left", "7_up", ... (10 digits x 4 directions, 40 classes). The
+digits, their split into training and validation, and the fragments that clutter the canvas are those of make_digits.py:
+nothing in the validation clips, not even clutter, was seen in training. Clutter stands still. The digit moves in front
+of it at constant speed, with a rim of background that separates its strokes from what it passes.
 
-The class needs the digit and the motion. The frames of a clip are those of the opposite direction in reverse order, so
-no frame on its own, nor all of them without their order, tells one from the other; and the place of the digit has the
-same distribution along the motion and across it, so a frame does not tell the axis either.
+Telling the class takes both the digit and the motion. A clip played backwards is a clip of the opposite direction, so
+neither a single frame nor the set of all frames tells the two apart. And the digit's position has the same distribution
+along the motion and across it, so a frame does not tell the axis either.
 
     <output>/train/<class>/<digit>_<copy>.mp4     h264; <digit> is the index in sklearn.datasets.load_digits()
     <output>/val/<class>/<digit>_<copy>.mp4
-    <output>/{train,val,test}.csv                 `path label` per line, in SlowFast's contract; test is val
-    <output>/SHA256SUMS                           checksums of the files (encoders differ between versions of FFmpeg)
+    <output>/{train,val,test}.csv                 `path label` per line, as in SlowFast; test lists the clips of val
+    <output>/SHA256SUMS                           checksums of the files (FFmpeg versions encode differently)
     <output>/moving_digits.json                   settings, classes, counts, checksums of the frames before encoding
 
-Each clip depends on (seed, split, digit, copy, size, frames) alone. The copies of a digit take the directions in turn.
+Each clip depends only on (seed, split, digit, copy, size, frames). The copies of a digit cycle through the directions.
 """
 
 from __future__ import annotations
@@ -59,27 +59,28 @@ from ats.cli.parser import Parser
 from ats.errors import UserError
 
 KIND = Kind("moving Digits", "moving_digits.json")
-VERSION = 1  # of the clips: raise it when they change, so that old folders are made anew
+VERSION = 1  # of the clips: raise it when they change, so that old folders are made again
 DIRECTIONS = ("left", "right", "up", "down")
-CLASSES = [f"{digit}_{direction}" for digit in range(10) for direction in DIRECTIONS]  # in the order of their labels
+CLASSES = [f"{digit}_{direction}" for digit in range(10) for direction in DIRECTIONS]  # in label order
 FPS = 15
 RIM = 2  # pixels of background around the strokes
 MAX_DISTRACTORS = 8
-TRAVEL = (0.5, 0.9)  # of the way that the canvas leaves the digit
+TRAVEL = (0.5, 0.9)  # how far the digit moves, as a fraction of the room it has
 
 
 class Clip(NamedTuple):
-    """Frames uint8 [T, size, size, 3] and the top left corners of the digit in them, int [T, 2] as y, x."""
+    """Frames, uint8 [T, size, size, 3], and the digit's top left corner in each, int [T, 2] as y, x."""
 
     frames: np.ndarray
     corners: np.ndarray
 
 
 def draw_path(rng: np.random.Generator, direction: str, *, room: int, num_frames: int) -> np.ndarray:
-    """Where a square that can go from 0 to `room` pixels is in each frame, int [num_frames, 2] as y, x.
+    """Position of a square in each frame, int [num_frames, 2] as y, x, with both coordinates in 0..`room` pixels.
 
-    The same `rng` gives one set of places along an axis and across it; `direction` says which axis is which, and in
-    which order they are visited. Across, the place is that of a second, independent path at a random moment.
+    For one `rng` the positions along and across the motion are the same whatever the `direction`, which only decides
+    which axis is which and in which order the positions are visited. Across the motion the square stays where a second,
+    independent path is at a random moment.
     """
     paths = []
     for _ in range(2):
@@ -103,18 +104,18 @@ def draw_clip(
     size: int,
     num_frames: int,
 ) -> Clip:
-    """Move digit `index` of `digits` over a canvas with fragments of the others."""
+    """Move digit `index` of `digits` over a canvas with fragments of other digits."""
     background, ink = draw_background(rng, size), draw_ink(rng)
     strokes = draw_digit(rng, digits.images[index], variation=variation, size=size)
     opacity = rng.uniform(0.75, 1.0)
     height, width = strokes.shape
-    side = max(height, width)  # of the square that moves: the same room in x and in y
+    side = max(height, width)  # a square moves, so that x and y have the same room
     corners = draw_path(rng, direction, room=size - side, num_frames=num_frames)
     corners += [(side - height) // 2, (side - width) // 2]
     clutter = background.copy()
     scatter_fragments(
         rng, clutter, fragments, ink=ink, taken=[], avoid=index, max_distractors=MAX_DISTRACTORS
-    )  # without regard to the digit's path, which it would betray
+    )  # clutter that avoided the digit's path would give it away
 
     around = ((RIM, RIM), (RIM, RIM))
     background, clutter = (np.pad(canvas, (*around, (0, 0)), mode="edge") for canvas in (background, clutter))
@@ -122,7 +123,7 @@ def draw_clip(
     rim = np.asarray(Image.fromarray(strokes).filter(ImageFilter.MaxFilter(2 * RIM + 1)))
     frames = np.empty((num_frames, size, size, 3), np.uint8)
     for frame, (top, left) in zip(frames, corners.tolist(), strict=True):
-        canvas, box = clutter.copy(), Box(top, left, *strokes.shape)  # in the padded canvas: RIM further out
+        canvas, box = clutter.copy(), Box(top, left, *strokes.shape)  # the padding shifts it by RIM
         area = np.s_[box.top : box.top + box.height, box.left : box.left + box.width]
         canvas[area] += rim[..., None] * (background[area] - canvas[area])
         place(canvas, strokes, box, ink=ink, opacity=opacity)
@@ -132,7 +133,7 @@ def draw_clip(
 
 def encode(path: Path, frames: np.ndarray) -> None:
     """Write frames [T, H, W, 3] as h264."""
-    import av  # not needed to say "up to date"
+    import av  # "up to date" does not need it
     from av.video.reformatter import VideoReformatter
 
     with av.open(str(path), "w") as container:
@@ -140,15 +141,15 @@ def encode(path: Path, frames: np.ndarray) -> None:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1  # the bytes depend on it
-        reformatter = VideoReformatter()  # one for all frames: making it takes longer than using it
+        reformatter = VideoReformatter()  # shared by all frames: creating it takes longer than using it
         for frame in frames:
             rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
             container.mux(stream.encode(reformatter.reformat(rgb, format=stream.pix_fmt)))
         container.mux(stream.encode(None))
 
 
-def turns(digits: Digits) -> np.ndarray:
-    """How many digits of its class stand before each one: with which direction its copies begin, so that the
+def rank_in_class(digits: Digits) -> np.ndarray:
+    """How many digits of the same class come before each one. Its copies start with that direction, so that all
     directions are equally frequent within a class.
     """
     result = np.zeros(len(digits.labels), int)
@@ -165,7 +166,7 @@ def _write_digit(
     digit_id, label = int(digits.ids[index]), int(digits.labels[index])
     written = []
     for copy in range(per_digit):
-        rng = np.random.default_rng([*seed, digit_id + 1, copy])  # 0 is the fragments' stream
+        rng = np.random.default_rng([*seed, digit_id + 1, copy])  # the fragments use stream 0
         direction = DIRECTIONS[(first[index] + copy) % len(DIRECTIONS)]
         clip = draw_clip(rng, digits, index, direction, **drawing)
         name = f"{label}_{direction}/{digit_id:04d}_{copy:02d}.mp4"
@@ -184,13 +185,13 @@ def _write_split(
     num_frames: int,
     num_workers: int | None,
 ) -> dict[str, str]:
-    """Write one split; returns the checksum of the frames of each file, by name, in order."""
+    """Write one split; returns file name -> checksum of its frames, sorted by name."""
     for name in CLASSES:
         (folder / name).mkdir(parents=True)
     write = partial(
         _write_digit,
         digits=digits,
-        first=turns(digits),
+        first=rank_in_class(digits),
         folder=folder,
         per_digit=per_digit,
         seed=seed,
@@ -221,26 +222,26 @@ def make_moving_digits(
     num_frames: int = 16,
     num_workers: int | None = None,
 ) -> bool:
-    """Make the moving Digits data set in `output`, unless the same files are there already.
+    """Make the moving Digits data set in `output`, unless it already holds the same files.
 
     Args:
         output: a folder that does not exist, is empty, or holds an older data set of this kind (which is replaced).
         seed: of the split, the paths and the clutter.
-        train_per_digit, val_per_digit: clips per source digit; a multiple of 4 has each digit in every direction
-            equally often.
+        train_per_digit, val_per_digit: clips per source digit; with a multiple of 4, each digit moves equally often in
+            every direction.
         size: of the square canvas, in pixels, an even number; the digits scale with it.
         num_frames: of a clip.
-        num_workers: processes; default one per core. Does not change the result.
+        num_workers: processes, by default one per core. Does not change the result.
 
     Returns:
         True if the files were made, False if they were up to date.
 
     Raises:
-        UserError: `output` is something else's folder, or a setting is out of range.
+        UserError: `output` is a folder of something else, or a setting is out of range.
     """
     check_settings(seed=seed, train_per_digit=train_per_digit, val_per_digit=val_per_digit, size=size)
     if size % 2:
-        raise UserError(f"--size must be even, which the colours of h264 need; got {size}.")
+        raise UserError(f"--size must be even, because h264 stores colours at half the resolution; got {size}.")
     if num_frames < 2:
         raise UserError(f"--num-frames must be at least 2, or nothing moves; got {num_frames}.")
     settings = {

@@ -2,9 +2,9 @@
 
     python tools/model_zoo.py
 
-What a config reproduces and what is expected of it stands in the comment at its head: its first sentence, and from
-"Expected" to "Not measured here" or "Measured here: ...", which ends it. Parameters and dense GFLOPs are computed from
-the network it builds.
+The comment at the head of a config says what it reproduces (its first sentence) and which numbers to expect (from
+"Expected" to "Not measured here" or "Measured here: ...", which ends it). Parameters and dense GFLOPs are computed from
+the network that it builds.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
 TARGET = ROOT / "docs" / "MODEL_ZOO.md"
-# Keys that say how a network is trained, tested or pruned: none of them changes its dense form.
+# Keys for training, testing or pruning, which do not change the dense network.
 NOT_THE_NETWORK = ("ATS.", "TRAIN.", "SOLVER.", "TEST.", "MIXUP.", "AUG.", "EMA.", "OUTPUT_DIR", "LOG_PERIOD")
 HEAD = """# Model zoo
 
-Every config of this repository, written by `python tools/model_zoo.py`; a test compares it with the configs.
+All configs of this repository. `python tools/model_zoo.py` writes this page, and a test compares it with the configs.
 
-Parameters and GFLOPs are of the dense network as built and counted here (a multiply-add is one, as in the paper),
-for videos per view x views. How much ATS saves depends on images and weights: `tools/run_net.py` reports it, as run and
-in the paper's accounting (`result.json`). Accuracies are those of the sources named. A row is run by
+Parameters and GFLOPs are those of the dense network, counted here (one multiply-add is one operation, as in the
+paper); for videos, per view x views. How much ATS saves depends on images and weights: `tools/run_net.py` reports it,
+as run and in the paper's accounting (`result.json`). Accuracies come from the sources named. To run a row:
 
     python tools/run_net.py --cfg configs/<folder>/<name>.yaml DATA.PATH_TO_DATA_DIR <dir> TEST.CHECKPOINT_FILE_PATH <w>
 
-and each config begins with its own command, for training too where it has one.
+Each config begins with its own command, including the one for training if it has one.
 """
 
 
 class Header(NamedTuple):
-    """The comment at the head of a config: what it is, what is expected of it, and what was measured here."""
+    """The comment at the head of a config: what it is, which numbers to expect, and what was measured here."""
 
     title: str
     expected: str
@@ -62,7 +62,7 @@ def read_header(path: Path) -> Header:
 
 
 def network(cfg: CfgNode) -> str:
-    """What of a config makes its dense network and the input: equal for one that trains or prunes the same network."""
+    """The settings that define the dense network and its input; configs that train or prune one network share them."""
     from ats.config.schema import flatten
     from ats.datasets import input_shape
 
@@ -84,7 +84,7 @@ def size(cfg: CfgNode) -> tuple[int, float]:
 
 
 def row(path: Path, sizes: dict[str, tuple[int, float]]) -> dict[str, str]:
-    """A line of the table: the config's header, and the size of the network it builds, kept in `sizes`."""
+    """A line of the table: the config's header, and the size of its network, which `sizes` caches."""
     from ats.config import load_config
     from ats.datasets import input_shape
 

@@ -1,4 +1,4 @@
-"""Arrange the official ImageNet (ILSVRC 2012) archives in the folder layout that the loaders read.
+"""Unpack the official ImageNet (ILSVRC 2012) archives into the folder layout that the loaders read.
 
     python tools/prepare_imagenet.py --archives ~/Downloads --output data/imagenet
 
@@ -8,9 +8,9 @@ The archives come from https://image-net.org (an account is needed):
     ILSVRC2012_img_val.tar             50,000 validation images  ->  <output>/val/<wnid>/*.JPEG
     ILSVRC2012_img_train.tar           1,281,167 images          ->  <output>/train/<wnid>/*.JPEG
 
-Without --split, whatever archive is there is arranged. The archives are read once, in order, and are not changed. Every
-image is written under another name and renamed when whole, so the program can be stopped and started again at any
-time: images that are there already are kept.
+Without --split, every archive that is there is unpacked. The archives are read once, in order, and are not changed.
+Each image is written under a temporary name and renamed when complete, so you can stop and restart the program at any
+time: images that are already there are kept.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ats.files import atomic_write
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
-MAX_BYTES = 256 * 1024**2  # of a file in an archive; the largest official one has 15 million
+MAX_BYTES = 256 * 1024**2  # of a file in an archive; the largest official one has 15 MB
 
 
 class Devkit(NamedTuple):
-    """wnids of the classes that have images, and the wnid of each validation image in order."""
+    """The wnids of the classes that have images, and the wnid of each validation image, in order."""
 
     wnids: set[str]
     val_wnids: list[str]
@@ -50,7 +50,7 @@ def read_devkit(path: Path) -> Devkit:
     """Read the class list (`data/meta.mat`) and the validation labels from the devkit archive.
 
     Raises:
-        UserError: the archive is missing, damaged, or something else.
+        UserError: the archive is missing or damaged, or is another file.
     """
     from scipy.io import loadmat  # slow to import
 
@@ -60,7 +60,7 @@ def read_devkit(path: Path) -> Devkit:
             for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
         }
     synsets = loadmat(io.BytesIO(content["meta.mat"]), squeeze_me=True)["synsets"]
-    # Inner nodes of the WordNet tree (num_children > 0) have ids too, but no images.
+    # Inner nodes of the WordNet tree (num_children > 0) also have ids, but no images.
     wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if row["num_children"] == 0}
     labels = content["ILSVRC2012_validation_ground_truth.txt"].split()
     return Devkit(set(wnids.values()), [wnids[int(label)] for label in labels])
@@ -70,7 +70,7 @@ def arrange_val(archive: Path, output: Path, *, devkit: Devkit) -> int:
     """Write the validation images to `<output>/val/<wnid>/`.
 
     Returns:
-        The number of images written now; those that were there already are not counted.
+        The number of images written; those that were already there do not count.
 
     Raises:
         UserError: the archive is damaged or incomplete, or does not belong to the devkit.
@@ -87,20 +87,20 @@ def arrange_val(archive: Path, output: Path, *, devkit: Devkit) -> int:
         num_found, num_written = _extract(tar, output / "val", target=target, bar=bar)
     if num_found != len(devkit.val_wnids):
         raise UserError(
-            f"{archive} is incomplete: {num_found} of {len(devkit.val_wnids)} images. Download it again; what is "
-            f"arranged already will be kept."
+            f"{archive} is incomplete: {num_found} of {len(devkit.val_wnids)} images. Download it again; "
+            "images that are already unpacked will be kept."
         )
     return num_written
 
 
 def arrange_train(archive: Path, output: Path, *, devkit: Devkit | None = None) -> int:
-    """Write the training images, which are an archive per class in the archive, to `<output>/train/<wnid>/`.
+    """Write the training images to `<output>/train/<wnid>/`. The archive holds one archive per class.
 
     Returns:
-        The number of images written now; those that were there already are not counted.
+        The number of images written; those that were already there do not count.
 
     Raises:
-        UserError: the archive is damaged, or (known by the devkit, if given) classes are missing.
+        UserError: the archive is damaged, or classes are missing (checked if the devkit is given).
     """
     found, num_written = set(), 0
     with _open(archive) as outer, tqdm(total=archive.stat().st_size, desc="train", unit="B", unit_scale=True) as bar:
@@ -123,8 +123,8 @@ def arrange_train(archive: Path, output: Path, *, devkit: Devkit | None = None) 
             bar.update(member.size)
     if devkit and found != devkit.wnids:
         raise UserError(
-            f"{archive} is incomplete: {len(found)} of {len(devkit.wnids)} classes. Download it again; what is "
-            f"arranged already will be kept."
+            f"{archive} is incomplete: {len(found)} of {len(devkit.wnids)} classes. Download it again; "
+            "images that are already unpacked will be kept."
         )
     return num_written
 
@@ -132,7 +132,7 @@ def arrange_train(archive: Path, output: Path, *, devkit: Devkit | None = None) 
 def _extract(
     tar: tarfile.TarFile, folder: Path, *, target: Callable[[str], str], bar: tqdm | None = None
 ) -> tuple[int, int]:
-    """Write the files of an archive to `folder / target(name)`; returns how many there are, and how many are new."""
+    """Write the files of an archive to `folder / target(name)`; returns how many it holds, and how many were new."""
     num_found = num_written = 0
     for member in tar:
         if not member.isfile():
@@ -151,7 +151,7 @@ def _extract(
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """A file of an archive, unless it is made to fill the memory."""
+    """The content of a file in an archive; refuses one so large that it would fill the memory."""
     if member.size > MAX_BYTES:
         raise tarfile.ReadError(f"{member.name} has {member.size} bytes, more than {MAX_BYTES}")
     content = tar.extractfile(member).read()
@@ -161,19 +161,19 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _check_image(content: bytes, name: str) -> None:
-    """Refuse what has no header of an image, or one of an image that would fill the memory."""
+    """Refuse a file without an image header, or with one of an image that would fill the memory."""
     from ats.datasets.imagenet import open_image  # imports torch
 
     try:
         open_image(io.BytesIO(content)).close()
-    except Exception as error:  # Pillow raises anything at a damaged header
+    except Exception as error:  # a damaged header makes Pillow raise anything
         reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"cannot be read: {error}"
         raise tarfile.ReadError(f"{name} {reason}") from error
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[tarfile.TarFile]:
-    """Open an archive; what goes wrong while it is read is the user's download."""
+    """Open an archive; an error while reading it means that the download is bad."""
     if not path.is_file():
         raise UserError(
             f"{path} does not exist. Get it from https://image-net.org and name its folder with --archives."
@@ -186,13 +186,13 @@ def _open(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def prepare_imagenet(archives: str | Path, output: str | Path, *, splits: list[str] | None = None) -> dict[str, int]:
-    """Arrange the archives in the folder `archives` under `output`.
+    """Unpack the archives in the folder `archives` below `output`.
 
     Args:
-        splits: some of "val", "train"; default: those whose archive is there.
+        splits: "val", "train" or both; by default those whose archive is there.
 
     Returns:
-        The number of images written now, by split.
+        The number of images written, by split.
 
     Raises:
         UserError: an archive is missing, damaged or incomplete.
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--archives", default=".", metavar="DIR", help="where the archives are (default: %(default)s)")
     parser.add_argument("--output", default="data/imagenet", metavar="DIR", help="where to (default: %(default)s)")
     parser.add_argument(
-        "--split", action="append", choices=list(ARCHIVES), help="may be repeated; default: all there are"
+        "--split", action="append", choices=list(ARCHIVES), help="may be repeated; default: all that are there"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)

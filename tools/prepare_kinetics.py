@@ -1,15 +1,15 @@
-"""Write the csv files that the Kinetics loader reads, from videos in a folder per split and class.
+"""Write the csv files that the Kinetics loader reads, for videos in one folder per split and class.
 
     python tools/prepare_kinetics.py --videos data/k400
     python tools/prepare_kinetics.py --videos raw/k400 --output data/k400 --short-side 256
 
-    <videos>/train/<class>/*.mp4      a class is a folder; the labels follow the sorted names
+    <videos>/train/<class>/*.mp4      a class is a folder; labels number the sorted class names
     <videos>/val/<class>/*.mp4
-    <videos>/test/<class>/*.mp4       if there is none, test.csv lists the videos of val, as Kinetics is tested
+    <videos>/test/<class>/*.mp4       if there is none, test.csv lists the videos of val, as is usual for Kinetics
 
-Every file is opened, and its first, middle and last frame are decoded; a file that fails is left out and listed with
-the reason in <output>/bad_files.txt. With --short-side larger videos are encoded again (h264, without sound) at that
-size, which makes loading several times as fast. Both are done in parallel, and not again for files of an earlier run.
+Every file is opened, and its first, middle and last frame are decoded. A file that fails is left out and listed with
+the reason in <output>/bad_files.txt. With --short-side, larger videos are re-encoded (h264, without sound) at that
+size, which makes loading several times as fast. Both run in parallel, and skip files that an earlier run finished.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from ats.files import atomic_write
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
-GOP_SIZE = 48  # frames from one key frame to the next: seeking decodes half of them on average
+GOP_SIZE = 48  # frames from one key frame to the next; a seek decodes half of them on average
 KNOWN = "checked.json"
 
 
 class Item(NamedTuple):
-    """A video: its path below the folder of videos, split and label."""
+    """A video: its path below the folder of videos, its split and its label."""
 
     name: str
     split: str
@@ -54,13 +54,13 @@ def find_videos(videos: Path) -> list[Item]:
     """All videos, sorted by split and name.
 
     Raises:
-        UserError: there are none, or a split has a class that train/ has not.
+        UserError: there are none, or a split has a class that train/ does not have.
     """
     splits = [split for split in SPLITS if (videos / split).is_dir()]
     classes = {split: sorted(entry.name for entry in os.scandir(videos / split) if entry.is_dir()) for split in splits}
     if not any(classes.values()):
         raise UserError(
-            f"{videos} has no train/<class>, val/<class> or test/<class>: name the right folder by --videos."
+            f"{videos} has no train/<class>, val/<class> or test/<class>: name the right folder with --videos."
         )
     names = classes[splits[0]]
     items = []
@@ -78,10 +78,10 @@ def find_videos(videos: Path) -> list[Item]:
 
 
 def prepare(name: str, *, videos: Path, output: Path, short_side: int) -> tuple[str, str]:
-    """Check a video, and make it smaller if `short_side` is not 0.
+    """Check a video, and shrink it if `short_side` is not 0.
 
     Returns:
-        Path of the video to be listed, and "" or the reason why it is bad.
+        The path of the video to list, and "" or the reason why it is bad.
     """
     path = videos / name
     try:
@@ -104,7 +104,7 @@ def prepare(name: str, *, videos: Path, output: Path, short_side: int) -> tuple[
 
 
 def shrink(video: Video, target: Path, *, short_side: int) -> None:
-    """Encode a video again as h264 in mp4, its short side `short_side` pixels, turned upright, with its time stamps."""
+    """Re-encode a video as h264 in mp4: short side `short_side` pixels, upright, with the same time stamps."""
     with av.open(str(target), "w", format="mp4") as container:
         stream = None
         for frame, turns in video.frames():
@@ -133,18 +133,18 @@ def prepare_kinetics(
     separator: str = " ",
     num_workers: int | None = None,
 ) -> dict[str, int]:
-    """Check (and make smaller) all videos and write the csv files to `output`, by default `videos`.
+    """Check (and shrink) all videos and write the csv files to `output`, by default `videos`.
 
     Returns:
-        Number of videos listed by split, and of "bad" ones.
+        The number of videos listed, by split, and of "bad" ones.
 
     Raises:
-        UserError: nothing to prepare, or the folders do not fit together.
+        UserError: there are no videos, or the folders or options do not fit together.
     """
     videos = Path(videos).expanduser()
     output = videos if output is None else Path(output).expanduser()
     if short_side and output.resolve() == videos.resolve():
-        raise UserError("--short-side writes new videos: type --output FOLDER, another one than --videos.")
+        raise UserError("--short-side writes new videos: type --output FOLDER, with another folder than --videos.")
     if short_side < 0 or short_side % 2:
         raise UserError(f"--short-side {short_side} must be an even number of pixels.")
     items = find_videos(videos)
@@ -159,7 +159,7 @@ def prepare_kinetics(
             for name, result in zip(todo, _map(work, list(todo), num_workers=num_workers), strict=True):
                 known[name] = [todo[name], *result]
                 bar.update()
-    finally:  # also when interrupted: what is done is not done again
+    finally:  # also when interrupted, so that the next run skips what is done
         _write(output / KNOWN, json.dumps(known))
     return _write_lists(items, known, output=output, separator=separator)
 
@@ -201,7 +201,7 @@ def _write_lists(items: list[Item], known: dict[str, list], *, output: Path, sep
         else:
             lines[item.split].append(f"{os.path.relpath(path, output)}{separator}{item.label}")
     if not any(lines.values()):
-        raise UserError(f"None of the {len(bad)} videos can be read; the first: {bad[0]}")
+        raise UserError(f"None of the {len(bad)} videos can be read. The first is {bad[0]}")
     if not any(item.split == "test" for item in items):
         lines["test"] = lines["val"]
     for split, content in lines.items():
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", required=True, metavar="DIR", help="folder with train/<class>/, val/<class>/")
     parser.add_argument("--output", metavar="DIR", help="where the csv files go (default: where the videos are)")
-    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS", help="encode larger videos at this size")
+    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS", help="re-encode larger videos to this")
     parser.add_argument("--separator", default=" ", help='between path and label: " " (default) or ","')
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -3,9 +3,8 @@
     make study          # or: python tools/study.py [--quick] [--output DIR]
 
 Makes the canvases if they are not there, measures every row, and writes docs/STUDY.md, docs/study.json and
-docs/images/study.png (with --output: below DIR). Rows are kept in output/study as they are done: the same command again
-goes on where it was. --quick is a short form that shows that everything runs; its numbers mean nothing, so it needs
---output.
+docs/images/study.png (with --output: below DIR). Each row is kept in output/study as soon as it is measured: the same
+command resumes. --quick only shows that everything runs. Its numbers mean nothing, so it needs --output.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from make_digits import make_digits  # noqa: E402 - beside this file
 from ats.cli.parser import Parser  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
 
-CONFIGS = ROOT / "configs" / "Digits"
 DATA = ROOT / "data" / "digits_study"
 RESULTS = ROOT / "output" / "study"
 
@@ -43,7 +41,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="the canvases; made if they are not there")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows are kept as they are done")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where measured rows are kept")
     parser.add_argument("--output", type=Path, default=None, help="where STUDY.md goes; default docs")
     parser.add_argument("--quick", action="store_true", help="few canvases, seeds and budgets, one step of training")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -53,32 +51,30 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def run(*, data: Path, results: Path, output: Path | None, quick: bool) -> None:
     """Measure what has not been measured and write the report."""
     if quick and output is None:
-        raise UserError("--quick measures too little for docs/STUDY.md: say with --output DIR where its report goes.")
-    from ats.engine.logging import setup_logging
-    from ats.study.digits import QUICK, DigitsStudy, Settings
-    from ats.study.digits_report import write_report
+        raise UserError("--quick measures too little for docs/STUDY.md: write its report elsewhere with --output DIR.")
+    from ats.engine.output import setup_logging
+    from ats.study.digits import QUICK, DigitsStudy, StudySize
+    from ats.study.study_page import write_study
 
     setup_logging()
-    settings = QUICK if quick else Settings()
-    num_train = 1 if quick else -(-settings.tune_steps * 64 // 1400)
-    make_digits(data, train_per_digit=num_train, val_per_digit=settings.num_seeds * settings.canvases)
-    study = DigitsStudy(
-        config=CONFIGS / "DeiT_ATS.yaml", weights=CONFIGS / "weights", data=data, folder=results, settings=settings
-    )
+    size = QUICK if quick else StudySize()
+    num_train = 1 if quick else -(-size.tune_steps * 64 // 1400)
+    make_digits(data, train_per_digit=num_train, val_per_digit=size.num_seeds * size.canvases)
+    study = DigitsStudy(data=data, folder=results, size=size)
     start = time.process_time()
     rows = study.run()
     seconds = time.process_time() - start
     folder = output or ROOT / "docs"
-    text = write_report(rows, study, folder=folder, minutes=total_minutes(results, seconds))
+    text = write_study(rows, study, folder=folder, minutes=total_minutes(results, seconds))
     print(text[text.index("## What holds") : text.index("## How")])
     print(f"Report: {folder / 'STUDY.md'}")
 
 
 def total_minutes(results: Path, seconds: float) -> float:
-    """Minutes of computing time, of this run and of those before that it went on from."""
+    """Minutes of CPU time: of this run, and of the runs it resumed."""
     path = results / "seconds.txt"
     before = float(path.read_text()) if path.is_file() else 0.0
-    if seconds > 20:  # else everything was there already
+    if seconds > 20:  # else all results were there already
         before += seconds
         path.write_text(f"{before:.0f}\n")
     return before / 60

@@ -1,6 +1,5 @@
-"""What networks cost in seconds, beside what they cost in FLOPs: `tools/benchmark.py` is the command.
+"""What networks cost in seconds, beside what they cost in FLOPs. The command is `tools/benchmark.py`.
 
-`counts` imposes the numbers of tokens that trained networks keep, `timing` measures variants, whose passes `turns` runs
-in turn, `parts` says where the time goes and `blocks` where the FLOPs do, `report` writes tables, JSON and plots,
-`suites` lists what docs/BENCHMARKS.md shows.
+`timing` measures the `variants` of a network, whose passes `interleave` runs in turn; `synthetic_counts` imposes the
+numbers of tokens that trained networks keep. `tables` shows results. `suite` runs what docs/BENCHMARKS.md shows.
 """

@@ -1,4 +1,4 @@
-"""Memory of a pass: at its peak, and what autograd keeps of it."""
+"""Memory of a pass: its peak, and what autograd saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+from ats.compat import TorchDispatchMode, tree_map_only
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, bytes of the tensors that operators made and that are alive at the same time, each storage once.
+    """Counts the bytes of all tensors that operators made and that are alive, each storage once.
 
-    What a kernel allocates and frees within itself is not seen.
-
-    Attributes:
-        live: now. peak: at most.
+    It does not see what a kernel allocates and frees internally.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = 0  # bytes now, and their maximum so far
         self._known: set[int] = set()
 
     def add(self, tensor: Tensor) -> None:
@@ -45,13 +42,13 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def peak_megabytes(run: Callable[[], None], model: nn.Module, device: torch.device) -> float:
-    """Most memory during `run`, the weights included: on a GPU the allocator's, on a CPU by `LiveBytes`."""
+def peak_megabytes(run: Callable[[], object], model: nn.Module, device: torch.device) -> float:
+    """Peak memory of `run`, weights included: from the allocator on a GPU, from `LiveBytes` on a CPU."""
     weights = (*model.parameters(), *model.buffers())
     if device.type == "cuda":
-        model.zero_grad(set_to_none=True)  # the last pass's gradients: part of the peak, not of what was there before
+        model.zero_grad(set_to_none=True)  # gradients of the previous pass belong to the peak, not to `before`
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()  # the other variants' weights too
+        before = torch.cuda.memory_allocated()  # includes the weights of the other variants
         run()
         own = sum(tensor.untyped_storage().nbytes() for tensor in weights)
         return (torch.cuda.max_memory_allocated() - before + own) / 1e6
@@ -63,11 +60,8 @@ def peak_megabytes(run: Callable[[], None], model: nn.Module, device: torch.devi
 
 
 def saved_bytes(run: Callable[[], object], *, without: Iterable[Tensor] = ()) -> int:
-    """Bytes of the tensors that autograd keeps for the backward pass of what `run` computes, each storage once.
-
-    Args:
-        run: a forward pass; a backward pass behind it may read what was kept.
-        without: tensors not to count: the weights, for activations alone.
+    """Bytes of the tensors that autograd saves for the backward pass of `run` (or during it), each storage once.
+    Tensors in `without` do not count: without the weights, only activations do.
     """
     storages: dict[int, int] = {}
 
@@ -77,7 +71,7 @@ def saved_bytes(run: Callable[[], object], *, without: Iterable[Tensor] = ()) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()  # held, so that no storage is freed and its address given to another
+        result = run()  # keeps the graph alive, so no address is reused
     del result
     for tensor in without:
         storages.pop(tensor.untyped_storage().data_ptr(), None)

@@ -1,1 +1,5 @@
-"""K for a budget."""
+"""K for a budget: `calibrate` for users, `nearest` for comparisons at equal cost; one search for both."""
+
+from ats.budget.calibration import Calibration, calibrate, nearest
+
+__all__ = ["Calibration", "calibrate", "nearest"]

@@ -1,89 +1,95 @@
 """Which K meets a budget? `calibrate` finds K of every ATS block for a mean cost on images you give; no labels needed.
+Other reductions than sampling have another amount instead of K: r of ToMe, the keep rate of EViT.
 
     ats.patch(model, blocks=range(3, 12))
     found = ats.calibrate(model, images, gflops=2.9)      # or keep=0.5, or speedup=1.6; the model now has these K
     print(found.yaml())                                   # the same for a config
 
-From the command line: `python tools/calibrate.py --help`. The search itself is `budget.py`.
+From the command line: `python tools/calibrate.py --help`. The search itself is `search.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import groupby
 
 import torch
+import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ats.budget.search import Knobs, NumTokens, Trial, bisect, refine, remembered
+from ats.budget.search import Knobs, Setting, Trial, amounts, bisect, refine
 from ats.errors import UserError
 from ats.flops import dense_gflops
 from ats.flops import gflops as count_gflops
+from ats.models.block import ats_blocks
+from ats.models.cost import size
 from ats.plugin.handle import Patched
-from ats.plugin.patch import library_of
-from ats.reduction.sampling import REDUCERS, BlockSampler, Candidates
+from ats.reduction import Reduction
+from ats.reduction.base import options_of
 
 ACCOUNTINGS = ("run", "paper")
 
 
 @dataclass(frozen=True)
-class _KeepAll(BlockSampler):
-    """Drops nothing, and remembers how many candidates there are to choose from."""
-
-    slots_seen: dict[int, int] = field(default_factory=dict)
-
-    def __call__(self, candidates: Candidates, *, slots: int, num_prefix_tokens: int) -> Tensor:
-        self.slots_seen[self.block] = slots
-        return candidates.valid
-
-
-@dataclass(frozen=True)
 class Pass:
-    """What one pass over N images measured.
+    """What one pass over N images measured."""
 
-    Attributes:
-        gflops: [N] of each image, in the chosen accounting. keep: [N] share of tokens left, mean over the ATS blocks.
-        tokens: mean tokens kept in each ATS block. changes: [N] total variation distance between each image's class
-            distribution and the dense network's, 0 to 1; empty where it was not asked for.
-    """
-
-    gflops: Tensor
-    keep: Tensor
-    tokens: tuple[float, ...]
-    changes: Tensor
+    gflops: Tensor  # [N] in the chosen accounting
+    keep: Tensor  # [N] share of the tokens kept, mean over the ATS blocks
+    tokens: tuple[float, ...]  # mean tokens kept in each ATS block
+    changes: Tensor  # [N] total variation distance from the dense network's class distribution; empty if not asked for
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """What `calibrate` found."""
 
-    Attributes:
-        blocks: the ATS blocks. num_tokens: K of each of them. depth: blocks of the network.
-        found: the pass over the images with these K.
-        dense: GFLOPs of the dense network. least, most: mean GFLOPs in reach. accounting: "run" or "paper".
-        passes: over the images, that the search took.
-    """
-
-    blocks: tuple[int, ...]
-    num_tokens: NumTokens
-    depth: int
-    found: Pass
-    dense: float
-    least: float
+    setting: Setting  # the reductions of the blocks that lose tokens
+    depth: int  # blocks of the network
+    found: Pass  # over the images, with these reductions
+    dense: float  # GFLOPs of the dense network
+    least: float  # mean GFLOPs in reach
     most: float
-    accounting: str
-    passes: int
+    accounting: str  # "run" or "paper"
+    passes: int  # over the images, that the search took
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that lose tokens."""
+        return tuple(reduction.block for reduction in self.setting)
+
+    @property
+    def num_tokens(self) -> tuple[int | float, ...]:
+        """K of each of them (or r, or the keep rate)."""
+        return amounts(self.setting)
 
     @property
     def per_block(self) -> list[int | float]:
-        """ATS.NUM_TOKENS: an entry for each block of the network, 1.0 where nothing is sampled."""
-        return [dict(zip(self.blocks, self.num_tokens, strict=True)).get(block, 1.0) for block in range(self.depth)]
+        """ATS.NUM_TOKENS: an entry for each block of the network, 1.0 (r: 0) where no token is lost."""
+        return _per_block(self.setting, self.depth)
 
-    def yaml(self) -> str:
-        """The lines for a config."""
-        return f"ATS:\n  ENABLE: true\n  BLOCKS: {list(self.blocks)}\n  NUM_TOKENS: {self.per_block}\n"
+    def yaml(self, *, as_stages: bool = False) -> str:
+        """The lines for a config: blocks and amounts, where all blocks have one reduction; other options are then those
+        of the config. Else ATS.STAGES with all options.
+
+        Args:
+            as_stages: ATS.STAGES in any case, for a config that has it.
+        """
+        stages = [list(own) for _, own in groupby(self.setting, key=lambda r: replace(r, block=0, **{r.amount: 1}))]
+        kind, lines = self.setting[0], {"ATS": {"ENABLE": True}}
+        if as_stages or len(stages) > 1:
+            lines["ATS"]["STAGES"] = [_stage(own, self.depth) for own in stages]
+        else:
+            key = next(option.key for option in options_of(type(kind)) if option.name == kind.amount)
+            section, name = key.split(".")
+            sampler = {} if kind.name == "inverse_transform" else {"SAMPLER": kind.name}
+            lines["ATS"] |= {"BLOCKS": list(self.blocks)} | sampler
+            lines.setdefault(section, {})[name] = self.per_block
+        return yaml.safe_dump(lines, sort_keys=False, default_flow_style=None, width=10**6)
 
     def spread(self) -> dict[str, float]:
         """GFLOPs over the images: mean, its standard error, standard deviation, smallest, quantiles, largest."""
@@ -129,11 +135,11 @@ def calibrate(
         UserError: no ATS in the model, no images, not exactly one budget, or one out of reach: the message has the
             range. The model's K are as they were then.
     """
-    wanted = _the_one({"gflops": gflops, "keep": keep, "speedup": speedup})
+    wanted = _one_budget({"gflops": gflops, "keep": keep, "speedup": speedup})
     if accounting not in ACCOUNTINGS:
         raise UserError(f"accounting {accounting}: choose from {', '.join(ACCOUNTINGS)}.")
     batches = _to_batches(images, batch_size)
-    network = _Network(model, batches, accounting, progress=progress, compare=refine_rounds > 0)
+    network = Network(model, batches, accounting, progress=progress, compare=refine_rounds > 0)
     with network.restored_after_an_error():
         return _search(network, *wanted, refine_rounds=refine_rounds, tolerance=tolerance)
 
@@ -156,7 +162,7 @@ def _to_batches(images: Tensor | Iterable, batch_size: int) -> list[Tensor]:
     return batches
 
 
-def _the_one(budgets: dict[str, float | None]) -> tuple[str, float]:
+def _one_budget(budgets: dict[str, float | None]) -> tuple[str, float]:
     given = [(name, value) for name, value in budgets.items() if value is not None]
     if len(given) != 1:
         raise UserError(f"Give one budget, not {len(given)}: {', '.join(budgets)}.")
@@ -168,30 +174,68 @@ def _the_one(budgets: dict[str, float | None]) -> tuple[str, float]:
     return name, value
 
 
-def _search(network: _Network, name: str, value: float, *, refine_rounds: int, tolerance: float) -> Calibration:
+def _per_block(setting: Iterable[Reduction], depth: int) -> list[int | float]:
+    """The amounts with an entry for every block of the network."""
+    setting = tuple(setting)
+    by_block = dict(zip((reduction.block for reduction in setting), amounts(setting), strict=True))
+    kind = type(setting[0])
+    [option] = [option for option in options_of(kind) if option.name == kind.amount]
+    takes_ratio = float in (option.about.types or (type(option.default),))
+    return [by_block.get(block, 1.0 if takes_ratio else 0) for block in range(depth)]
+
+
+def _stage(setting: Sequence[Reduction], depth: int) -> dict[str, object]:
+    """An entry of ATS.STAGES: blocks that differ in their amount alone."""
+    first = setting[0]
+    options = {
+        option.name.upper(): getattr(first, option.name)
+        for option in options_of(type(first))
+        if not option.about.networks or getattr(first, option.name) != option.default
+    }
+    blocks = [reduction.block for reduction in setting]
+    return {"SAMPLER": first.name, "BLOCKS": blocks} | options | {first.amount.upper(): _per_block(setting, depth)}
+
+
+def nearest(model: nn.Module, x: Tensor, gflops: float, *, accounting: str = "run", batch_size: int = 128) -> float:
+    """Set the one amount of all blocks of `model`, in place, with which images x come nearest to a budget, in or out of
+    reach; for comparisons at equal cost.
+
+    Args:
+        x: [N, 3, H, W] or clips. gflops: mean of an image.
+
+    Returns:
+        Mean GFLOPs reached.
+    """
+    network = Network(model, _to_batches(x, batch_size), accounting, progress=False, together=True)
+    with network.restored_after_an_error():
+        measure = cache(lambda setting: Trial(setting, network.run(setting).gflops.mean().item()))
+        best = bisect(measure, network.knobs, gflops)[1]
+    network.set(best.setting)
+    return best.cost
+
+
+def _search(network: Network, name: str, value: float, *, refine_rounds: int, tolerance: float) -> Calibration:
     dense = network.dense
     target = dense / value if name == "speedup" else value
-    passes: dict[NumTokens, Pass] = {}
+    passes: dict[Setting, Pass] = {}
 
-    def measure(num_tokens: NumTokens) -> Trial:
-        passes[num_tokens] = result = network.run(num_tokens)
-        return Trial(
-            num_tokens, (result.keep if name == "keep" else result.gflops).mean().item(), tuple(result.changes.tolist())
-        )
+    @cache
+    def measure(setting: Setting) -> Trial:
+        passes[setting] = result = network.run(setting)
+        cost = (result.keep if name == "keep" else result.gflops).mean().item()
+        return Trial(setting, cost, tuple(result.changes.tolist()))
 
-    measure = remembered(measure)
     knobs = network.knobs
     least, most = measure(knobs.least).cost, measure(knobs.most).cost
     if not least * (1 - tolerance) <= target <= most * (1 + tolerance):
         raise UserError(_out_of_reach(network, name, value, least, most))
     start = bisect(measure, knobs, target, tolerance=tolerance)
     best = refine(measure, knobs, start, target, rounds=refine_rounds, tolerance=tolerance)
-    network.set(best.num_tokens)
+    network.set(best.setting)
     return Calibration(
-        blocks=network.blocks,
-        num_tokens=best.num_tokens,
+        setting=best.setting,
         depth=network.depth,
-        found=passes[best.num_tokens],
+        found=passes[best.setting],
         dense=dense,
         least=passes[knobs.least].gflops.mean().item(),
         most=passes[knobs.most].gflops.mean().item(),
@@ -200,7 +244,7 @@ def _search(network: _Network, name: str, value: float, *, refine_rounds: int, t
     )
 
 
-def _out_of_reach(network: _Network, name: str, value: float, least: float, most: float) -> str:
+def _out_of_reach(network: Network, name: str, value: float, least: float, most: float) -> str:
     units = {"gflops": "mean GFLOPs", "keep": "as share of the tokens", "speedup": "times fewer GFLOPs than dense"}
     low, high = (network.dense / most, network.dense / least) if name == "speedup" else (least, most)
     dense = "" if name == "keep" else f" (dense: {network.dense:.4g} GFLOPs)"
@@ -214,93 +258,85 @@ def _out_of_reach(network: _Network, name: str, value: float, least: float, most
     )
 
 
-def _why_not(model: nn.Module) -> str:
-    """Why a network has no K."""
-    if any(isinstance(getattr(m, "sampler", None), tuple(REDUCERS.values())) for m in model.modules()):
-        return f"The samplers {' and '.join(REDUCERS)} have no K to calibrate: choose another ATS.SAMPLER."
-    if hasattr(model, "forward_tokens"):
-        return "This network has no ATS block: build it with ATS.ENABLE True and the blocks in ATS.BLOCKS."
-    return "This network has no ATS block: call ats.patch(model, blocks=...) first."
-
-
-def num_blocks(model: nn.Module) -> int:
-    """Blocks of a network of this package, as ATS.BLOCKS counts them."""
-    if hasattr(model, "stages"):
-        return sum(len(stage.blocks) for stage in model.stages)
-    if hasattr(model, "ps_layers"):
-        return len(model.ps_layers) + len(model.trans_layers)
-    return len(getattr(model, "base_model", model).blocks)
-
-
-class _Network:
+class Network:
     """A network, its knobs, and passes over the images.
 
-    Attributes:
-        blocks: the ATS blocks. depth: blocks of the network. knobs: of `budget.py`. dense: GFLOPs of the dense network.
+    Args:
         compare: measure how far the logits are from the dense network's.
+        together: see `Knobs`.
     """
 
     def __init__(
-        self, model: nn.Module, batches: list[Tensor], accounting: str, *, progress: bool, compare: bool
+        self,
+        model: nn.Module,
+        batches: list[Tensor],
+        accounting: str,
+        *,
+        progress: bool,
+        compare: bool = False,
+        together: bool = False,
     ) -> None:
         self.model, self.batches, self.accounting, self.progress = model, batches, accounting, progress
-        modules = [m for m in model.modules() if isinstance(getattr(m, "sampler", None), BlockSampler)]
-        if not modules or not hasattr(model, "forward_tokens"):
-            raise UserError(_why_not(model))
-        self.modules = sorted(modules, key=lambda module: module.sampler.block)
-        self.original = [module.sampler for module in self.modules]
-        self.blocks = tuple(sampler.block for sampler in self.original)
-        self.depth = library_of(model).num_blocks(model) if isinstance(model, Patched) else num_blocks(model)
-        self.num_images = sum(map(len, batches))
-        self.num_passes = 0
-        self.dense = dense_gflops(model, batches[0].shape)
-        self.dense_probs: list[Tensor] = []
-        self.device = next(model.parameters()).device
-        self._probe(compare)
+        self.modules = ats_blocks(model)
+        if not self.modules or not hasattr(model, "forward_tokens"):
+            raise UserError(
+                "This network has no ATS block: build it with ATS.ENABLE True and the blocks in ATS.BLOCKS."
+                if hasattr(model, "forward_tokens")
+                else "This network has no ATS block: call ats.patch(model, blocks=...) first."
+            )
+        self.original = tuple(module.reduction for module in self.modules)
+        for name in (reduction.name for reduction in self.original if not reduction.amount):
+            raise UserError(f"The sampler {name} has no amount to calibrate: choose another ATS.SAMPLER.")
+        self.blocks = tuple(reduction.block for reduction in self.original)
+        self.depth, self.num_images, self.num_passes = len(model.block_list()), sum(map(len, batches)), 0
+        shape = tuple(batches[0].shape)
+        self.dense, self.device = dense_gflops(model, shape), next(model.parameters()).device
+        grids = [(model.block_grids(shape)[block], model.prefix_of(block)) for block in self.blocks]
+        self.dense_tokens = [num_prefix + size(grid.queries) for grid, num_prefix in grids]
+        max_tokens = tuple(num_prefix + size(grid.keys) for grid, num_prefix in grids)
+        self.knobs = Knobs(self.original, max_tokens, together)
+        self.dense_probs = self._dense_probs() if compare else []
 
-    def _probe(self, compare: bool) -> None:
-        """Run with nothing dropped: what the blocks choose from, how many tokens dense is, and the dense logits."""
-        seen: dict[int, int] = {}
+    def _dense_probs(self) -> list[Tensor]:
+        """Class probabilities of the dense network, batch by batch: every block keeps everything."""
         with self.restored_after_an_error():
-            for module, sampler in zip(self.modules, self.original, strict=True):
-                settings = asdict(sampler) | {"num_tokens": 1.0, "slots_seen": seen}
-                module.sampler = _KeepAll(**settings)
-            for _, logits, trace in self._forward("dense", self.batches if compare else [self.batches[0][:1]]):
-                self.dense_probs.append(logits.double().softmax(dim=-1))
-                self.dense_tokens = [entry.num_tokens[0].item() for entry in trace]
-        self.restore()
-        self.knobs = Knobs(
-            tuple(seen[block] for block in self.blocks), tuple(sampler.min_tokens for sampler in self.original)
-        )
-        self.compare = compare
+            self._turn(self.knobs.most)
+            for module in self.modules:
+                module.imposed = lambda candidates, _: candidates.valid
+            try:
+                return [logits.double().softmax(dim=-1) for _, logits, _ in self._forward("dense", self.batches)]
+            finally:
+                for module in self.modules:
+                    del module.imposed
+                self._turn(self.original)
 
-    def set(self, num_tokens: NumTokens) -> None:
-        """Give the blocks these K, for good."""
-        for module, sampler, k in zip(self.modules, self.original, num_tokens, strict=True):
-            module.sampler = replace(sampler, num_tokens=k)
-        if isinstance(self.model, Patched) and self.model.ats_state.settings:
-            per_block = dict(zip(self.blocks, num_tokens, strict=True))
-            settings = [per_block.get(block, 1.0) for block in range(self.depth)]
-            self.model.ats_state.settings["num_tokens"] = settings
+    def _turn(self, setting: Setting) -> None:
+        for module, reduction in zip(self.modules, setting, strict=True):
+            module.reduction = reduction
 
-    def restore(self) -> None:
-        """The samplers as they were."""
-        for module, sampler in zip(self.modules, self.original, strict=True):
-            module.sampler = sampler
+    def set(self, setting: Setting) -> None:
+        """Give the blocks these reductions, for good; the handle of a patched model then says so."""
+        self._turn(setting)
+        settings = self.model.ats_state.settings if isinstance(self.model, Patched) else {}
+        if "stages" in settings:
+            for stage in settings["stages"]:
+                own = [reduction for reduction in setting if reduction.block in stage["blocks"]]
+                stage[own[0].amount] = _per_block(own, self.depth)
+        elif settings:
+            settings[setting[0].amount] = _per_block(setting, self.depth)
 
     @contextmanager
     def restored_after_an_error(self) -> Iterator[None]:
-        """Within it an exception leaves the network's K as they were."""
+        """Within it an exception leaves the network's reductions as they were."""
         try:
             yield
         except BaseException:
-            self.restore()
+            self._turn(self.original)
             raise
 
-    def run(self, num_tokens: NumTokens) -> Pass:
-        """One pass over all images with these K."""
-        for module, sampler, k in zip(self.modules, self.original, num_tokens, strict=True):
-            module.sampler = replace(sampler, num_tokens=k)
+    def run(self, setting: Setting) -> Pass:
+        """One pass over all images with these reductions."""
+        self._turn(setting)
         self.num_passes += 1
         costs, shares, tokens, changes = [], [], [], []
         for index, (x, logits, trace) in enumerate(self._forward(f"pass {self.num_passes}", self.batches)):
@@ -310,7 +346,7 @@ class _Network:
             tokens.append(kept)
             share = (kept / torch.tensor(self.dense_tokens, dtype=torch.float64)).mean(dim=1)
             shares.append(share.reshape(len(x), -1).mean(dim=1))  # of a clip's frames
-            if self.compare:
+            if self.dense_probs:
                 moved = (logits.double().softmax(dim=-1) - self.dense_probs[index]).abs().sum(dim=-1) / 2
                 changes.append(moved.cpu())
         return Pass(

@@ -1,6 +1,8 @@
-"""K of every ATS block for a mean budget: a search over one scale, then over the blocks. Networks are costs here.
+"""The amount that every block keeps, for a mean budget: a search over one scale, then over the blocks. Networks are
+costs here.
 
-K of ATS block b at the scale s, with B blocks, n_b token slots and the weight w_b (1 unless refined):
+The amount is what a reduction calls so: K of sampling, r of ToMe, the keep rate of EViT. Its `scaled` turns the scale s
+into it. For sampling with B blocks, n_b tokens to choose from and the weight w_b (1 unless refined) that is
 
     K_b(s) = max(lowest_b, floor(s * w_b * n_b + (b + 1/2) / B)),   b = 0 .. B-1
 
@@ -8,8 +10,8 @@ At s = 1 that is K = n, the paper's setting; above it there are more sample poin
 picked. The last term lets the blocks step one after the other instead of all at once: steps of the mean cost are B
 times finer, which matters where K is a few tens.
 
-The mean cost does not fall as s grows, but for a few images that keep a token less with one point more; the search
-bears that, because it goes by what it has measured.
+Cost is almost monotone in s (a few images keep a token less with one point more); bisection keeps the best point it
+measured.
 """
 
 from __future__ import annotations
@@ -19,61 +21,66 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-MAX_SCALE = 64.0  # sample points per token; beyond, hardly another token is picked
+from ats.reduction import Reduction
+from ats.reduction.sampler import MAX_SCALE
+
 MAX_STEPS = 60
 
-NumTokens = tuple[int, ...]
+Setting = tuple[Reduction, ...]  # of each block that loses tokens
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """What can be turned.
+    """What can be turned."""
 
-    Attributes:
-        slots: of each ATS block, the tokens (cells) it chooses from where nothing was dropped.
-        lowest: of each ATS block, the least K.
-    """
+    reductions: Setting
+    max_tokens: tuple[int, ...]  # of each block, the tokens (cells) it chooses from if nothing was dropped; with prefix
+    together: bool = False  # all blocks step at once: those that choose from the same number get the same amount
 
-    slots: tuple[int, ...]
-    lowest: tuple[int, ...]
-
-    def num_tokens(self, scale: float, weights: Sequence[float] | None = None) -> NumTokens:
-        """K of each block at a scale."""
-        weights = weights or [1.0] * len(self.slots)
-        stagger = [(b + 0.5) / len(self.slots) for b in range(len(self.slots))]
+    def at(self, scale: float, weights: Sequence[float] | None = None) -> Setting:
+        """The reductions at a scale."""
+        num_blocks = len(self.reductions)
+        weights = weights or [1.0] * num_blocks
+        stagger = [0.5 if self.together else (b + 0.5) / num_blocks for b in range(num_blocks)]
         return tuple(
-            max(lowest, math.floor(scale * w * n + rest))
-            for n, lowest, w, rest in zip(self.slots, self.lowest, weights, stagger, strict=True)
+            reduction.scaled(scale * w, n, rest)
+            for reduction, n, w, rest in zip(self.reductions, self.max_tokens, weights, stagger, strict=True)
         )
 
     @property
-    def least(self) -> NumTokens:
-        """The lowest K everywhere."""
-        return self.lowest
+    def least(self) -> Setting:
+        """The fewest tokens everywhere."""
+        return self.at(0.0)
 
     @property
-    def most(self) -> NumTokens:
-        """So many sample points that hardly a token is left out."""
-        return self.num_tokens(MAX_SCALE)
+    def most(self) -> Setting:
+        """Hardly a token is left out."""
+        return self.at(MAX_SCALE)
+
+
+def amounts(setting: Setting) -> tuple[int | float, ...]:
+    """The amount of each reduction."""
+    return tuple(getattr(reduction, reduction.amount) for reduction in setting)
+
+
+def are_neighbours(low: Setting, high: Setting) -> bool:
+    """Whether at most one whole amount differs, by one."""
+    steps = [b - a for a, b in zip(amounts(low), amounts(high), strict=True)]
+    return all(isinstance(step, int) for step in steps) and sum(map(abs, steps)) <= 1
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a choice of K has been measured to do.
+    """What a setting has been measured to do."""
 
-    Attributes:
-        num_tokens: K of each ATS block. cost: mean over the images, in the budget's unit.
-        changes: how far each image's logits are from the dense network's; empty where that was not asked for.
-    """
-
-    num_tokens: NumTokens
-    cost: float
-    changes: tuple[float, ...] = ()
+    setting: Setting
+    cost: float  # mean over the images, in the budget's unit
+    changes: tuple[float, ...] = ()  # each image's distance from the dense network's logits, if that was asked for
 
     def surely_nearer_than(self, other: Trial) -> bool:
         """Whether the logits change less, by two standard errors of the mean difference over the images.
 
-        Without the margin a search over many K picks what happens to suit these images, and others come out worse.
+        Without the margin the search picks what happens to suit these images, and others come out worse.
         """
         differences = [a - b for a, b in zip(self.changes, other.changes, strict=True)]
         mean = statistics.fmean(differences)
@@ -81,19 +88,7 @@ class Trial:
         return mean < -2 * error
 
 
-Measure = Callable[[NumTokens], Trial]
-
-
-def remembered(measure: Measure) -> Measure:
-    """`measure`, which is asked for the same K once only."""
-    trials: dict[NumTokens, Trial] = {}
-
-    def once(num_tokens: NumTokens) -> Trial:
-        if num_tokens not in trials:
-            trials[num_tokens] = measure(num_tokens)
-        return trials[num_tokens]
-
-    return once
+Measure = Callable[[Setting], Trial]
 
 
 def bisect(
@@ -108,19 +103,20 @@ def bisect(
     """The scale whose cost is `target`, by bisection of its logarithm.
 
     Args:
-        measure: a remembered one; costs at the ends of the bracket are on either side of the target.
+        measure: a cached function; costs at the ends of the bracket are on either side of the target.
         bracket: scales to search between; by default all.
-        tolerance: relative error of the cost at which to stop. Where no K comes as near, the nearest that was seen.
+        tolerance: relative error of the cost at which to stop. Where no setting comes that near, the nearest seen is
+            returned.
 
     Returns:
         The scale and what was measured there.
     """
-    weights = list(weights or [1.0] * len(knobs.slots))
-    low, high = bracket or (min(1 / (w * n) for w, n in zip(weights, knobs.slots, strict=True)), MAX_SCALE)
+    weights = list(weights or [1.0] * len(knobs.reductions))
+    low, high = bracket or (min(1 / (w * n) for w, n in zip(weights, knobs.max_tokens, strict=True)), MAX_SCALE)
     best: tuple[float, Trial] | None = None
     for _ in range(MAX_STEPS):
         scale = math.sqrt(low * high)
-        trial = measure(knobs.num_tokens(scale, weights))
+        trial = measure(knobs.at(scale, weights))
         if best is None or abs(trial.cost - target) < abs(best[1].cost - target):
             best = scale, trial
         if abs(trial.cost - target) <= tolerance * target or high / low < 1 + 1e-9:
@@ -129,10 +125,9 @@ def bisect(
             low = scale
         else:
             high = scale
-        between = sum(knobs.num_tokens(high, weights)) - sum(knobs.num_tokens(low, weights))
-        if between <= 1:  # neighbours, and at most one of them has not been measured
+        if are_neighbours(knobs.at(low, weights), knobs.at(high, weights)):  # one of them may not be measured yet
             for end in (low, high):
-                trial = measure(knobs.num_tokens(end, weights))
+                trial = measure(knobs.at(end, weights))
                 if abs(trial.cost - target) < abs(best[1].cost - target):
                     best = end, trial
             break
@@ -161,10 +156,10 @@ def refine(
 
     Returns:
         The best trial that is not above the budget by more than the tolerance (or the start): never worse than the
-        start, and below the budget by a step of one K at most.
+        start, and below the budget by one step of one block at most.
     """
     scale, best = start
-    weights = [1.0] * len(knobs.slots)
+    weights = [1.0] * len(knobs.reductions)
     allowed = max(target * (1 + tolerance), best.cost)
     for _ in range(rounds):
         improved = False

@@ -1,4 +1,4 @@
-"""The commands. `tools/<name>.py` in a clone and `ats-<name>` after `pip install` are the `main` of the same module."""
+"""The commands: `python tools/<name>.py` in a clone and `ats-<name>` after `pip install` run the same `main`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-# What `pip install` puts on the path -> the script of a clone that does the same.
+# Console command of `pip install` -> the same command in a clone.
 COMMANDS = {
     "ats-run": "tools/run_net.py",
     "ats-benchmark": "tools/benchmark.py",
@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 def as_typed(text: str) -> str:
-    """A help text that speaks of `python tools/<name>.py`, in the words of who typed the console command `ats-...`."""
+    """`text` with `python tools/<name>.py` replaced by `ats-<name>`, if the user typed a console command."""
     if Path(sys.argv[0]).stem not in COMMANDS:
         return text
     for command, script in COMMANDS.items():

@@ -1,13 +1,13 @@
-"""K of every ATS block for a mean budget, found on a few hundred images. Labels are not looked at.
+"""Find K of every ATS block for a mean budget, on a few hundred images. Labels are not needed.
 
     python tools/calibrate.py --cfg configs/ImageNet/DeiT_S.yaml --gflops 2.9 DATA.PATH_TO_DATA_DIR imagenet \\
         TEST.CHECKPOINT_FILE_PATH deit_small_patch16_224-cd65a155.pth
     python tools/calibrate.py --cfg X.yaml --speedup 1.6 --refine --output configs/mine.yaml
 
-prints what it reached, how GFLOPs spread over the images, and the YAML lines with ATS.NUM_TOKENS. Any key can be given
-after the file, as KEY VALUE or KEY=VALUE. Which tokens survive depends on the weights and on ATS.BLOCKS, ATS.SAMPLER,
-ATS.SCORE and ATS.RULE: change one, and calibrate again. A K above the number of tokens is meant: more sample points
-than tokens pick more of them.
+Prints what it reached, how GFLOPs vary between images, and the YAML lines with ATS.NUM_TOKENS. Any key can follow the
+options, as KEY VALUE or KEY=VALUE. Which tokens survive depends on the weights and on ATS.BLOCKS, ATS.SAMPLER,
+ATS.SCORE and ATS.RULE: calibrate again after changing one of them. K may exceed the number of tokens: more sample
+points than tokens select more of the tokens.
 """
 
 from __future__ import annotations
@@ -16,135 +16,82 @@ import argparse
 import os
 import re
 import shlex
-import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
-from ats.cli.parser import Parser
-from ats.cli.run_net import parse_overrides
+from ats.cli.parser import command, command_parser, parse_overrides
 from ats.config import CfgNode, find_shipped, load_config
-from ats.engine.logging import setup_logging
-from ats.errors import UserError, exit_status
+from ats.engine.output import setup_logging
+from ats.errors import UserError
 
 if TYPE_CHECKING:
     from ats.budget.calibration import Calibration
 
-OPTIONS = ("--cfg", "--gflops", "--keep", "--speedup", "--accounting", "--split", "--images", "--refine", "--output")
 
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
+    """The options, with `overrides` [KEY, VALUE, ...] among them, and the configuration.
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options; whatever else stands on the command line is an override."""
-    parser = Parser(
-        description=as_typed(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--cfg", metavar="FILE", help="YAML file with ATS.ENABLE True")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--gflops", type=float, metavar="G", help="mean GFLOPs (multiply-adds) of an image or clip")
-    budget.add_argument(
-        "--keep", type=float, metavar="SHARE", help="mean share of tokens left behind the ATS blocks, 0 to 1"
-    )
-    budget.add_argument(
-        "--speedup", type=float, metavar="X", help="FLOP ratio: dense GFLOPs over the mean, not seconds"
-    )
-    parser.add_argument(
-        "--accounting",
-        choices=("run", "paper"),
-        default="run",
-        help="GFLOPs as run, or as the paper's tables count them (default: run)",
-    )
-    parser.add_argument(
-        "--split",
-        choices=("train", "val"),
-        default="val",
-        help="whose images, seen as in evaluation; on images that it was trained on a network may keep fewer tokens "
-        "than on others (default: val)",
-    )
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=256,
-        metavar="N",
-        help="images or clips, evenly spread over the split and held in memory (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--refine",
-        type=int,
-        nargs="?",
-        const=2,
-        default=0,
-        metavar="ROUNDS",
-        help="then move tokens between blocks where that changes the logits less at the same cost; some 7 passes over "
-        "the images per block and round (default: 2 rounds)",
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=0.002, help="stop this near, relative (default: %(default)s)"
-    )
-    parser.add_argument("--output", metavar="FILE", help="write the YAML lines here, with --cfg as their _BASE_")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def load(args: argparse.Namespace, words: list[str]) -> CfgNode:
-    """The configuration that the command line asks for.
-
-    Raises:
-        UserError: something is missing, or wrong.
+    Raises a UserError if an option, file or key is missing or wrong, or if ATS is off.
     """
-    overrides = parse_overrides(words, options=OPTIONS)
+    parser = command_parser(__doc__)
+    parser.option("--cfg", "YAML file with ATS.ENABLE True", metavar="FILE")
+    budget = parser.add_mutually_exclusive_group()
+    for name, metavar, text in (
+        ("--gflops", "G", "mean GFLOPs (multiply-adds) of an image or clip"),
+        ("--keep", "SHARE", "mean share of tokens kept after the ATS blocks, 0 to 1"),
+        ("--speedup", "X", "FLOP ratio: dense GFLOPs over mean GFLOPs; not a ratio of times"),
+    ):
+        budget.add_argument(name, type=float, metavar=metavar, help=text)
+    text = "GFLOPs as run, or as the paper's tables count them (default: run)"
+    parser.option("--accounting", text, choices=("run", "paper"), default="run")
+    text = "where the images come from, preprocessed as in evaluation; a network may keep fewer tokens of its own "
+    text += "training images than of others (default: val)"
+    parser.option("--split", text, choices=("train", "val"), default="val")
+    text = "number of images or clips, spread evenly over the split and held in memory (default: %(default)s)"
+    parser.option("--images", text, type=int, default=256, metavar="N")
+    text = "then move tokens between blocks where that changes the logits less at the same cost; about 7 passes over "
+    text += "the images per block and round (default: 2 rounds)"
+    parser.option("--refine", text, type=int, nargs="?", const=2, default=0, metavar="ROUNDS")
+    text = "stop when the mean is within this fraction of the budget (default: %(default)s)"
+    parser.option("--tolerance", text, type=float, default=0.002)
+    parser.option("--output", "write the YAML lines here, with --cfg as their _BASE_", metavar="FILE")
+    args, words = parser.parse_known_args(argv)
+    args.overrides = parse_overrides(words, parser)
     if args.cfg is None:
         raise UserError("--cfg FILE is missing: which network? For example: --cfg configs/Digits/DeiT_ATS.yaml")
     if args.gflops is None and args.keep is None and args.speedup is None:
         raise UserError("Which budget? Give --gflops G, --keep SHARE or --speedup X.")
     if args.refine < 0 or not 0 < args.tolerance < 1:
         raise UserError("--refine takes a number of rounds from 0, --tolerance a number between 0 and 1.")
-    cfg = load_config(args.cfg, overrides)
+    cfg = load_config(args.cfg, args.overrides)
     if not cfg.ATS.ENABLE:
         raise UserError(f'{args.cfg} has ATS.ENABLE False. Add ATS.ENABLE True ATS.BLOCKS "[3, 4, ...]".')
-    if not cfg.TEST.CHECKPOINT_FILE_PATH and not (cfg.MODEL.NAME.startswith("timm/") and cfg.TIMM.PRETRAINED):
-        raise UserError(
-            "TEST.CHECKPOINT_FILE_PATH is empty, and random weights say nothing about which tokens survive. "
-            "Type TEST.CHECKPOINT_FILE_PATH FILE."
-        )
-    return cfg
+    return args, cfg
 
 
-def run(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
-    """Calibrate the network of `cfg`.
-
-    Raises:
-        UserError: weights, data or budget do not fit.
-    """
+def search(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
+    """Calibrate the network of `cfg`; raises a UserError if weights, data or budget are missing or do not fit."""
     from ats.budget.calibration import calibrate
-    from ats.checkpoint import load_weights
     from ats.datasets.build import build_sample_loader
-    from ats.engine.device import explain_lost_worker, select_device
-    from ats.models import build_model
+    from ats.engine.device import explain_lost_process, select_device
+    from ats.engine.evaluate import build_trained, check_weights
 
-    device = select_device(cfg.DEVICE)
-    model = build_model(cfg)
-    if cfg.TEST.CHECKPOINT_FILE_PATH:
-        load_weights(model, cfg.TEST.CHECKPOINT_FILE_PATH)
-    with explain_lost_worker():
+    weights, device = cfg.TEST.CHECKPOINT_FILE_PATH, select_device(cfg.DEVICE)
+    check_weights(cfg, weights, why="random weights say nothing about which tokens survive")
+    model = build_trained(cfg, weights).to(device)
+    with explain_lost_process():
         batches = [batch.x for batch in build_sample_loader(cfg, args.split, num_samples=args.images)]
+    budget = {name: getattr(args, name) for name in ("gflops", "keep", "speedup")}
+    how = {"accounting": args.accounting, "refine_rounds": args.refine, "tolerance": args.tolerance}
     try:
-        return calibrate(
-            model.to(device),
-            batches,
-            gflops=args.gflops,
-            keep=args.keep,
-            speedup=args.speedup,
-            accounting=args.accounting,
-            refine_rounds=args.refine,
-            tolerance=args.tolerance,
-        )
-    except UserError as error:  # speaks of arguments: gflops is --gflops here
-        raise UserError(re.sub(r"\b(gflops|keep|speedup)\b", r"--\1", str(error))) from None
+        return calibrate(model, batches, **budget, **how)
+    except UserError as error:  # it names the arguments of `calibrate`: gflops is --gflops here
+        raise UserError(re.sub(rf"\b({'|'.join(budget)})\b", r"--\1", str(error))) from None
 
 
-def report(found: Calibration, *, images: str) -> str:
-    """What was reached, for people."""
+def format_report(found: Calibration, *, images: str) -> str:
+    """What was reached, as tables."""
     from tabulate import tabulate
 
     spread = found.spread()
@@ -159,7 +106,7 @@ def report(found: Calibration, *, images: str) -> str:
     ]  # fmt: skip
     if len(found.found.changes):
         change = 100 * found.found.changes.mean().item()
-        figures.append(("change", f"{change:.3g} % of the probability lies on other classes than the dense network's"))
+        figures.append(("change", f"{change:.3g} % of the probability moves to other classes than the dense network's"))
     rows = zip(found.blocks, found.num_tokens, (f"{t:.1f}" for t in found.found.tokens), strict=True)
     return "\n\n".join([
         f"{unit}, {images}, {found.passes} passes",
@@ -168,42 +115,40 @@ def report(found: Calibration, *, images: str) -> str:
     ])  # fmt: skip
 
 
-def with_overrides(lines: str, overrides: list[str]) -> str:
-    """The YAML lines, and those ATS keys of the command line that they do not have."""
-    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        name = key.removeprefix("ATS.")
-        if name != key and name not in ("ENABLE", "BLOCKS", "NUM_TOKENS"):
-            lines += f"  {name}: {value}\n"
-    return lines
+def with_overrides(text: str, cfg: CfgNode, overrides: list[str]) -> str:
+    """The YAML lines plus the keys of reductions that the command line sets and they lack, as `cfg` has them."""
+    import yaml
+
+    from ats.config.keys import reduction_keys
+
+    lines, sections = yaml.safe_load(text), {key.section for key in reduction_keys()}
+    for key in overrides[::2]:
+        section, _, name = key.partition(".")
+        if section in sections and name != "STAGES":
+            lines.setdefault(section, {}).setdefault(name, cfg[section][name])
+    return yaml.safe_dump(lines, sort_keys=False, default_flow_style=None, width=10**6)
 
 
-def write(path: Path, text: str, *, cfg: str, argv: list[str], figures: str) -> None:
-    """A config of its own: what was found, over --cfg."""
+def write(path: Path, yaml: str, *, cfg: str, argv: list[str], report: str) -> None:
+    """Write a config on top of --cfg, with the command and its report as a comment."""
     base = os.path.relpath(find_shipped(cfg).resolve(), path.resolve().parent)
-    command = as_typed("python tools/calibrate.py") + " " + shlex.join(argv)
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in ["Found by", f"  {command}", "", *figures.splitlines()])
+    typed = as_typed("python tools/calibrate.py") + " " + shlex.join(argv)
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in ["Found by", f"  {typed}", "", *report.splitlines()])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{comment}_BASE_: {base}\n\n{text}")
+    path.write_text(f"{comment}_BASE_: {base}\n\n{yaml}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv`, by default that of the process; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    return exit_status(partial(calibrate, argv), debug="--debug" in argv)
-
-
-def calibrate(argv: list[str]) -> None:
-    """What the command line asks for."""
+def run(argv: list[str]) -> None:
+    """Calibrate, print what was found and write it to --output."""
     setup_logging()
-    args, words = make_parser().parse_known_args(argv)
-    found = run(args, load(args, words))
-    images = f"{len(found.found.gflops)} images of {args.split}"
-    figures, lines = report(found, images=images), with_overrides(found.yaml(), parse_overrides(words))
-    print(f"\n{figures}\n\n{lines}")
+    args, cfg = parse_args(argv)
+    found = search(args, cfg)
+    report = format_report(found, images=f"{len(found.found.gflops)} images of {args.split}")
+    yaml = with_overrides(found.yaml(as_stages=bool(cfg.ATS.STAGES)), cfg, args.overrides)
+    print(f"\n{report}\n\n{yaml}")
     if args.output:
-        write(Path(args.output), lines, cfg=args.cfg, argv=argv, figures=figures)
+        write(Path(args.output), yaml, cfg=args.cfg, argv=argv, report=report)
         print(f"Written: {args.output}")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command(run)

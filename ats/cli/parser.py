@@ -1,11 +1,20 @@
-"""The commands' parser of their options: a mistake is a UserError, one line and status 1, like every other one."""
+"""What the commands share: options, overrides of config keys, how they end.
+
+An override is `KEY VALUE` or `KEY=VALUE`; both forms may be mixed. A mistake is a `UserError`: one line and status 1.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from ats.errors import UserError
+from ats.cli import as_typed
+from ats.config.keys import keys
+from ats.engine.output import process_prefix
+from ats.errors import UserError, exit_status, suggest
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,3 +22,69 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def option(self, name: str, text: str, **options: object) -> None:
+        """`add_argument` with the help text first."""
+        self.add_argument(name, help=text, **options)
+
+
+def command_parser(about: str, **options: object) -> Parser:
+    """A parser with the option --debug; `about` is the module's docstring, `options` are argparse's."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=as_typed(about), formatter_class=raw, allow_abbrev=False, **options)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def command(run: Callable[[list[str]], None], **options: str) -> Callable[[list[str] | None], int]:
+    """The `main` of a command: calls `run` with the command line and returns `exit_status`, which takes `options`."""
+
+    def main(argv: list[str] | None = None) -> int:
+        argv = sys.argv[1:] if argv is None else argv
+        return exit_status(lambda: run(argv), debug="--debug" in argv, prefix=process_prefix(), **options)
+
+    return main
+
+
+def looks_like_key(word: str) -> bool:
+    """Whether a word names a config key, perhaps a misspelt one, rather than a file or the value of an option."""
+    key, known = word.partition("=")[0], keys()
+    section, dot, _ = key.partition(".")
+    is_section = bool(dot) and any(name.startswith(f"{section}.") for name in known)
+    return key in known or is_section or bool(re.fullmatch(r"[A-Z_]+(\.[A-Z0-9_]+)+", key))
+
+
+def split_overrides(
+    words: Iterable[str], *, is_key: Callable[[str], bool] = looks_like_key
+) -> tuple[list[str], list[str]]:
+    """The overrides on a command line, as [KEY, VALUE, KEY, VALUE, ...], and its other words.
+
+    `is_key` says whether a word begins an override. A key without a value is a UserError.
+    """
+    overrides, others, rest = [], [], iter(words)
+    for word in rest:
+        if not is_key(word):
+            others.append(word)
+            continue
+        key, equals, value = word.partition("=")
+        value = value if equals else next(rest, None)
+        if value is None:
+            raise UserError(f"{key} has no value: type {key} VALUE or {key}=VALUE.")
+        overrides += [key, value]
+    return overrides, others
+
+
+def parse_overrides(words: Iterable[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words that `parser` does not know, all of which must be overrides, as [KEY, VALUE, KEY, VALUE, ...].
+
+    Raises:
+        UserError: an unknown option (the closest options of `parser` are named), or a key without a value.
+    """
+
+    def is_key(word: str) -> bool:
+        if word.startswith("-"):
+            options = [name for a in parser._actions if a.help is not argparse.SUPPRESS for name in a.option_strings]
+            raise UserError(f"Unknown option {word}.{suggest(word, options)} Keys are given without dashes: KEY VALUE.")
+        return True
+
+    return split_overrides(words, is_key=is_key)[0]

@@ -4,7 +4,7 @@
         TEST.CHECKPOINT_FILE_PATH deit_small_patch16_224-cd65a155.pth
 
 Trains if TRAIN.ENABLE (and exports OUTPUT_DIR/model.safetensors), then evaluates if TEST.ENABLE (and writes
-OUTPUT_DIR/result.json): what it trained, or else TEST.CHECKPOINT_FILE_PATH. Any key can be given behind the file, as
+OUTPUT_DIR/result.json): the weights it trained, or else TEST.CHECKPOINT_FILE_PATH. Any key can follow the file, as
 KEY VALUE or KEY=VALUE.
 """
 
@@ -12,78 +12,87 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
-# Only what --help and config errors need; PyTorch is imported once the config is known to be right.
+# Only what --help and config errors need. PyTorch is imported once the config is known to be right.
 from ats.cli import as_typed
-from ats.cli.parser import Parser
-from ats.config import CfgNode, describe, load_config
-from ats.engine.logging import ROOT, process_prefix, setup_logging
-from ats.errors import Stopped, UserError, suggest
+from ats.cli.parser import command, command_parser, parse_overrides
+from ats.config import CfgNode, load_config
+from ats.config.keys import describe, list_sections
+from ats.config.schema import changed, nest
+from ats.engine.output import ROOT, setup_logging
+from ats.errors import UserError
 
 EXAMPLE = "python tools/run_net.py --cfg configs/Digits/DeiT.yaml DATA.PATH_TO_DATA_DIR data/digits TRAIN.ENABLE True"
-OPTIONS = ("--cfg", "--opts", "--print-config", "--force", "--debug", "--help")
+USAGE = """python tools/run_net.py --cfg FILE [KEY VALUE | KEY=VALUE ...] [--print-config [all]] [--force] [--debug]
+       python tools/run_net.py --help [SECTION ... | all]"""
 SLOWFAST_OPTIONS = ("--init_method", "--shard_id", "--num_shards")
+PRINT_ALL = "--print-config-all"  # `--print-config all`, as one word
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options; whatever else stands on the command line is an override."""
-    parser = Parser(
-        prog="run_net.py",
-        description=as_typed(__doc__),
-        epilog=f"configuration keys:\n\n{describe()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=as_typed(
-            "python tools/run_net.py --cfg FILE [KEY VALUE | KEY=VALUE ...] [--print-config] [--force] [--debug]"
-        ),
-        allow_abbrev=False,
+    """The options; every other word on the command line is an override."""
+    epilog = (
+        "sections of the configuration, and keys without a section; --help SECTION (for example --help ATS SOLVER)\n"
+        f"prints the keys of a section, --help all prints every key:\n\n{list_sections()}"
     )
-    parser.add_argument("--cfg", metavar="FILE", help="YAML file; its _BASE_ files are read first")
-    parser.add_argument(
-        "--opts", action="store_true", help="may stand before overrides, as in SlowFast; changes nothing"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and stop")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--force", action="store_true", help="train on in an OUTPUT_DIR of another configuration")
+    parser = command_parser(__doc__, prog="run_net.py", epilog=epilog, usage=as_typed(USAGE), add_help=False)
+    parser.option("--cfg", "YAML file; its _BASE_ files are read first", metavar="FILE")
+    parser.option("--opts", "may precede overrides, as in SlowFast; changes nothing", action="store_true")
+    text = "check the configuration without data and weights, print what differs from the defaults (--print-config "
+    text += "all: every key) and stop"
+    parser.option("--print-config", text, action="store_const", const="changes")
+    parser.option(PRINT_ALL, argparse.SUPPRESS, action="store_const", const="all", dest="print_config")
+    parser.option("--force", "go on training in an OUTPUT_DIR of another configuration", action="store_true")
+    parser.add_argument("-h", "--help", nargs="*", metavar="SECTION", help="this text, or the keys of sections")
     for option in SLOWFAST_OPTIONS:
-        parser.add_argument(option, help=argparse.SUPPRESS)
+        parser.option(option, argparse.SUPPRESS)
     return parser
 
 
-def parse_overrides(words: list[str], *, options: Sequence[str] = OPTIONS) -> list[str]:
-    """`KEY VALUE` and `KEY=VALUE`, mixed, as [KEY, VALUE, KEY, VALUE, ...]; `options` are suggested for an unknown one.
-
-    Raises:
-        UserError: an unknown option, or a key without a value.
-    """
-    pairs: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if word.startswith("-"):
-            raise UserError(f"Unknown option {word}.{suggest(word, options)} Keys are given without dashes: KEY VALUE.")
-        key, equals, value = word.partition("=")
-        if not equals:
-            value = next(rest, None)
-        if value is None:
-            raise UserError(f"{key} has no value: type {key} VALUE or {key}=VALUE.")
-        pairs += [key, value]
-    return pairs
+def join_all(argv: Sequence[str]) -> list[str]:
+    """`--print-config all` as one word. As an optional value, argparse would take the next KEY too."""
+    words = list(argv)
+    for place in range(len(words) - 1, 0, -1):
+        if words[place - 1 : place + 1] == ["--print-config", "all"]:
+            words[place - 1 : place + 1] = [PRINT_ALL]
+    return words
 
 
 def load(args: argparse.Namespace, words: list[str]) -> CfgNode:
-    """The configuration that the command line asks for.
-
-    Raises:
-        UserError: no --cfg, a file or key that is wrong, or nothing to do.
-    """
-    overrides = parse_overrides(words)
+    """The command line's configuration. Raises a UserError without --cfg, on a wrong file or key, or nothing to do."""
+    overrides = parse_overrides(words, make_parser())
     if args.cfg is None:
         raise UserError(f"--cfg FILE is missing: which network? For example:\n  {as_typed(EXAMPLE)}")
     cfg = load_config(args.cfg, overrides)
-    if not args.print_config and not cfg.TRAIN.ENABLE and not cfg.TEST.ENABLE:
+    if not cfg.TRAIN.ENABLE and not cfg.TEST.ENABLE:
         raise UserError("There is nothing to do: TRAIN.ENABLE and TEST.ENABLE are both False. Set one of them to True.")
     return cfg
+
+
+def check(cfg: CfgNode) -> None:
+    """Build the network and the training recipe, to refuse what a run would refuse before it reads data or weights.
+
+    Raises a UserError if keys do not fit together, or if a network or optimizer does not exist.
+    """
+    import torch
+
+    from ats.engine.step import Recipe, build_optimizer
+    from ats.models import build_model
+
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.NAME.startswith("timm/"):
+        cfg.TIMM.PRETRAINED = False  # nothing is downloaded
+    try:
+        with torch.device("meta"):
+            model = build_model(cfg)
+    except (NotImplementedError, RuntimeError):  # a network of yours that reads values while it is built
+        model = build_model(cfg)
+    if cfg.TRAIN.ENABLE:
+        Recipe(cfg)
+        build_optimizer(model, cfg)
 
 
 def explain_slowfast_options(args: argparse.Namespace) -> None:
@@ -101,62 +110,43 @@ def explain_slowfast_options(args: argparse.Namespace) -> None:
 
 def run(cfg: CfgNode, *, force: bool = False) -> None:
     """Train, then evaluate, as `cfg` enables: the weights just trained, else those of TEST.CHECKPOINT_FILE_PATH."""
-    from ats.engine.distributed import process_group
+    from ats.datasets.build import mean_std
+    from ats.engine.device import process_group
     from ats.engine.evaluate import evaluate_weights
     from ats.engine.train import train
+    from ats.visualize import draw_fixed_images
 
+    mean, std = mean_std(cfg)
+    draw = partial(draw_fixed_images, num_images=cfg.TENSORBOARD.NUM_IMAGES, mean=mean, std=std)
     with process_group(cfg.DEVICE, timeout_minutes=cfg.DIST_TIMEOUT_MINUTES):
-        weights = train(cfg, force=force) if cfg.TRAIN.ENABLE else ""
+        weights = train(cfg, force=force, draw=draw) if cfg.TRAIN.ENABLE else ""
         if cfg.TEST.ENABLE:
             evaluate_weights(cfg, weights=weights)
 
 
-def recorded(function: Callable) -> Callable:
-    """Under torchrun: an error of `function` is also written to where torchrun looks for it, for its report."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return function
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    return record(function)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv`, by default that of the process.
-
-    Returns:
-        The exit status: 0, 1 after an error, 143 or 130 after SIGTERM or SIGINT.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
+def execute(argv: list[str]) -> None:
+    """Do what the command line says, or print the configuration or help."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # DistributedDataParallel warns of a setting that is meant (`distributed.data_parallel`), and the store of every
-        # process that another one has ended.
+        # DistributedDataParallel warns about a setting we chose on purpose (`device.data_parallel`), and the store
+        # of every process warns that another one has ended.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        setup_logging()
-        args, words = make_parser().parse_known_args(argv)
-        explain_slowfast_options(args)
-        cfg = load(args, words)
-        if args.print_config:
-            print(cfg.dump(), end="")
-        else:
-            recorded(run)(cfg, force=args.force)
-    except (UserError, OSError) as error:
-        if debug:
-            raise
-        ROOT.debug("error: %s", error)  # for log.txt
-        print(f"{process_prefix()}error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
-        return 130
-    except Stopped as stop:
-        ROOT.info("%s", stop)
-        return stop.status
-    return 0
+    setup_logging()
+    parser, train_and_evaluate = make_parser(), run
+    args, words = parser.parse_known_args(join_all(argv))
+    if args.help is not None:
+        print(describe(args.help) if args.help else parser.format_help().rstrip())
+        return
+    explain_slowfast_options(args)
+    cfg = load(args, words)
+    if args.print_config:
+        check(cfg)
+        print((cfg if args.print_config == "all" else nest(changed(cfg).items())).dump(), end="")
+        return
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # `record` writes an error there, and torchrun makes its report of it
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        train_and_evaluate = record(run)
+    train_and_evaluate(cfg, force=args.force)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command(execute, interrupted="interrupted; the same command goes on from the last checkpoint, if there is one")

@@ -1,12 +1,12 @@
-"""Look at what a network keeps: images, clips, or a whole validation run as one page.
+"""See which tokens a network keeps: of images, of clips, or of a whole validation run, as one page.
 
     python tools/visualize.py --cfg X.yaml image.jpg [more | folder | clip.mp4] -o out [KEY VALUE ...]
     python tools/visualize.py --cfg X.yaml --report out.html [KEY VALUE ...]
 
-For each image a strip: the input, the tokens kept behind every ATS block with their counts, the significance of the
-tokens, class and confidence of the network with ATS and of the dense one with the same weights. For each clip a strip
-over time and a GIF. --report runs both networks over the validation data and writes a page that needs no network:
-what each block keeps of the least and most costly samples, histograms of tokens, accuracy by cost.
+For each image it draws a strip: the input, the tokens kept after every ATS block with their counts, the tokens'
+significance scores, and class and confidence with ATS and without it (dense, same weights). For each clip it draws a
+strip over time and a GIF. --report runs both networks over the validation data and writes a page that works offline:
+what each block keeps of the cheapest and the most costly samples, histograms of tokens, accuracy by cost.
 
 Weights come from TEST.CHECKPOINT_FILE_PATH, for example:
 
@@ -17,73 +17,45 @@ Weights come from TEST.CHECKPOINT_FILE_PATH, for example:
 from __future__ import annotations
 
 import argparse
-import re
-import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
-from ats.cli.parser import Parser
+from ats.cli.parser import command, command_parser, looks_like_key, split_overrides
 from ats.config import CfgNode, load_config
-from ats.config.schema import KEY
-from ats.errors import UserError, exit_status
+from ats.errors import UserError
 
 if TYPE_CHECKING:
     from ats.visualize.compare import Networks, SampleView
 
-SECTIONS = {key.split(".")[0] for key in KEY}
-
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options; files and overrides are the words that are left."""
-    parser = Parser(
-        description=as_typed(__doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=as_typed(
-            "python tools/visualize.py --cfg FILE [IMAGE | CLIP | FOLDER ...] [-o FOLDER] [--report FILE.html]"
-            " [KEY VALUE ...]"
-        ),
-        allow_abbrev=False,
-    )
+    """The options; files and overrides are the remaining words."""
+    usage = "python tools/visualize.py --cfg FILE [IMAGE | CLIP | FOLDER ...] [-o FOLDER] [--report FILE.html]"
+    parser = command_parser(__doc__, usage=as_typed(f"{usage} [KEY VALUE ...]"))
     parser.add_argument("--cfg", metavar="FILE", help="config of the network")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="for strips and GIFs (default: OUTPUT_DIR)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a page about the validation data")
-    parser.add_argument(
-        "--classes", default="", metavar="FILE", help="class names, one per line, or imagenet-1k (default: of the data)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    names = "class names, one per line, or imagenet-1k (default: the data set's)"
+    parser.add_argument("--classes", default="", metavar="FILE", help=names)
     parser.add_argument("words", nargs="*", metavar="FILE | KEY VALUE", help="files, folders and config keys")
     return parser
 
 
 def split_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Files and folders, and overrides as [KEY, VALUE, ...]; a file that exists is a file whatever its name.
+    """Files and folders, and overrides as [KEY, VALUE, ...]. A word that names an existing file is never a key."""
+    overrides, paths = split_overrides(words, is_key=lambda word: looks_like_key(word) and not Path(word).exists())
+    return list(map(Path, paths)), overrides
 
-    Raises:
-        UserError: a key without a value.
+
+def run(argv: list[str]) -> None:
+    """Draw the files and write the report; prints a line for every file.
+
+    Raises a UserError if something is missing or wrong; for unreadable files, after drawing the others.
     """
-    paths, overrides = [], []
-    rest = iter(words)
-    for word in rest:
-        key, equals, value = word.partition("=")
-        is_key = key.split(".")[0] in SECTIONS or re.fullmatch(r"[A-Z]+(\.[A-Z0-9_]+)+", key)
-        if Path(word).exists() or not is_key:
-            paths.append(Path(word))
-            continue
-        value = value if equals else next(rest, None)
-        if value is None:
-            raise UserError(f"{key} has no value: type {key} VALUE or {key}=VALUE.")
-        overrides += [key, value]
-    return paths, overrides
-
-
-def run(args: argparse.Namespace) -> None:
-    """What the command line asks for; a line is printed for every file drawn.
-
-    Raises:
-        UserError: something is missing, or wrong; at the end if files could not be read.
-    """
+    args = make_parser().parse_intermixed_args(argv)
     paths, overrides = split_words(args.words)
     if args.cfg is None:
         raise UserError("--cfg FILE is missing: which network? For example --cfg configs/Digits/DeiT_ATS.yaml")
@@ -96,23 +68,22 @@ def run(args: argparse.Namespace) -> None:
     files = list_files(paths, clips=takes_clips(cfg))
     names = class_names(cfg, args.classes)
     networks = Networks(cfg)
-    bad = look_at(cfg, networks, files, output=args.output or Path(cfg.OUTPUT_DIR), names=names)
+    bad = draw_files(cfg, networks, files, output=args.output or Path(cfg.OUTPUT_DIR), names=names)
     if args.report is not None:
-        report(cfg, networks, args.report, config=args.cfg, names=names)
+        report_validation(cfg, networks, args.report, config=args.cfg, names=names)
     if bad:
         head = f"{len(bad)} of {len(files)} files cannot be read; the others are drawn.\n  " if len(files) > 1 else ""
         raise UserError(head + "\n  ".join(bad))
 
 
-def look_at(
+def draw_files(
     cfg: CfgNode, networks: Networks, files: Sequence[Path], *, output: Path, names: Sequence[str]
 ) -> list[str]:
-    """Write the pictures of each file; returns what is wrong with those that cannot be read."""
-    from ats.visualize.compare import class_label
+    """Write the pictures of each file; returns an error message for each file that cannot be read."""
     from ats.visualize.figures import draw_strip
     from ats.visualize.inputs import read_input
 
-    taken: dict[str, int] = {}
+    stems: Counter[str] = Counter()
     bad: list[str] = []
     for file in files:
         try:
@@ -121,25 +92,22 @@ def look_at(
             bad.append(str(error))
             continue
         [view] = networks.compare(x[None])
-        taken[file.stem] = taken.get(file.stem, 0) + 1
-        stem = file.stem if taken[file.stem] == 1 else f"{file.stem}_{taken[file.stem]}"
+        stems[file.stem] += 1
+        stem = file.stem if stems[file.stem] == 1 else f"{file.stem}_{stems[file.stem]}"
         written = [draw_strip(output / f"{stem}.png", view, title=file.name, names=names)]
         if view.picture.shape[1] > 1:
             written.append(animate_view(output / f"{stem}.gif", view))
-        dense, ats = (
-            f"{class_label(names, guess.label)} {100 * guess.confidence:.1f} %" for guess in (view.dense, view.ats)
-        )
+        dense, ats = (f"{names[guess.label]} {100 * guess.confidence:.1f} %" for guess in (view.dense, view.ats))
         cost = f"{view.gflops:.4g} of {view.dense_gflops:.4g} GFLOPs"
         print(f"{file}: dense {dense}; with ATS {ats}; {cost}; {', '.join(map(str, written))}")
     return bad
 
 
 def animate_view(path: Path, view: SampleView) -> Path:
-    """A GIF: the clip, its significance, and what the first, middle and last ATS block kept of it."""
+    """Write a GIF: the clip, its significance scores, and what the first, middle and last ATS block keep of it."""
     import torch
 
-    from ats.visualize.animation import animate
-    from ats.visualize.figures import first_middle_last
+    from ats.visualize.figures import animate, first_middle_last
     from ats.visualize.pictures import fade, heat
 
     blocks = first_middle_last(view.blocks)
@@ -150,32 +118,25 @@ def animate_view(path: Path, view: SampleView) -> Path:
     return animate(path, torch.stack(clips)[None], titles=titles, scale=scale)
 
 
-def report(cfg: CfgNode, networks: Networks, path: Path, *, config: str, names: Sequence[str]) -> None:
-    """Write the page about the validation data."""
+def report_validation(cfg: CfgNode, networks: Networks, path: Path, *, config: str, names: Sequence[str]) -> None:
+    """Write the page about the validation data to `path`."""
     from ats.datasets import build_loader
-    from ats.engine.device import explain_lost_worker
+    from ats.engine.device import explain_lost_process
     from ats.engine.evaluate import describe_model, versions
-    from ats.visualize.report import write_report
+    from ats.visualize.page import write_page
 
     validation = cfg.clone()
     validation.defrost()
     validation.TRAIN.DATASET = cfg.TEST.DATASET
-    loader = build_loader(validation, "val")  # of videos the clip in the middle, not all views of the test
+    loader = build_loader(validation, "val")  # for videos: the middle clip, not all test views
     details = [
         describe_model(cfg, networks.ats),
         f"Weights: {Path(cfg.TEST.CHECKPOINT_FILE_PATH).name or 'of timm'}. "
         f"Data: {cfg.DATA.PATH_TO_DATA_DIR}, {len(loader.dataset)} samples.",
         ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
-    with explain_lost_worker():
-        print(write_report(path, networks, loader, title=Path(config).stem, names=names, details=details))
+    with explain_lost_process():
+        print(write_page(path, networks, loader, title=Path(config).stem, names=names, details=details))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    return exit_status(lambda: run(make_parser().parse_intermixed_args(argv)), debug="--debug" in argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = command(run)

@@ -1,44 +1,34 @@
 """Configuration: `get_cfg()` gives every default, `load_config(path, overrides)` a checked and frozen configuration.
 
 A YAML file may name other files in `_BASE_`, relative to itself; they are read first. YAMLs of the official ATS release
-and of SlowFast load as they are (`legacy.py`). `describe()` is the text behind `--help`.
+and of SlowFast load as they are (`legacy.py`). To add a key, write its entry in `keys.py`; nothing else has to change.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-import textwrap
 from pathlib import Path
 
 import yaml
 
 from ats.config import legacy
-from ats.config.defaults import KEYS
-from ats.config.ranges import describe_range
-from ats.config.schema import CfgNode, default_cfg, flatten
+from ats.config.schema import CfgNode, flatten, get_cfg
 from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# The YAML files and weights that come along: where `pip install` puts them, or a clone's.
+# The YAML files and weights that ship with the package: where `pip install` puts them, or those of the clone.
 SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-_WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 
-__all__ = ["CfgNode", "describe", "find_shipped", "get_cfg", "load_config", "load_yaml"]
-
-
-def get_cfg() -> CfgNode:
-    """A fresh, mutable configuration with every key at its default."""
-    return default_cfg()
+__all__ = ["CfgNode", "find_shipped", "get_cfg", "load_config", "load_yaml"]
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> CfgNode:
     """Defaults, then the YAML file (`find_shipped`), then the overrides `[KEY, VALUE, ...]`; returned frozen.
 
-    Raises:
-        UserError: file not found or not YAML, unknown key, wrong value.
+    Raises a UserError if the file is missing or not YAML, a key is unknown, or a value wrong.
     """
     cfg = get_cfg()
     if path is not None:
@@ -49,8 +39,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 
 
 def find_shipped(path: str | Path) -> Path:
-    """`path` if there is such a file, else the shipped config (or weights) of that name: `ImageNet/DeiT_S.yaml`, also
-    with `configs/` in front, from any folder. If there is neither, `path` as it is.
+    """`path` if the file exists, else the shipped config (or weights) of that name, from any folder:
+    `ImageNet/DeiT_S.yaml`, with or without `configs/` before it. If neither exists, `path` as it is.
     """
     path = Path(path)
     if not path.is_file() and not path.is_absolute():
@@ -62,11 +52,10 @@ def find_shipped(path: str | Path) -> Path:
 
 
 def load_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
-    """The nested mapping in a YAML file, merged over its `_BASE_` file or files.
+    """The nested mapping in a YAML file, merged over its `_BASE_` file or files. `seen`: the files that led to it.
 
-    Raises:
-        UserError: not found, not YAML, not a mapping, a key twice (YAML itself would let the last one win), `_BASE_` in
-            a circle.
+    Raises a UserError if the file is missing, not YAML or not a mapping; if it has a key twice with two values (YAML
+    itself would let the last one win); if its `_BASE_` files form a circle.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,29 +75,14 @@ def load_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     return _merge(merged, content)
 
 
-def describe() -> str:
-    """All keys with type, range, default and meaning, one paragraph each."""
-    lines = []
-    for key in KEYS:
-        kinds = " | ".join(
-            "None" if kind is type(None) else kind.__name__ for kind in key.types or (type(key.default),)
-        )
-        choices = f" Choices: {', '.join(map(str, key.choices))}." if key.choices else ""
-        text = textwrap.fill(key.help + choices, 100, initial_indent="    ", subsequent_indent="    ", **_WHOLE_WORDS)
-        within = f" {describe_range(key.name)}".rstrip()
-        lines.append(f"{key.name}  ({kinds}{within}, default {key.default!r})\n{text}")
-    return "\n".join(lines)
-
-
 def _nearest(path: Path) -> str:
-    """`" Did you mean A or B?"`: config files of a name like that of `path` beside it, or shipped ones."""
+    """`" Did you mean A or B?"`: config files with a similar name, beside `path` or shipped."""
     beside = [str(p) for p in sorted(path.parent.glob("*.yaml"))]
     shipped = [p.relative_to(SHIPPED).as_posix() for p in sorted(SHIPPED.glob("*/[!_]*.yaml"))]
     same_folder = [name for name in shipped if Path(name).parent.name == path.parent.name]
     for names in (beside, same_folder, shipped):
         by_stem = {Path(name).stem.lower(): name for name in names}
-        near = difflib.get_close_matches(path.stem.lower(), by_stem)
-        if near:
+        if near := difflib.get_close_matches(path.stem.lower(), by_stem):
             return f" Did you mean {' or '.join(by_stem[stem] for stem in near)}?"
     return f" There are: {', '.join(beside)}" if beside else ""
 
@@ -123,7 +97,7 @@ def _merge(into: dict, other: dict) -> dict:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice with two values (but for those of a published file)."""
+    """Safe YAML that refuses a key written twice with two values (except where a published file does so)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         values: dict[object, list[object]] = {}
@@ -132,6 +106,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key, repeated in values.items():
             if len(repeated) > 1:
                 if any(value != repeated[0] for value in repeated) and (key, *repeated) not in legacy.REPEATED:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key} stands twice", node.start_mark)
-                logger.warning("%s: key %s stands twice, the last one counts: %s.", self.name, key, repeated[-1])
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key} appears twice", node.start_mark)
+                logger.warning("%s: key %s appears twice, the last one counts: %s.", self.name, key, repeated[-1])
         return super().construct_mapping(node, deep)

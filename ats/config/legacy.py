@@ -1,157 +1,155 @@
-"""Keys of older releases (SlowFast, XViT, the official ATS code; `legacy_images.py`) and what they become here.
+"""Keys of older releases: SlowFast, X-ViT, TimeSformer, the official ATS code, CvT, PS-ViT.
 
-`translate` rewrites one `(key, value)` into the keys of this project. A renamed key is logged once with what it became;
-a key that has no meaning here is named in a warning with the reason; a value we cannot honour is an error. Nothing is
-dropped silently. What the releases' code does where their YAMLs say nothing is set, too (`implied`).
+First the table, then `translate`, which applies it. A renamed key is logged with what it became, a key without effect
+is named in a warning with the reason, and a value that cannot be honoured is an error. Nothing is dropped silently.
+
+CvT and PS-ViT give batch size and learning rate per GPU, and CvT multiplies the rate by the number of GPUs. They are
+taken as they are, which is the release's training on one GPU; `configs/ImageNet` has them for the GPUs that were used.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Mapping
 
-from ats.config import legacy_images
+from ats.config.key import parse
+from ats.config.keys import keys
 from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# value -> the pairs that replace it
-Translation = Callable[[object], list[tuple[str, object]]]
+VALUE = "VALUE"  # in the table: the value of the old key
+SMOOTHING, ZERO_WD = "MIXUP.LABEL_SMOOTH_VALUE", "SOLVER.ZERO_WD_1D_PARAM"
+Settings = Mapping[str, object]  # new key -> its value, or a function of the old key's value
+Rule = str | Settings | Callable[[object], Settings]  # a new name, settings, or settings that depend on the value
 
 
-def _rename(new_key: str) -> Translation:
-    return lambda value: [(new_key, value)]
+def _if_set(settings: Settings, otherwise: Settings | None = None) -> Rule:
+    return lambda value: settings if value else otherwise or {}
 
 
-def _ats_blocks(value: object) -> list[tuple[str, object]]:
-    if not value:  # None or []: the release's dense network
-        return [("ATS.ENABLE", False)]
-    return [("ATS.ENABLE", True), ("ATS.BLOCKS", value)]
+def _by_value(cases: dict) -> Callable[[object], object]:
+    def choose(value: object) -> object:
+        if not isinstance(value, (int, float, str)) or value not in cases:
+            raise ValueError(f"choose from {', '.join(map(str, cases))}.")
+        return cases[value]
 
+    return choose
+
+
+def _side(value: object) -> object:
+    sides = set(value) if isinstance(value, (list, tuple)) else {value}
+    if len(sides) != 1:
+        raise ValueError("only square images are supported.")
+    return sides.pop()
+
+
+def _crop_ratio(is_centre_crop: object) -> float:
+    if not is_centre_crop:
+        text = "squeezes whole images; here the short side is resized and the centre cropped (DATA.TEST_CROP_RATIO 1.0)"
+        logger.warning("TEST.CENTER_CROP False %s.", text)
+    return 0.875 if is_centre_crop else 1.0
+
+
+def _psvit(side: int, stem: tuple = (64, 64, 256), depth: int = 14, width: int = 384, heads: int = 6) -> Settings:
+    """One of PS-ViT's networks, by default a B, and what its main.py does where its YAML says nothing."""
+    return {
+        "MODEL.NAME": "PSViT", "PSVIT.NUM_POINTS": [side, side], "PSVIT.NUM_ITERS": 4, "PSVIT.OFFSET_GAMMA": 1.0,
+        "PSVIT.MLP_RATIO": 3.0, "PSVIT.QKV_BIAS": False, "PSVIT.STEM_DIMS": list(stem), "PSVIT.DEPTH": depth,
+        "PSVIT.EMBED_DIM": width, "PSVIT.NUM_HEADS": heads, "PSVIT.DROP_RATE": 0.1, "PSVIT.DROP_PATH_RATE": 0.1,
+        "SOLVER.WARMUP_EPOCHS": 3, "AUG.INTERPOLATION": "random", "AUG.RE_PROB": 0.0, "MIXUP.ENABLE": True,
+        "MIXUP.ALPHA": 0.2, "EMA.ENABLE": True, "EMA.DECAY": 0.99996, "DATA.TEST_CROP_RATIO": 0.9,
+    }  # fmt: skip
+
+
+PSVIT_NETWORKS = {"ps_vit_ti_14": _psvit(14, (64, 64, 192), 12, 192, 3)}
+PSVIT_NETWORKS |= {f"ps_vit_b_{side}": _psvit(side) for side in (14, 16, 18)}
 
 # Names of networks in older releases -> MODEL.NAME here; TimeSformer's release names it after its first weights.
 NETWORKS = {"XVIT": "XViT", "vit_base_patch16_224": "TimeSformer", "cls_cvt": "CvT"}
 
+# Loss functions and the label smoothing they imply. X-ViT's release has no key for its 0.3; the last three have one.
+_LOSSES = {"cross_entropy": {SMOOTHING: 0.0}, "smooth_cross_entropy": {SMOOTHING: 0.3}}
+_LOSSES |= {"soft_cross_entropy": {}, "label_smoothing_cross_entropy": {}, "soft_target_cross_entropy": {}}
 
-def _network(value: object) -> list[tuple[str, object]]:
-    return [("MODEL.NAME", NETWORKS.get(str(value), value))]
+RENAMED: dict[str, Rule] = {
+    # SlowFast, X-ViT, TimeSformer and the official ATS release; its ATS_BLOCKS None or [] is the dense network
+    "MODEL.LOSS_FUNC": _by_value(_LOSSES),
+    "TRAIN.MIXUP_ALPHA": _if_set({"MIXUP.ENABLE": True, "MIXUP.ALPHA": VALUE, "MIXUP.CUTMIX_ALPHA": 0.0}),
+    "DATA.AUTOAUGMENT": _if_set({"AUG.ENABLE": True, "AUG.AA_TYPE": "v0"}),
+    "DATA.RAND_CROP": _if_set({"AUG.ENABLE": True, "AUG.RE_PROB": VALUE}),  # X-ViT's probability of random erasing
+    "VIT.ATS_BLOCKS": _if_set({"ATS.ENABLE": True, "ATS.BLOCKS": VALUE}, {"ATS.ENABLE": False}),
+    "VIT.NUM_TOKENS": "ATS.NUM_TOKENS", "VIT.NUM_CLASSES": "MODEL.NUM_CLASSES",
+    "MODEL.MODEL_NAME": {"MODEL.NAME": lambda value: NETWORKS.get(str(value), value)},
+    "XVIT.BACKBONE.DROP_PATH_RATE": "VIT.DROP_PATH_RATE", "XVIT.BACKBONE.DROP_ATTN_RATE": "VIT.ATTN_DROP_RATE",
+    "TIMESFORMER.PRETRAINED_MODEL": _if_set({"TRAIN.CHECKPOINT_FILE_PATH": VALUE}),
+    # CvT
+    **{f"MODEL.SPEC.{key.removeprefix('CVT.')}": key for key in keys() if key.startswith("CVT.")},
+    "WORKERS": "DATA_LOADER.NUM_WORKERS", "PIN_MEMORY": "DATA_LOADER.PIN_MEMORY", "PRINT_FREQ": "LOG_PERIOD",
+    "AMP.ENABLED": "TRAIN.MIXED_PRECISION", "LOSS.LABEL_SMOOTHING": SMOOTHING,
+    "DATASET.ROOT": "DATA.PATH_TO_DATA_DIR", "INPUT.MEAN": "DATA.MEAN", "INPUT.STD": "DATA.STD",
+    "AUG.SCALE": "DATA.TRAIN_JITTER_SCALES_RELATIVE", "AUG.RATIO": "DATA.TRAIN_JITTER_ASPECT_RELATIVE",
+    "AUG.MIXUP": _if_set({"MIXUP.ENABLE": True, "MIXUP.ALPHA": VALUE}, {"MIXUP.ALPHA": VALUE}),
+    "AUG.MIXCUT": _if_set({"MIXUP.ENABLE": True, "MIXUP.CUTMIX_ALPHA": VALUE}, {"MIXUP.CUTMIX_ALPHA": VALUE}),
+    "AUG.MIXUP_PROB": "MIXUP.PROB", "AUG.MIXUP_SWITCH_PROB": "MIXUP.SWITCH_PROB",
+    "AUG.TIMM_AUG.RE_COUNT": "AUG.RE_COUNT", "AUG.TIMM_AUG.RE_MODE": "AUG.RE_MODE",
+    "AUG.TIMM_AUG.RE_PROB": "AUG.RE_PROB", "AUG.TIMM_AUG.AUTO_AUGMENT": "AUG.AA_TYPE",
+    "AUG.TIMM_AUG.COLOR_JITTER": "AUG.COLOR_JITTER", "AUG.TIMM_AUG.INTERPOLATION": "AUG.INTERPOLATION",
+    "TRAIN.BATCH_SIZE_PER_GPU": "TRAIN.BATCH_SIZE", "TRAIN.END_EPOCH": "SOLVER.MAX_EPOCH",
+    "TRAIN.IMAGE_SIZE": {"DATA.TRAIN_CROP_SIZE": _side}, "TEST.IMAGE_SIZE": {"DATA.TEST_CROP_SIZE": _side},
+    "TRAIN.OPTIMIZER": {"SOLVER.OPTIMIZING_METHOD": lambda value: str(value).lower()},
+    "TRAIN.LR": "SOLVER.BASE_LR", "TRAIN.WD": "SOLVER.WEIGHT_DECAY", "TRAIN.WITHOUT_WD_LIST": {ZERO_WD: bool},
+    "TRAIN.LR_SCHEDULER.ARGS.warmup_epochs": "SOLVER.WARMUP_EPOCHS",
+    "TRAIN.LR_SCHEDULER.ARGS.warmup_lr": "SOLVER.WARMUP_START_LR",
+    "TRAIN.LR_SCHEDULER.ARGS.min_lr": "SOLVER.COSINE_END_LR",
+    "TEST.BATCH_SIZE_PER_GPU": "TEST.BATCH_SIZE", "TEST.MODEL_FILE": "TEST.CHECKPOINT_FILE_PATH",
+    "TEST.CENTER_CROP": {"DATA.TEST_CROP_RATIO": _crop_ratio},
+    "TEST.INTERPOLATION": {"DATA.TEST_INTERPOLATION": _by_value({0: "nearest", 2: "bilinear", 3: "bicubic"})},  # PIL's
+    # PS-ViT
+    "model": _by_value(PSVIT_NETWORKS), "img_size": {"DATA.TRAIN_CROP_SIZE": VALUE, "DATA.TEST_CROP_SIZE": VALUE},
+    "batch_size": "TRAIN.BATCH_SIZE", "lr": "SOLVER.BASE_LR", "weight_decay": "SOLVER.WEIGHT_DECAY",
+    "drop": "PSVIT.DROP_RATE", "mixup": "MIXUP.ALPHA", "reprob": "AUG.RE_PROB", "warmup_epochs": "SOLVER.WARMUP_EPOCHS",
+}  # fmt: skip
 
+# Settings that run with one value only in the releases: that value is what this project does.
+FIXED: dict[str, object] = {
+    "VIT.IN_CHANNELS": 3, "VIT.QK_SCALE": None, "VIT.REPRESENTATION_SIZE": None, "VIT.HYBRID_BACKBONE": None,
+    "VIT.NORM_LAYER": None, "XVIT.BACKBONE.NORM_LAYER": "LN", "DATA.COLORAUGMENT": False, "DATA.RANDAUGMENT": False,
+    "DATA.USE_XVIT_AGUMENTATION": True, "DATA.MULTI_LABEL": False,
+    "MVIT.NORM": "layernorm", "MVIT.NORM_STEM": False, "MVIT.POOL_FIRST": False, "MVIT.SEPARATE_QKV": False,
+    "MVIT.LAYER_SCALE_INIT_VALUE": 0.0, "MVIT.REL_POS_ZERO_INIT": False, "MVIT.USE_FIXED_SINCOS_POS": False,
+    "MVIT.REV.ENABLE": False,
+    "AUG.TIMM_AUG.HFLIP": 0.5, "AUG.TIMM_AUG.VFLIP": 0.0, "TRAIN.BEGIN_EPOCH": 0, "TRAIN.SHUFFLE": True,
+    "TRAIN.LR_SCHEDULER.METHOD": "timm", "TRAIN.LR_SCHEDULER.ARGS.sched": "cosine",
+}  # fmt: skip
 
-def _loss(value: object) -> list[tuple[str, object]]:
-    if value not in LOSSES:
-        raise UserError(f"MODEL.LOSS_FUNC {value}: only {' or '.join(LOSSES)} is supported.")
-    return [("MIXUP.LABEL_SMOOTH_VALUE", LOSSES[value])] if LOSSES[value] is not None else []
+# A published YAML, SlowFast's MVIT_B_32x3_CONV, has a key twice: (key, first, last). The last one counts, as in YAML.
+REPEATED: set[tuple[object, ...]] = {("DEPTH", 16, 24)}
 
-
-def _auto_augment(value: object) -> list[tuple[str, object]]:
-    return [("AUG.ENABLE", True), ("AUG.AA_TYPE", "v0")] if value else []
-
-
-def _erasing(value: object) -> list[tuple[str, object]]:
-    return [("AUG.ENABLE", True), ("AUG.RE_PROB", value)] if value else []
-
-
-def _mixup(value: object) -> list[tuple[str, object]]:
-    return [("MIXUP.ENABLE", True), ("MIXUP.ALPHA", value), ("MIXUP.CUTMIX_ALPHA", 0.0)] if value else []
-
-
-def _start_from(value: object) -> list[tuple[str, object]]:
-    return [("TRAIN.CHECKPOINT_FILE_PATH", value)] if value else []
-
-
-# Loss functions of older releases -> the label smoothing they imply; None: MIXUP.LABEL_SMOOTH_VALUE says it there too.
-LOSSES = {
-    "cross_entropy": 0.0,
-    "smooth_cross_entropy": 0.3,  # of X-ViT's release, which has no key for it
-    "soft_cross_entropy": None,
-    "label_smoothing_cross_entropy": None,
-    "soft_target_cross_entropy": None,
-}
-
-
-def _gpus(value: object) -> list[tuple[str, object]]:
-    logger.warning("NUM_GPUS has no effect: processes are started by torchrun --nproc_per_node=%s %s", value, COMMAND)
-    return []
-
-
-def _machines(value: object) -> list[tuple[str, object]]:
-    where = "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --nproc_per_node=GPUS"
-    logger.warning("NUM_SHARDS has no effect: type on every machine torchrun --nnodes=%s %s %s", value, where, COMMAND)
-    return []
-
-
-COMMAND = "tools/run_net.py --cfg ..."
-
-RENAMED: dict[str, Translation] = {
-    "MODEL.LOSS_FUNC": _loss,
-    "TRAIN.MIXUP_ALPHA": _mixup,
-    "DATA.AUTOAUGMENT": _auto_augment,
-    "DATA.RAND_CROP": _erasing,  # the probability of random erasing in X-ViT's release
-    "NUM_GPUS": _gpus,
-    "NUM_SHARDS": _machines,
-    "VIT.ATS_BLOCKS": _ats_blocks,
-    "VIT.NUM_TOKENS": _rename("ATS.NUM_TOKENS"),
-    "VIT.NUM_CLASSES": _rename("MODEL.NUM_CLASSES"),
-    "MODEL.MODEL_NAME": _network,
-    "XVIT.BACKBONE.DROP_PATH_RATE": _rename("VIT.DROP_PATH_RATE"),
-    "XVIT.BACKBONE.DROP_ATTN_RATE": _rename("VIT.ATTN_DROP_RATE"),
-    "TIMESFORMER.PRETRAINED_MODEL": _start_from,
-    **legacy_images.RENAMED,
-}
-
-# Settings of the official code that only run with one value: that value is what this project does.
-FIXED: dict[str, tuple[object, ...]] = {
-    "VIT.IN_CHANNELS": (3,),
-    "VIT.QK_SCALE": (None,),
-    "VIT.REPRESENTATION_SIZE": (None,),
-    "VIT.HYBRID_BACKBONE": (None,),
-    "VIT.NORM_LAYER": (None,),
-    "XVIT.BACKBONE.NORM_LAYER": ("LN",),
-    "DATA.COLORAUGMENT": (False,),
-    "DATA.RANDAUGMENT": (False,),
-    "DATA.USE_XVIT_AGUMENTATION": (True,),
-    "MVIT.NORM": ("layernorm",),
-    "MVIT.NORM_STEM": (False,),
-    "MVIT.POOL_FIRST": (False,),
-    "MVIT.SEPARATE_QKV": (False,),
-    "MVIT.LAYER_SCALE_INIT_VALUE": (0.0,),
-    "MVIT.REL_POS_ZERO_INIT": (False,),
-    "MVIT.USE_FIXED_SINCOS_POS": (False,),
-    "MVIT.REV.ENABLE": (False,),
-    "DATA.MULTI_LABEL": (False,),
-    **legacy_images.FIXED,
-}
-
-# Keys that a published YAML holds twice with two values, as (key, first, last); the last one is meant, as YAML has it.
-REPEATED: dict[tuple[object, ...], str] = {("DEPTH", 16, 24): "SlowFast, configs/Kinetics/MVIT_B_32x3_CONV.yaml"}
-
-# Keys (or patterns) without meaning here -> the reason, printed in a warning.
+# Keys (or patterns) without effect here -> the reason, printed in a warning.
 IGNORED: dict[str, str] = {
+    "NUM_GPUS": f"processes are started by torchrun --nproc_per_node={VALUE} tools/run_net.py --cfg FILE",
+    "NUM_SHARDS": f"type on every machine torchrun --nnodes={VALUE} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 "
+    "--nproc_per_node=GPUS tools/run_net.py --cfg FILE",
+    "SHARD_ID": f"torchrun finds it; or type it there: torchrun --node_rank={VALUE}",
     "VIT.DROP_TOKENS": "tokens are always dropped, with the batch-independent numbers of DROP_TOKENS False",
     "MODEL.ARCH": "MODEL.NAME says which network is built",
     "MODEL.SINGLE_PATHWAY_ARCH": "all networks here have one pathway",
     "MODEL.DROPCONNECT_RATE": "stochastic depth is VIT.DROP_PATH_RATE",
-    "MODEL.FC_INIT_STD": "the head is initialised as in timm",
-    "MODEL.HEAD_ACT": "models return logits",
+    "MODEL.FC_INIT_STD": "the head is initialised as in timm", "MODEL.HEAD_ACT": "models return logits",
     "XVIT.BASE_MODEL": "the backbone is described by the VIT keys (their defaults are ViT-B/16)",
     "XVIT.PRETRAIN": "weights to start from are TRAIN.CHECKPOINT_FILE_PATH",
     "TEMPORAL_HEAD.HIDDEN_DIM": "the temporal head is as wide as the backbone, VIT.EMBED_DIM",
-    "SLOWFAST.*": "all networks here have one pathway",
-    "SHARD_ID": "torchrun finds it; or type it there: torchrun --node_rank=R",
-    "DIST_BACKEND": "the backend follows the device",
-    "LOG_MODEL_INFO": "parameters and GFLOPs are always logged",
-    "TRAIN.CHECKPOINT_TYPE": "the file's format is recognised",
-    "TEST.CHECKPOINT_TYPE": "the file's format is recognised",
+    "SLOWFAST.*": "all networks here have one pathway", "DIST_BACKEND": "the backend follows the device",
+    "LOG_MODEL_INFO": "parameters and GFLOPs are always logged", "*.CHECKPOINT_TYPE": "the file's format is recognised",
     "TRAIN.CHECKPOINT_INFLATE": "weights are converted to the network's shapes as they are loaded",
     "TRAIN.CHECKPOINT_EPOCH_RESET": "TRAIN.CHECKPOINT_FILE_PATH loads weights only; resuming is TRAIN.AUTO_RESUME",
     "TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN": "the releases' key prefixes are recognised",
-    "TEST.SAVE_RESULTS_PATH": "results go to OUTPUT_DIR/result.json",
-    "AUG.RE_SPLIT": "augmentation is not split",
+    "TEST.SAVE_RESULTS_PATH": "results go to OUTPUT_DIR/result.json", "AUG.RE_SPLIT": "augmentation is not split",
     "SOLVER.DAMPENING": "timm's optimizers set it",
     "SOLVER.NESTEROV": "SOLVER.OPTIMIZING_METHOD sgd is SGD with Nesterov momentum, momentum is SGD without",
-    "SOLVER.GAMMA": "SOLVER.LR_POLICY has no exponential decay",
-    "SOLVER.STEP_SIZE": "steps are SOLVER.STEPS",
+    "SOLVER.GAMMA": "SOLVER.LR_POLICY has no exponential decay", "SOLVER.STEP_SIZE": "steps are SOLVER.STEPS",
     "SOLVER.WARMUP_FACTOR": "the warm-up starts from SOLVER.WARMUP_START_LR",
     "SOLVER.BASE_LR_SCALE_NUM_SHARDS": "SOLVER.BASE_LR is the rate of the whole batch",
     "SOLVER.CLIP_GRADIENT": "clipping is SOLVER.CLIP_GRAD_L2NORM",
@@ -163,40 +161,76 @@ IGNORED: dict[str, str] = {
     "DATA.REVERSE_INPUT_CHANNEL": "videos are read as RGB, which SlowFast makes of OpenCV's BGR with it",
     "DATA.DECODING_BACKEND": "videos are decoded by PyAV",
     "DATA_LOADER.ENABLE_MULTI_THREAD_DECODE": "decoding is parallel over workers",
-    "BN.*": "SlowFast's networks here have no batch norm; that of CvT and PS-ViT is torch's",
-    "DETECTION.*": "detection is not part of this project",
-    "AVA.*": "AVA is not part of this project",
-    "BENCHMARK.*": "benchmarks are tools/benchmark.py",
-    **legacy_images.IGNORED,
-}
+    "BN.*": "SlowFast's networks here have no batch norm; CvT and PS-ViT use torch's",
+    "DETECTION.*": "detection is not part of this project", "AVA.*": "AVA is not part of this project",
+    "BENCHMARK.*": "benchmarks are tools/benchmark.py", "AMP.MEMORY_FORMAT": "the memory format changes no number",
+    "AUG.TIMM_AUG.*": "timm's augmentation is the only one",
+    "CUDNN.*": "the settings of cuDNN change no more than round-off",
+    "DATASET.*": "the data set is TRAIN.DATASET and TEST.DATASET", "DEBUG.*": "there is no such mode",
+    "MODEL_SUMMARY": "parameters and GFLOPs are always logged",
+    "TRAIN.LR_SCHEDULER.ARGS.*": "the schedule ends with SOLVER.MAX_EPOCH",
+}  # fmt: skip
 
-
-# What the releases' code does where their YAMLs say nothing, or whatever they say.
-_SLOWFAST_DEFAULTS = {
-    "SOLVER.WARMUP_EPOCHS": 0.0,
-    "SOLVER.COSINE_END_LR": 0.0,
-    "SOLVER.COSINE_AFTER_WARMUP": False,
-    "SOLVER.ZERO_WD_1D_PARAM": False,
-    "AUG.ENABLE": False,
-}
+# What the releases' code does where their YAML files say nothing, or whatever they say.
+_SLOWFAST_DEFAULTS = {"SOLVER.WARMUP_EPOCHS": 0.0, "SOLVER.COSINE_END_LR": 0.0, "SOLVER.COSINE_AFTER_WARMUP": False}
+_SLOWFAST_DEFAULTS |= {ZERO_WD: False, "AUG.ENABLE": False}
 _NO_AUG_NODE = {"AUG.RE_PROB": 0.0, "AUG.COLOR_JITTER": 0.0}  # X-ViT's and TimeSformer's forks are older
 RELEASE_DEFAULTS: dict[str, dict[str, object]] = {
-    "XVIT": _SLOWFAST_DEFAULTS
-    | _NO_AUG_NODE
-    | {
-        "MODEL.DROPOUT_RATE": 0.5,
-        "XVIT.LOCATIONS_LIST": [9, 10, 11],
+    "XVIT": _SLOWFAST_DEFAULTS | _NO_AUG_NODE | {
+        "MODEL.DROPOUT_RATE": 0.5, "XVIT.LOCATIONS_LIST": [9, 10, 11], "DATA.PATH_LABEL_SEPARATOR": ",",
         "DATA.TRAIN_MULTI_SCALE_CROP": [1, 0.875, 0.75, 0.66],
-        "DATA.PATH_LABEL_SEPARATOR": ",",
     },
     "vit_base_patch16_224": _SLOWFAST_DEFAULTS | _NO_AUG_NODE | {"VIT.DROP_PATH_RATE": 0.1},
     "MViT": _SLOWFAST_DEFAULTS | {"TEST.ENSEMBLE_OF": "softmax"},
-}
+}  # fmt: skip
 
 
-def implied(pairs: list[tuple[str, object]]) -> list[tuple[str, object]]:
-    """Settings that the YAML of a video release implies; they come before its own `pairs`, which may change them."""
-    given = dict(pairs)
+def translate(pairs: list[tuple[str, object]], known: Container[str]) -> Iterator[tuple[str, object]]:
+    """`(key, value)` pairs of any release as pairs of this project. `known` keys and keys of nobody stay as they are.
+
+    Raises a UserError if a value asks for something that is not built.
+    """
+    for key, value in [*_implied(dict(pairs)), *pairs]:
+        if key == "MODEL.NAME" and value in NETWORKS:
+            logger.info("MODEL.NAME %s -> %s", value, NETWORKS[value])
+            yield key, NETWORKS[value]
+        else:
+            replaced = None if key in known else translate_key(key, parse(value))
+            yield from [(key, value)] if replaced is None else replaced
+
+
+def translate_key(key: str, value: object) -> list[tuple[str, object]] | None:
+    """The pairs that replace one old `key`; [] if it has no effect here; None if it is not an old key."""
+    if key in RENAMED:
+        pairs = _apply(RENAMED[key], key, value)
+        what = ", ".join(f"{new} {new_value}" for new, new_value in pairs)
+        logger.info("%s -> %s", key, what or f"nothing to set for {value}")
+        return pairs
+    if key in FIXED:
+        if value != FIXED[key]:
+            raise UserError(f"{key} {value}: only {FIXED[key]} is supported.")
+        logger.info("%s %s is how it is here.", key, value)
+        return []
+    for pattern, reason in IGNORED.items():
+        if fnmatch.fnmatchcase(key, pattern):
+            logger.warning("%s has no effect: %s.", key, reason.replace(VALUE, str(value)))
+            return []
+    return None
+
+
+def _apply(rule: Rule, key: str, value: object) -> list[tuple[str, object]]:
+    def fill(entry: object) -> object:
+        return entry(value) if callable(entry) else value if entry == VALUE else entry
+
+    try:
+        settings = {rule: VALUE} if isinstance(rule, str) else rule(value) if callable(rule) else rule
+        return [(new, fill(entry)) for new, entry in settings.items()]
+    except ValueError as error:
+        raise UserError(f"{key} {value}: {error}") from None
+
+
+def _implied(given: Mapping[str, object]) -> list[tuple[str, object]]:
+    """What the code of a video release does; set before the pairs of its YAML, which may change it."""
     name = given.get("MODEL.MODEL_NAME")
     if name not in RELEASE_DEFAULTS:
         return []
@@ -205,40 +239,3 @@ def implied(pairs: list[tuple[str, object]]) -> list[tuple[str, object]]:
         settings["VIT.IMG_SIZE"] = given["DATA.TRAIN_CROP_SIZE"]  # its position embedding has the grid of the crop
     logger.info("MODEL.MODEL_NAME %s implies %s", name, ", ".join(f"{key} {value}" for key, value in settings.items()))
     return list(settings.items())
-
-
-def normalise(value: object) -> object:
-    """The official YAMLs write None as the string "None"; YAML's own null arrives as None already."""
-    return None if isinstance(value, str) and value.strip() == "None" else value
-
-
-def network_name(value: object) -> object:
-    """MODEL.NAME of this project for the name of a network in an older release; other values as they are."""
-    if value in NETWORKS:
-        logger.info("MODEL.NAME %s -> %s", value, NETWORKS[value])
-    return NETWORKS.get(value, value)
-
-
-def translate(key: str, value: object) -> list[tuple[str, object]] | None:
-    """Pairs of this project that replace an old `key`; [] if it has no meaning here; None if it is not an old key.
-
-    Raises:
-        UserError: the value asks for something that is not built.
-    """
-    value = normalise(value)
-    if key in RENAMED:
-        pairs = RENAMED[key](value)
-        what = ", ".join(f"{new} {new_value}" for new, new_value in pairs)
-        logger.info("%s -> %s", key, what or f"nothing to set for {value}")
-        return pairs
-    if key in FIXED:
-        if value not in FIXED[key]:
-            allowed = " or ".join(str(v) for v in FIXED[key])
-            raise UserError(f"{key} {value}: only {allowed} is supported.")
-        logger.info("%s %s is how it is here.", key, value)
-        return []
-    for pattern, reason in IGNORED.items():
-        if fnmatch.fnmatchcase(key, pattern):
-            logger.warning("%s has no effect: %s.", key, reason)
-            return []
-    return None

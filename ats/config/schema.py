@@ -1,27 +1,26 @@
-"""The CfgNode of this project: fvcore's, with values coerced to the type of their key and errors that name the nearest
-key.
+"""The CfgNode of this project: fvcore's, with every value checked against its key and errors that name the nearest.
+
+Also which keys of a configuration differ from the defaults, and which are set for something that does not read them.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterable, Mapping
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 
-import yaml
 from fvcore.common.config import CfgNode as FvcoreCfgNode
 
 from ats.config import legacy
-from ats.config.defaults import KEYS, NONE, Key
-from ats.config.ranges import is_in_range, wanted
+from ats.config.keys import keys, sections
 from ats.errors import UserError, suggest
 
-KEY: dict[str, Key] = {key.name: key for key in KEYS}
+logger = logging.getLogger(__name__)
 
 
 class CfgNode(FvcoreCfgNode):
-    """A configuration. Every way of changing it goes through `merge_pairs`, so a value is checked wherever it comes
-    from.
-    """
+    """A configuration. Every way of changing it goes through `merge_pairs`, so every value is checked."""
 
     def merge_from_list(self, cfg_list: list) -> None:
         """Merge `[KEY, VALUE, KEY, VALUE, ...]`; values may be strings as typed on a command line."""
@@ -42,107 +41,97 @@ class CfgNode(FvcoreCfgNode):
     def merge_pairs(self, pairs: Iterable[tuple[str, object]]) -> None:
         """Merge `(dotted key, value)` pairs; keys of older releases are translated.
 
-        Raises:
-            UserError: an unknown key (the nearest are named), or a value of another type, not a choice or out of range.
+        Raises a UserError for an unknown key (naming the nearest), or a value of a wrong type, choice or range.
         """
-        pairs = list(pairs)
-        for key, value in [*legacy.implied(pairs), *pairs]:
-            value = legacy.network_name(value) if key == "MODEL.NAME" else value
-            translated = [(key, value)] if key in KEY else legacy.translate(key, parse(value))
-            if translated is None:
-                raise UserError(f"Unknown config key {key}.{suggest(key, KEY)} `--help` lists all keys.")
-            for new_key, new_value in translated:
-                node = self
-                *parents, leaf = new_key.split(".")
-                for parent in parents:
-                    node = node[parent]
-                node[leaf] = coerce(KEY[new_key], new_value)
+        known = keys()
+        for name, value in legacy.translate(list(pairs), known):
+            if name not in known:
+                raise UserError(f"Unknown config key {name}.{suggest(name, known)} `--help all` lists all keys.")
+            _set(self, name, known[name].convert(value))
 
 
-def default_cfg() -> CfgNode:
-    """A fresh CfgNode with every key at its default."""
+def get_cfg() -> CfgNode:
+    """A fresh, mutable configuration with every key at its default."""
+    return nest((name, copy.copy(key.default)) for name, key in keys().items())
+
+
+def flatten(node: Mapping) -> Iterator[tuple[str, object]]:
+    """`(dotted key, value)` of a nested mapping."""
+    known = keys()
+
+    def walk(node: Mapping, prefix: str) -> Iterator[tuple[str, object]]:
+        for name, value in node.items():
+            if isinstance(value, Mapping) and f"{prefix}{name}" not in known:
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    return walk(node, "")
+
+
+def nest(pairs: Iterable[tuple[str, object]]) -> CfgNode:
+    """The inverse of `flatten`: a CfgNode of these `(dotted key, value)` pairs alone."""
     cfg = CfgNode()
-    for key in KEYS:
-        node = cfg
-        *parents, leaf = key.name.split(".")
-        for parent in parents:
-            if parent not in node:
-                node[parent] = CfgNode()
-            node = node[parent]
-        node[leaf] = list(key.default) if isinstance(key.default, list) else key.default
+    for name, value in pairs:
+        _set(cfg, name, value)
     return cfg
 
 
-def flatten(node: Mapping, prefix: str = "") -> Iterable[tuple[str, object]]:
-    """`(dotted key, value)` of a nested mapping."""
-    for name, value in node.items():
-        if isinstance(value, Mapping) and f"{prefix}{name}" not in KEY:
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def changed(cfg: CfgNode) -> dict[str, object]:
+    """Dotted key -> value of every key that is not at its default."""
+    known = keys()
+    return {name: value for name, value in flatten(cfg) if name not in known or value != known[name].default}
 
 
-def parse(value: object) -> object:
-    """A command-line string as the Python value it spells: `[3, 4]`, `0.5`, `true`, `None`; anything else stays a
-    string.
+def _set(cfg: CfgNode, name: str, value: object) -> None:
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        if parent not in cfg:
+            cfg[parent] = CfgNode()
+        cfg = cfg[parent]
+    cfg[leaf] = value
+
+
+def unread_keys(cfg: CfgNode) -> dict[str, list[str]]:
+    """The keys of `cfg` that are set (not at their default) but not read, under what does not read them: "MODEL.NAME
+    ViT". `Section.networks`, `Key.networks` and `Key.samplers` say what reads a key. A network that no key names may
+    read every key.
     """
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        pass
-    if text.lower() in ("true", "false", "null", "~") or (text.startswith("[") and text.endswith("]")):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            pass
-    return value
+    network = "timm/<name>" if cfg.MODEL.NAME.startswith("timm/") else cfg.MODEL.NAME
+    used, values = {*samplers(cfg)}, changed(cfg)
+    entries = [(section, key) for section in sections() for key in section.keys]
+    is_known_network = any(network in section.networks for section, _ in entries)
+    stages = _stages(cfg) if cfg.ATS.ENABLE else []
+    overruled = {f"ATS.{name}" for name in ("SAMPLER", "BLOCKS") if stages and all(name in stage for stage in stages)}
+    unread: dict[str, list[str]] = {}
+    for section, key in entries:
+        if key.name not in values or (key.samplers and not cfg.ATS.ENABLE):
+            continue
+        networks = key.networks or section.networks
+        if is_known_network and networks and network not in networks:
+            unread.setdefault(f"MODEL.NAME {cfg.MODEL.NAME}", []).append(key.name)
+        elif key.samplers and not used & {*key.samplers}:
+            unread.setdefault(f"ATS.SAMPLER {', '.join(sorted(used))}", []).append(key.name)
+        elif key.name in overruled:
+            unread.setdefault("ATS.STAGES", []).append(key.name)
+    return unread
 
 
-def coerce(key: Key, value: object) -> object:
-    """`value` as one of the types of `key`: 1 for 1.0, "true" for True, a scalar for a list.
-
-    Raises:
-        UserError: it is none of them, not among the choices or out of range.
-    """
-    types = key.types or (type(key.default),)
-    result = (
-        value
-        if isinstance(value, str) and str in types
-        else _convert(types, parse(legacy.normalise(value)), key.default)
-    )
-    if result is _NO:
-        names = " or ".join({NONE: "None", bool: "True or False"}.get(kind, kind.__name__) for kind in types)
-        raise UserError(f"{key.name} must be {names}, not {value!r}. ({key.help})")
-    if key.choices and result not in key.choices:
-        options = [str(choice) for choice in key.choices]
-        raise UserError(f"{key.name} {value}: choose from {', '.join(options)}.{suggest(str(value), options)}")
-    if not is_in_range(key.name, result):
-        raise UserError(f"{key.name} {value}: give {wanted(key.name, types)}.")
-    return result
+def samplers(cfg: CfgNode) -> list[str]:
+    """The values of ATS.SAMPLER that the stages of `cfg` use, stage by stage."""
+    return [str(stage.get("SAMPLER", cfg.ATS.SAMPLER)) for stage in _stages(cfg) or [{}]]
 
 
-_NO = object()  # "cannot be converted"; None is a value
+def _stages(cfg: CfgNode) -> list[dict[str, object]]:
+    """ATS.STAGES with names in capitals."""
+    return [{str(name).upper(): value for name, value in stage.items()} for stage in cfg.ATS.STAGES]
 
 
-def _convert(types: tuple[type, ...], value: object, default: object) -> object:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(value, (list, tuple)):
-        if list not in types:
-            return _NO
-        item_type = (type(default[0]),) if isinstance(default, list) and default else (int, float, str, list)
-        items = [item if isinstance(item, (list, tuple)) else _convert(item_type, item, None) for item in value]
-        return _NO if any(item is _NO for item in items) else items
-    if value is None:
-        return None if NONE in types else _NO
-    if bool in types:
-        return bool(value) if value in (0, 1) else _NO
-    if is_number and int in types and value == int(value) and (isinstance(value, int) or float not in types):
-        return int(value)
-    if is_number and float in types:
-        return float(value)
-    if str in types:
-        return str(value)
-    return _convert((list,), [value], default) if list in types and not isinstance(value, str) else _NO
+def warn_of_unread_keys(cfg: CfgNode) -> None:
+    """One warning, once in a process, that names the keys of `cfg` that are set but not read."""
+    if unread := unread_keys(cfg):
+        text = "; ".join(f"{reader} does not read {', '.join(names)}" for reader, names in unread.items())
+        _warn_once("Keys without effect: %s.", text)
+
+
+_warn_once = cache(logger.warning)

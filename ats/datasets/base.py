@@ -1,56 +1,58 @@
-"""What the data sets have in common: a sample, its seeded random transform, and what happens at a file that is bad."""
+"""What all data sets share: a sample, its key and seeded random transform, and what happens to an unreadable file."""
 
 from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal, NamedTuple, get_args
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ats.datasets.sampler import Draw
 from ats.errors import UserError
 
 MAX_REPLACEMENTS = 16  # unreadable files in a row before giving up
 
+Split = Literal["train", "val", "test"]
 OnBad = Literal["raise", "replace", "skip"]
 
 
 class Sample(NamedTuple):
-    """One image or clip, or after collation a batch of them."""
+    """One image or clip or, after collation, a batch."""
 
     x: Tensor  # [3, H, W] or [3, T, H, W]
     label: int
-    index: int  # of the sample in x: after a replacement that of the replacing one
-    bad: str  # path of the file that was asked for and could not be read, or ""
+    index: int  # of the sample in x: the replacement's, if a bad file was replaced
+    bad: str  # path of the requested file if it could not be read, else ""
 
 
+class Draw(NamedTuple):
+    """A data set key: the sample to read, and the seed of its random transform (32 bits)."""
+
+    index: int
+    seed: int
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
 class FileDataset(Dataset[Sample], ABC):
-    """Samples that are read from files.
+    """Samples read from files."""
 
-    Args:
-        on_bad: what happens at a file that cannot be read: "raise" a UserError; "replace" it by another sample, the
-            same one in every run; or "skip" it: x is NaN. The last two report its path in `Sample.bad`.
-        seed: chooses the replacements.
-    """
-
-    def __init__(self, *, on_bad: OnBad = "raise", seed: int = 0):
-        if on_bad not in get_args(OnBad):
-            raise ValueError(f"on_bad must be one of {get_args(OnBad)}; got {on_bad!r}.")
-        self.on_bad = on_bad
-        self.seed = seed
+    # What to do with an unreadable file: "raise" a UserError; "replace" it by another sample, the same in every run; or
+    # "skip" it: x is NaN. The last two report its path in `Sample.bad`.
+    on_bad: OnBad = "raise"
+    seed: int = 0  # chooses the replacements
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """Path of the file of sample `index`."""
+        """File path of sample `index`."""
 
     @abstractmethod
     def label(self, index: int) -> int:
@@ -58,45 +60,39 @@ class FileDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def load(self, index: int) -> Tensor:
-        """Read and transform sample `index`; a UserError says that the file is bad."""
+        """Read and transform sample `index`; raise a UserError if the file is bad."""
 
     def blank(self) -> Tensor:
-        """What stands for a skipped sample."""
+        """The x of a skipped sample."""
         raise NotImplementedError(f"{type(self).__name__} cannot skip samples.")
 
     def __getitem__(self, key: int | Draw) -> Sample:
         """Read and transform a sample.
 
-        Args:
-            key: an index, for which random transforms draw from the global generators as they are; or a `Draw`, for
-                which they are seeded by `key.seed` and afterwards put back as they were.
+        With an index, random transforms draw from the global generators in their current state; with a `Draw`, these
+        are seeded with `key.seed`, and restored afterwards.
 
         Raises:
-            UserError: the file cannot be read, and `on_bad` is "raise"; or too many files in a row cannot be read.
+            UserError: the file cannot be read and `on_bad` is "raise", or too many files in a row cannot be read.
         """
-        if not isinstance(key, Draw):
-            return self._read(int(key))
-        with seeded(key.seed):
-            return self._read(key.index)
+        with generators_unchanged() if isinstance(key, Draw) else nullcontext():
+            return self._read(key)
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> list[Sample] | UserError:
-        """A batch for a DataLoader, of indices or of Draws. A UserError is returned, not raised: see
-        `ats.datasets.build.Loader`.
+        """A batch for a DataLoader, of indices or of Draws. Returns a UserError instead of raising it: see
+        `ats.datasets.loader.Loader`.
         """
         try:
-            if not isinstance(keys[0], Draw):
-                return [self[key] for key in keys]
-            with generators_unchanged():  # once for all: it takes as long as a fiftieth of reading an image
-                samples = []
-                for index, seed in keys:
-                    seed_generators(seed)
-                    samples.append(self._read(index))
-                return samples
+            with generators_unchanged() if isinstance(keys[0], Draw) else nullcontext():
+                # Once per batch, because it takes 2 % of the time of reading an image.
+                return [self._read(key) for key in keys]
         except UserError as error:
             return error
 
-    def _read(self, index: int) -> Sample:
-        bad = ""
+    def _read(self, key: int | Draw) -> Sample:
+        if isinstance(key, Draw):
+            seed_generators(key.seed)
+        index, bad = key.index if isinstance(key, Draw) else int(key), ""
         for attempt in range(MAX_REPLACEMENTS):
             try:
                 return Sample(self.load(index), self.label(index), index, bad)
@@ -107,19 +103,19 @@ class FileDataset(Dataset[Sample], ABC):
                     return Sample(self.blank(), self.label(index), index, self.path(index))
                 bad = bad or self.path(index)
                 index = int(np.random.default_rng([self.seed, index, attempt]).integers(len(self)))
-        raise UserError(f"{bad} cannot be read, and nor can the {MAX_REPLACEMENTS - 1} files tried in its place.")
+        raise UserError(f"{bad} cannot be read, and neither can the {MAX_REPLACEMENTS - 1} files tried in its place.")
 
 
 def seed_generators(seed: int) -> None:
     """Seed `random`, `numpy` and `torch` (CPU)."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - timm draws from the global generator
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would disturb the GPU's generators
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPU's generators
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed `random`, `numpy` and `torch` (CPU) for the block, then put their states back."""
+    """Seed `random`, `numpy` and `torch` (CPU) inside the block, and restore their states after it."""
     with generators_unchanged():
         seed_generators(seed)
         yield
@@ -127,21 +123,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def generators_unchanged() -> Iterator[None]:
-    """Put the states of `random`, `numpy` and `torch` (CPU) back after the block."""
-    states = random_states()
+    """Restore the states of `random`, `numpy` and `torch` (CPU) after the block."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield
     finally:
-        set_random_states(states)
-
-
-def random_states() -> tuple:
-    """The states of the generators of `random`, `numpy` and `torch` (CPU)."""
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-
-
-def set_random_states(states: tuple) -> None:
-    """Put states that `random_states` returned back."""
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-    torch.set_rng_state(states[2])
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

@@ -1,43 +1,33 @@
-"""From the config to a loader: `build_loader(cfg, "train" | "val" | "test")`."""
+"""From a config to a loader: `build_loader(cfg, "train" | "val" | "test")`."""
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 from fvcore.common.config import CfgNode
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import Dataset, Subset
 from torchvision.datasets.folder import find_classes
 
 from ats.checkpoint import to_fine_tune
-from ats.datasets.base import Sample
+from ats.datasets import transforms
+from ats.datasets.base import Split
+from ats.datasets.decode import ClipSampling
 from ats.datasets.imagenet import ImageNet
-from ats.datasets.kinetics import ClipSampling, Kinetics
-from ats.datasets.sampler import EvalSampler, TrainSampler
-from ats.datasets.transforms import Transform, eval_transform, train_transform
-from ats.datasets.video_transforms import MEAN as CLIP_MEAN
-from ats.datasets.video_transforms import STD as CLIP_STD
-from ats.datasets.video_transforms import ClipTransform, eval_clip_transform, train_clip_transform
+from ats.datasets.kinetics import Kinetics, read_csv
+from ats.datasets.loader import EvalBatchSampler, Loader, TrainBatchSampler, num_cores
 from ats.errors import UserError, counted, suggest
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "val", "test"]
-SPLITS = ("train", "val", "test")
-WORKER_DEATH_WAIT = 5.0  # seconds within which a worker whose pipe is closed has died
 DATASETS: dict[str, Callable[[CfgNode, Split], Dataset]] = {}  # TRAIN.DATASET, in lower case -> builder
 
 
 def register_dataset(name: str) -> Callable:
-    """Decorator: make a builder `(cfg, split) -> Dataset of Sample` known as TRAIN.DATASET / TEST.DATASET `name`."""
+    """Decorator: register a builder `(cfg, split) -> Dataset of Sample` as TRAIN.DATASET / TEST.DATASET `name`."""
 
     def register(builder: Callable[[CfgNode, Split], Dataset]) -> Callable[[CfgNode, Split], Dataset]:
         DATASETS[name.lower()] = builder
@@ -46,81 +36,28 @@ def register_dataset(name: str) -> Callable:
     return register
 
 
-class Loader(DataLoader):
-    """A DataLoader that raises a worker's UserError as it is, and the death of a worker always as a RuntimeError.
-
-    A plain DataLoader would raise it with the worker's traceback as its text. So the data set returns it in place of
-    the batch (`__getitems__`), and it is raised here, when its batch is due.
-    """
-
-    def __iter__(self) -> Iterator[Sample]:
-        try:
-            for batch in super().__iter__():
-                if isinstance(batch, UserError):
-                    # A new one: raising `batch` itself would make a reference cycle with this frame, and an iterator
-                    # that the garbage collector finds in a cycle waits five seconds for each of its workers.
-                    raise type(batch)(*batch.args)
-                yield batch
-        except (OSError, EOFError) as error:
-            if not self.num_workers:
-                raise
-            # A worker that dies while it hands a batch over does not always give PyTorch's own error: its pipe closes
-            # before its signal comes. That signal is PyTorch's error, and says what killed it. It is waited for here:
-            # later, while the iterator is deleted, Python would only print it.
-            time.sleep(WORKER_DEATH_WAIT)
-            raise RuntimeError(
-                f"DataLoader worker exited unexpectedly while a batch was read from it ({error!r})."
-            ) from error
+def mean_std(cfg: CfgNode, *, clips: bool | None = None) -> tuple[Sequence[float], Sequence[float]]:
+    """Channel mean and standard deviation that images or clips (None: the test samples) are normalised with."""
+    clips = len(input_shape(cfg)) == 4 if clips is None else clips
+    mean, std = transforms.CLIP_MEAN_STD if clips else transforms.IMAGE_MEAN_STD
+    return cfg.DATA.MEAN or mean, cfg.DATA.STD or std
 
 
-def collate(samples: list[Sample] | UserError) -> Sample | UserError:
-    """Stack samples: x [B, 3, (T,) H, W], label and index int64 [B], bad B strings; a UserError passes through."""
-    return samples if isinstance(samples, UserError) else default_collate(samples)
-
-
-def image_mean_std(cfg: CfgNode) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the channels that images are normalised with."""
-    return cfg.DATA.MEAN or IMAGENET_DEFAULT_MEAN, cfg.DATA.STD or IMAGENET_DEFAULT_STD
-
-
-def mean_std(cfg: CfgNode) -> tuple[Sequence[float], Sequence[float]]:
-    """Those of the evaluation's samples, be they images or clips."""
-    if len(input_shape(cfg)) == 3:
-        return image_mean_std(cfg)
-    return cfg.DATA.MEAN or CLIP_MEAN, cfg.DATA.STD or CLIP_STD
-
-
-def build_transform(cfg: CfgNode, split: Split) -> Transform:
-    """The image transform of a split."""
+def _augmentation(cfg: CfgNode) -> transforms.Augmentation:
     data, aug = cfg.DATA, cfg.AUG
-    mean, std = image_mean_std(cfg)
-    if split != "train":
-        return eval_transform(
-            data.TEST_CROP_SIZE,
-            crop_ratio=data.TEST_CROP_RATIO,
-            interpolation=data.TEST_INTERPOLATION,
-            mean=mean,
-            std=std,
-        )
-    augment = {}
-    if aug.ENABLE:
-        augment = {
-            "auto_augment": aug.AA_TYPE,
-            "color_jitter": aug.COLOR_JITTER,
-            "erase_prob": aug.RE_PROB,
-            "erase_mode": aug.RE_MODE,
-            "erase_count": aug.RE_COUNT,
-        }
-    return train_transform(
-        data.TRAIN_CROP_SIZE,
-        scale=data.TRAIN_JITTER_SCALES_RELATIVE or (0.08, 1.0),
-        ratio=data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3),
-        flip=data.RANDOM_FLIP,
-        interpolation=aug.INTERPOLATION,
-        mean=mean,
-        std=std,
-        **augment,
-    )
+    ratio = data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3)
+    more = (aug.AA_TYPE, aug.COLOR_JITTER or None, aug.RE_PROB, aug.RE_MODE, aug.RE_COUNT) if aug.ENABLE else ()
+    hflip = 0.5 if data.RANDOM_FLIP else 0.0
+    return transforms.Augmentation(data.TRAIN_JITTER_SCALES_RELATIVE, ratio, hflip, aug.INTERPOLATION, *more)
+
+
+def build_transform(cfg: CfgNode, split: Split) -> transforms.Transform:
+    """The image transform of a split."""
+    data, (mean, std) = cfg.DATA, mean_std(cfg, clips=False)
+    if split == "train":
+        return transforms.train_transform(data.TRAIN_CROP_SIZE, _augmentation(cfg), mean=mean, std=std)
+    how = {"crop_ratio": data.TEST_CROP_RATIO, "interpolation": data.TEST_INTERPOLATION}
+    return transforms.eval_transform(data.TEST_CROP_SIZE, **how, mean=mean, std=std)
 
 
 @register_dataset("imagenet")
@@ -128,7 +65,8 @@ def build_imagenet(cfg: CfgNode, split: Split) -> ImageNet:
     """The ImageNet folder layout; "test" reads `val/`. Unreadable files are replaced in training only.
 
     Raises:
-        UserError: the folder is not as expected, or has not MODEL.NUM_CLASSES classes, or val not those of train.
+        UserError: the folder is not laid out as expected, does not have MODEL.NUM_CLASSES classes, or val/ has other
+            classes than train/.
     """
     dataset = ImageNet(
         cfg.DATA.PATH_TO_DATA_DIR,
@@ -141,30 +79,27 @@ def build_imagenet(cfg: CfgNode, split: Split) -> ImageNet:
     if split == "val" or (split == "test" and num_classes != cfg.MODEL.NUM_CLASSES):
         _check_same_classes(dataset)
     if num_classes != cfg.MODEL.NUM_CLASSES:
-        has = f"{dataset.folder} has {counted(num_classes, 'class folder')}"
-        model_has = f"the model has MODEL.NUM_CLASSES {cfg.MODEL.NUM_CLASSES}"
-        if not cfg.TRAIN.ENABLE:  # the weights fit the model, or this would not be read
-            raise UserError(
-                f"{has}, but {model_has}. Give another DATA.PATH_TO_DATA_DIR or, to fine-tune for these classes with "
-                f"tools/run_net.py, type MODEL.NUM_CLASSES {num_classes} {to_fine_tune(cfg)}."
+        advice = f"Set MODEL.NUM_CLASSES {num_classes}, or give another DATA.PATH_TO_DATA_DIR."
+        if not cfg.TRAIN.ENABLE:  # the weights fit the model, or the run would have stopped earlier
+            advice = (
+                "Give another DATA.PATH_TO_DATA_DIR or, to fine-tune for these classes with tools/run_net.py, type "
+                f"MODEL.NUM_CLASSES {num_classes} {to_fine_tune(cfg)}."
             )
         raise UserError(
-            f"{has}, but {model_has}. Set MODEL.NUM_CLASSES {num_classes}, or give another DATA.PATH_TO_DATA_DIR."
+            f"{dataset.folder} has {counted(num_classes, 'class folder')}, but the model has MODEL.NUM_CLASSES "
+            f"{cfg.MODEL.NUM_CLASSES}. {advice}"
         )
     return dataset
 
 
 def _check_same_classes(val: ImageNet) -> None:
-    """Refuse a val folder whose labels do not mean what those of the train folder beside it mean."""
+    """Refuse a val folder whose classes, and so whose labels, differ from those of the train folder beside it."""
     folder = os.path.join(os.path.dirname(val.folder), "train")
     try:
-        classes = set(find_classes(folder)[0])
+        theirs, ours = set(find_classes(folder)[0]), set(val.classes)
     except FileNotFoundError:  # nothing to compare with
         return
-    for more, fewer, missing in (
-        (folder, val.folder, classes.difference(val.classes)),
-        (val.folder, folder, set(val.classes) - classes),
-    ):
+    for more, fewer, missing in ((folder, val.folder, theirs - ours), (val.folder, folder, ours - theirs)):
         if missing:
             names = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise UserError(
@@ -173,37 +108,25 @@ def _check_same_classes(val: ImageNet) -> None:
             )
 
 
-def build_clip_transforms(cfg: CfgNode, split: Split) -> list[ClipTransform]:
-    """The clip transforms of a split; for "test" one per spatial crop."""
-    data, aug = cfg.DATA, cfg.AUG
-    normalise = {"mean": data.MEAN or CLIP_MEAN, "std": data.STD or CLIP_STD}
-    if split != "train":
-        has_crops = split == "test" and cfg.TEST.NUM_SPATIAL_CROPS > 1
-        short_side = data.TEST_CROP_SIZE if has_crops else data.TRAIN_JITTER_SCALES[0]
-        return [
-            eval_clip_transform(data.TEST_CROP_SIZE, short_side=short_side, crop=crop, **normalise)
-            for crop in (range(cfg.TEST.NUM_SPATIAL_CROPS) if has_crops else [1])
-        ]
-    augment = {}
-    if aug.ENABLE:
-        augment = {
-            "auto_augment": aug.AA_TYPE,
-            "interpolation": aug.INTERPOLATION,
-            "erase_prob": aug.RE_PROB,
-            "erase_mode": aug.RE_MODE,
-            "erase_count": aug.RE_COUNT,
-        }
-    transform = train_clip_transform(
-        data.TRAIN_CROP_SIZE,
-        jitter_scales=data.TRAIN_JITTER_SCALES,
-        scale=data.TRAIN_JITTER_SCALES_RELATIVE,
-        ratio=data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3),
-        multi_scales=data.TRAIN_MULTI_SCALE_CROP,
-        flip=data.RANDOM_FLIP,
-        **normalise,
-        **augment,
-    )
-    return [transform]
+def build_clip_transforms(cfg: CfgNode, split: Split) -> list[transforms.ClipTransform]:
+    """The clip transforms of a split: for "test" one per spatial crop, otherwise one."""
+    data, (mean, std) = cfg.DATA, mean_std(cfg, clips=True)
+    if split == "train":
+        scales = {"jitter_scales": data.TRAIN_JITTER_SCALES, "multi_scales": data.TRAIN_MULTI_SCALE_CROP}
+        return [transforms.train_clip_transform(data.TRAIN_CROP_SIZE, _augmentation(cfg), **scales, mean=mean, std=std)]
+    has_crops = split == "test" and cfg.TEST.NUM_SPATIAL_CROPS > 1
+    short_side = data.TEST_CROP_SIZE if has_crops else data.TRAIN_JITTER_SCALES[0]
+    return [
+        transforms.eval_clip_transform(data.TEST_CROP_SIZE, short_side=short_side, crop=crop, mean=mean, std=std)
+        for crop in (range(cfg.TEST.NUM_SPATIAL_CROPS) if has_crops else [1])
+    ]
+
+
+def clip_sampling(cfg: CfgNode) -> ClipSampling:
+    """Which frames a clip has."""
+    data = cfg.DATA
+    rate = data.SAMPLING_RATE, data.TARGET_FPS, data.TRAIN_JITTER_FPS
+    return ClipSampling(data.NUM_FRAMES, *rate, data.USE_OFFSET_SAMPLING)
 
 
 @register_dataset("kinetics")
@@ -211,29 +134,25 @@ def build_kinetics(cfg: CfgNode, split: Split) -> Kinetics:
     """Clips listed in DATA.PATH_TO_DATA_DIR/{train,val,test}.csv. Bad files are replaced in training only.
 
     Raises:
-        UserError: the csv file is missing or wrong, or settings do not fit together.
+        UserError: the csv file is missing or wrong, or settings contradict each other.
     """
     data = cfg.DATA
     if not data.PATH_TO_DATA_DIR:
         raise UserError("DATA.PATH_TO_DATA_DIR is not set: type DATA.PATH_TO_DATA_DIR FOLDER, the one with test.csv.")
-    on_bad = {"train": "replace", "val": "raise", "test": cfg.TEST.ON_BAD_VIDEO}
-    return Kinetics(
+    listing = read_csv(
         os.path.join(os.path.expanduser(data.PATH_TO_DATA_DIR), f"{split}.csv"),
-        split=split,
-        sampling=ClipSampling(
-            num_frames=data.NUM_FRAMES,
-            sampling_rate=data.SAMPLING_RATE,
-            target_fps=data.TARGET_FPS,
-            fps_jitter=data.TRAIN_JITTER_FPS,
-            use_offset_sampling=data.USE_OFFSET_SAMPLING,
-        ),
-        transforms=build_clip_transforms(cfg, split),
+        separator=data.PATH_LABEL_SEPARATOR,
         num_classes=cfg.MODEL.NUM_CLASSES,
-        separator=data.PATH_LABEL_SEPARATOR.replace("\\t", "\t"),
-        path_prefix=data.PATH_PREFIX,
+        prefix=data.PATH_PREFIX,
         allow_outside=data.ALLOW_PATHS_OUTSIDE_PREFIX,
-        num_views=cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1,
-        on_bad=on_bad[split],
+    )
+    return Kinetics(
+        listing,
+        split=split,
+        sampling=clip_sampling(cfg),
+        transforms=build_clip_transforms(cfg, split),
+        num_clips=cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1,
+        on_bad={"train": "replace", "val": "raise", "test": cfg.TEST.ON_BAD_VIDEO}[split],
         seed=cfg.RNG_SEED,
     )
 
@@ -241,11 +160,10 @@ def build_kinetics(cfg: CfgNode, split: Split) -> Kinetics:
 def build_dataset(cfg: CfgNode, split: Split) -> Dataset:
     """The data set of a split: TRAIN.DATASET for "train" and "val", TEST.DATASET for "test".
 
-    Raises:
-        UserError: no data set has that name.
+    Raises a UserError if no data set is registered under that name.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}; got {split!r}.")
+    if split not in get_args(Split):
+        raise ValueError(f"split must be one of {get_args(Split)}; got {split!r}.")
     key = "TEST.DATASET" if split == "test" else "TRAIN.DATASET"
     name = cfg.TEST.DATASET if split == "test" else cfg.TRAIN.DATASET
     if name.lower() not in DATASETS:
@@ -254,13 +172,10 @@ def build_dataset(cfg: CfgNode, split: Split) -> Dataset:
 
 
 def build_sample_loader(cfg: CfgNode, split: Literal["train", "val"], *, num_samples: int) -> Loader:
-    """Some samples of a split, seen as evaluation sees them.
+    """A loader of some samples of a split, transformed as in evaluation.
 
-    One is drawn from each of `num_samples` equal stretches of the split, so that all classes are there; the same ones
-    in every run of the same RNG_SEED.
-
-    Raises:
-        UserError: as `build_dataset`; fewer samples than none.
+    Splits the data set into `num_samples` equal parts (at least 1) and draws one sample from each, so all classes are
+    represented. The same RNG_SEED gives the same samples.
     """
     if num_samples < 1:
         raise UserError(f"{num_samples} samples: give at least 1.")
@@ -270,21 +185,16 @@ def build_sample_loader(cfg: CfgNode, split: Literal["train", "val"], *, num_sam
     elif isinstance(dataset, Kinetics):
         dataset.split, dataset.transforms = "val", build_clip_transforms(cfg, "val")
     elif split == "train":
-        logger.warning("TRAIN.DATASET %s: its training samples are taken as they come, augmented.", cfg.TRAIN.DATASET)
+        logger.warning("TRAIN.DATASET %s: its training samples come augmented, as it yields them.", cfg.TRAIN.DATASET)
     count = min(num_samples, len(dataset))
     places = torch.rand(count, generator=torch.Generator().manual_seed(cfg.RNG_SEED)).tolist()
     chosen = [int((index + place) * len(dataset) / count) for index, place in enumerate(places)]
-    return Loader(
-        Subset(dataset, chosen),
-        batch_size=cfg.TEST.BATCH_SIZE,
-        collate_fn=collate,
-        num_workers=min(cfg.DATA_LOADER.NUM_WORKERS, _num_cores()),
-        worker_init_fn=_ignore_stop_signals,
-    )
+    num_workers = min(cfg.DATA_LOADER.NUM_WORKERS, num_cores())
+    return Loader(Subset(dataset, chosen), batch_size=cfg.TEST.BATCH_SIZE, num_workers=num_workers)
 
 
 def input_shape(cfg: CfgNode) -> tuple[int, ...]:
-    """Shape of one test sample of the data set: (3, H, W), of clips (3, T, H, W)."""
+    """Shape of one test sample: (3, H, W) for images, (3, T, H, W) for clips."""
     name = cfg.TRAIN.DATASET if cfg.TRAIN.ENABLE else cfg.TEST.DATASET
     num_frames = (cfg.DATA.NUM_FRAMES,) if name.lower() == "kinetics" else ()
     return (3, *num_frames, cfg.DATA.TEST_CROP_SIZE, cfg.DATA.TEST_CROP_SIZE)
@@ -293,60 +203,26 @@ def input_shape(cfg: CfgNode) -> tuple[int, ...]:
 def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int = 1) -> Loader:
     """A loader of one process's share of every batch.
 
-    Its batches are `Sample`s; `loader.batch_sampler` is a `TrainSampler` for "train" (call its `set_epoch`), an
-    `EvalSampler` otherwise. The batches do not depend on the number of workers.
+    Yields `Sample`s. `loader.batch_sampler` is a `TrainBatchSampler` for "train" (call its `set_epoch`), otherwise an
+    `EvalBatchSampler`. The batches do not depend on the number of workers.
 
     Raises:
-        UserError: the data set or the batch size does not fit; while iterating: a file cannot be read.
+        UserError: the data set or the batch size is wrong; while iterating: a file cannot be read.
     """
-    dataset = build_dataset(cfg, split)
+    dataset, share = build_dataset(cfg, split), {"rank": rank, "world_size": world_size}
     if split == "train":
-        sampler = TrainSampler(
-            len(dataset),
-            batch_size=cfg.TRAIN.BATCH_SIZE,
-            seed=cfg.RNG_SEED,
-            num_repeats=cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1,
-            rank=rank,
-            world_size=world_size,
-            pairs=cfg.MIXUP.ENABLE,
-        )
+        order = {"seed": cfg.RNG_SEED, "num_repeats": cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1}
+        order["pairs"] = cfg.MIXUP.ENABLE
+        sampler = TrainBatchSampler(len(dataset), batch_size=cfg.TRAIN.BATCH_SIZE, **order, **share)
     else:
-        sampler = EvalSampler(len(dataset), batch_size=cfg.TEST.BATCH_SIZE, rank=rank, world_size=world_size)
-    num_workers = min(cfg.DATA_LOADER.NUM_WORKERS, _num_cores())
+        sampler = EvalBatchSampler(len(dataset), batch_size=cfg.TEST.BATCH_SIZE, **share)
+    num_workers = min(cfg.DATA_LOADER.NUM_WORKERS, num_cores())
     if num_workers < cfg.DATA_LOADER.NUM_WORKERS:
         logger.info("%s data: %d workers, one per core (DATA_LOADER.NUM_WORKERS asks for more)", split, num_workers)
     return Loader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=cfg.DATA_LOADER.PIN_MEMORY and cfg.DEVICE != "cpu" and torch.cuda.is_available(),
-        worker_init_fn=_ignore_stop_signals,
     )
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    """Schedulers and terminals signal whole process groups; how to stop is decided by the process that trains.
-
-    A SIGTERM from that process itself still counts: it is how workers are ended that do not end by themselves.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parents_sigterm, daemon=True).start()
-
-
-def _end_with_parents_sigterm() -> None:
-    parent = multiprocessing.parent_process().pid  # not os.getppid(): that may be a fork server
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def _num_cores() -> int:
-    """Cores for each of the processes that torchrun started on this machine."""
-    if hasattr(os, "sched_getaffinity"):  # a container's share of the machine, not the machine
-        num_cores = len(os.sched_getaffinity(0))
-    else:
-        num_cores = os.cpu_count() or 1
-    return max(num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

@@ -1,119 +1,238 @@
-"""Image transforms for training and evaluation: timm's, which are DeiT's.
+"""Transforms for training and evaluation: of images timm's, which are DeiT's; of clips SlowFast's and XViT's.
 
-Both take an RGB PIL image and return a float32 tensor [3, crop_size, crop_size], normalised by mean and std. Random
-draws come from the global generators of `random`, `numpy` and `torch`; the data set seeds them sample by sample.
+Images are RGB PIL images and become float32 [3, crop_size, crop_size]. Clips are uint8 RGB frames [T, H, W, 3] and
+become float32 [3, T, crop_size, crop_size], with one random draw per clip: all its frames are cropped, flipped and
+coloured alike. Both are normalised by mean and std. Draws come from the global generators of `random`, `numpy` and
+`torch`, which the data set seeds for each sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from unittest.mock import patch
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from timm.data.auto_augment import NAME_TO_OP as timm_ops
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.auto_augment import posterize as timm_posterize
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.transforms import Compose, v2
+from torchvision.transforms.v2.functional import resized_crop
 
+from ats.datasets.base import generators_unchanged
 from ats.errors import UserError
 
+MEAN, STD = IMAGE_MEAN_STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+CLIP_MEAN, CLIP_STD = CLIP_MEAN_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)  # SlowFast's
+
 Transform = Callable[[Image.Image], Tensor]
+ClipTransform = Callable[[np.ndarray], Tensor]
+RGB = Sequence[float]  # a number per channel
+Frames = Callable[[np.ndarray], np.ndarray]
+
+
+class Augmentation(NamedTuple):
+    """The random part of training transforms: arguments of timm's `create_transform`, and what they mean for clips."""
+
+    scale: Sequence[float] = ()  # range of crop area / image area; (): 0.08 to 1, and for clips another kind of crop
+    ratio: Sequence[float] = (3 / 4, 4 / 3)  # range of the crop's width / height
+    hflip: float = 0.5  # probability
+    interpolation: str = "bicubic"  # of images' crop ("random" draws bilinear or bicubic), of clips' rotations
+    auto_augment: str = ""  # timm's policy name, such as "rand-m9-mstd0.5-inc1" or "v0"; "" for none
+    color_jitter: float | None = None  # strength, of images only; as in DeiT, not combined with `auto_augment`
+    re_prob: float = 0.0  # random erasing, after normalisation; the rectangles are the same in all frames of a clip
+    re_mode: str = "pixel"
+    re_count: int = 1
 
 
 def eval_transform(
-    crop_size: int,
-    *,
-    crop_ratio: float = 0.875,
-    interpolation: str = "bicubic",
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    crop_size: int, *, crop_ratio: float = 0.875, interpolation: str = "bicubic", mean: RGB = MEAN, std: RGB = STD
 ) -> Transform:
     """Resize the short side to `floor(crop_size / crop_ratio)` pixels, then crop the centre.
 
-    With `crop_ratio` 1 an image that already has the size of the crop is not resampled.
-
-    Raises:
-        UserError: `crop_ratio` is not in (0, 1], or `interpolation` is unknown.
+    With `crop_ratio` 1 an image that already has the crop's size is not resampled.
     """
-    if not 0 < crop_ratio <= 1:
-        raise UserError(f"The evaluation crop ratio (DATA.TEST_CROP_RATIO) must be in (0, 1]; got {crop_ratio}.")
-    _check_interpolation(interpolation, ("bicubic", "bilinear", "nearest"), key="DATA.TEST_INTERPOLATION")
-    return create_transform(
-        crop_size,
-        is_training=False,
-        crop_pct=crop_ratio,
-        interpolation=interpolation,
-        mean=tuple(mean),
-        std=tuple(std),
-    )
+    assert 0 < crop_ratio <= 1, crop_ratio
+    settings = {"crop_pct": crop_ratio, "interpolation": interpolation, "mean": mean, "std": std}
+    return create_transform(crop_size, is_training=False, **settings)
 
 
-def train_transform(
-    crop_size: int,
-    *,
-    scale: Sequence[float] = (0.08, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-    flip: bool = True,
-    interpolation: str = "bicubic",
-    auto_augment: str = "",
-    color_jitter: float = 0.0,
-    erase_prob: float = 0.0,
-    erase_mode: str = "pixel",
-    erase_count: int = 1,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> Transform:
-    """Random resized crop and flip, then RandAugment or colour jitter, then random erasing (of the normalised image).
+def train_transform(crop_size: int, augmentation: Augmentation, *, mean: RGB = MEAN, std: RGB = STD) -> Transform:
+    """Random resized crop and flip, then RandAugment or colour jitter, then random erasing.
 
-    Args:
-        scale: range of the crop's area over the image's. ratio: range of its width over its height.
-        interpolation: of the crop; "random" draws bilinear or bicubic.
-        auto_augment: timm's policy name, such as "rand-m9-mstd0.5-inc1"; "" for none.
-        color_jitter: strength; as in DeiT it is not used together with `auto_augment`.
-        erase_prob, erase_mode, erase_count: timm's random erasing.
-
-    Raises:
-        UserError: a range is empty, or a name is unknown.
+    Raises a UserError if a range is empty or timm does not know the policy.
     """
-    for key, (low, high) in {"TRAIN_JITTER_SCALES_RELATIVE": scale, "TRAIN_JITTER_ASPECT_RELATIVE": ratio}.items():
-        if not 0 < low <= high:
-            raise UserError(f"DATA.{key} must be a range [low, high] with 0 < low <= high; got [{low}, {high}].")
-    _check_interpolation(interpolation, ("bicubic", "bilinear", "random"), key="AUG.INTERPOLATION")
-    try:
-        with mended_posterize():
-            return create_transform(
-                crop_size,
-                is_training=True,
-                scale=tuple(scale),
-                ratio=tuple(ratio),
-                hflip=0.5 if flip else 0.0,
-                interpolation=interpolation,
-                auto_augment=auto_augment or None,
-                color_jitter=color_jitter or None,
-                re_prob=erase_prob,
-                re_mode=erase_mode,
-                re_count=erase_count,
-                mean=tuple(mean),
-                std=tuple(std),
-            )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(
-            f"timm cannot make the augmentation AUG.AA_TYPE {auto_augment!r} with AUG.RE_MODE {erase_mode!r}: "
-            f"{type(error).__name__} {error}. DeiT uses AUG.AA_TYPE rand-m9-mstd0.5-inc1 and AUG.RE_MODE pixel."
-        ) from error
+    _check_ranges(augmentation)
+    with _timm_errors(augmentation.auto_augment):
+        transform = create_transform(crop_size, is_training=True, **augmentation._asdict(), mean=mean, std=std)
+    for step in transform.transforms:
+        fix_posterize(step)
+    return transform
 
 
-def mended_posterize() -> AbstractContextManager:
-    """Policies that timm builds inside this context use `_posterize`."""
-    return patch.dict(timm_ops, {name: _posterize for name in timm_ops if name.startswith("Posterize")})
+def fix_posterize(policy: Callable) -> None:
+    """Make timm's RandAugment, AutoAugment or AugMix use `posterize`, in place. Other transforms stay as they are."""
+    for op in [*getattr(policy, "ops", ()), *chain(*getattr(policy, "policy", ()))]:
+        if op.aug_fn is timm_posterize:
+            op.aug_fn = posterize
 
 
-def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: object) -> Image.Image:
-    """timm's posterize. At full strength it keeps 0 bits: black; Pillow 13 refuses that, which timm 1.0.31 ignores."""
+def posterize(image: Image.Image, bits_to_keep: int, **kwargs: object) -> Image.Image:
+    """timm's posterize. At full strength timm 1.0.31 keeps 0 bits, which is black, but Pillow 13 refuses 0."""
     return timm_posterize(image, bits_to_keep, **kwargs) if bits_to_keep else image.point(lambda _: 0)
 
 
-def _check_interpolation(interpolation: str, choices: tuple[str, ...], *, key: str) -> None:
-    if interpolation not in choices:
-        raise UserError(f"{key} {interpolation!r} is not known; choose one of {', '.join(choices)}.")
+@contextmanager
+def _timm_errors(policy: str) -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(
+            f"timm cannot make the augmentation AUG.AA_TYPE {policy!r}: {type(error).__name__} {error}. DeiT uses "
+            "rand-m9-mstd0.5-inc1, MViT rand-m7-n4-mstd0.5-inc1, XViT v0."
+        ) from error
+
+
+def _check_ranges(augmentation: Augmentation) -> None:
+    for key, values in (("SCALES", augmentation.scale), ("ASPECT", augmentation.ratio)):
+        low, high = values or (1, 1)
+        if not 0 < low <= high:
+            key = f"DATA.TRAIN_JITTER_{key}_RELATIVE"
+            raise UserError(f"{key} must be a range [low, high] with 0 < low <= high; got [{low}, {high}].")
+
+
+def normalise(frames: np.ndarray, *, mean: RGB = CLIP_MEAN, std: RGB = CLIP_STD) -> Tensor:
+    """uint8 [T, H, W, 3] -> float32 [3, T, H, W], `(x / 255 - mean) / std`."""
+    clip = torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2))).float().div_(255)
+    return clip.sub_(torch.tensor(mean).view(3, 1, 1, 1)).div_(torch.tensor(std).view(3, 1, 1, 1))
+
+
+def resize_short_side(clip: Tensor, size: int) -> Tensor:
+    """Resize [3, T, H, W] to short side `size`: bilinear, no antialiasing, the long side rounded down."""
+    height, width = clip.shape[2:]
+    if min(height, width) == size:
+        return clip
+    long_side = math.floor(max(height, width) / min(height, width) * size)
+    shape = (long_side, size) if width < height else (size, long_side)
+    return interpolate(clip, shape, mode="bilinear", align_corners=False)
+
+
+def crop_along(clip: Tensor, size: int, crop: int) -> Tensor:
+    """[3, T, H, W] -> [3, T, size, size]: left (0), middle (1), right (2); if upright, top, middle, bottom."""
+    height, width = clip.shape[2:]
+    tops, lefts = ((0, math.ceil(free / 2), free) for free in (height - size, width - size))
+    top, left = (tops[crop], lefts[1]) if height > width else (tops[1], lefts[crop])
+    return clip[:, :, top : top + size, left : left + size]
+
+
+def eval_clip_transform(
+    crop_size: int, *, short_side: int, crop: int = 1, mean: RGB = CLIP_MEAN, std: RGB = CLIP_STD
+) -> ClipTransform:
+    """Normalise, resize the short side, then take `crop` (0, 1, 2) along the long side.
+
+    Raises a UserError if the crop is larger than the short side.
+    """
+    if short_side < crop_size:
+        raise UserError(
+            f"Clips are tested at a short side of {short_side} pixels, too small for a crop of DATA.TEST_CROP_SIZE "
+            f"{crop_size}. With one spatial crop the short side is DATA.TRAIN_JITTER_SCALES[0]: raise it."
+        )
+    resize, cut = partial(resize_short_side, size=short_side), partial(crop_along, size=crop_size, crop=crop)
+    return Compose([partial(normalise, mean=mean, std=std), resize, cut, Tensor.contiguous])
+
+
+def train_clip_transform(
+    crop_size: int,
+    augmentation: Augmentation,
+    *,
+    jitter_scales: Sequence[int] = (256, 320),
+    multi_scales: Sequence[float] = (),
+    mean: RGB = CLIP_MEAN,
+    std: RGB = CLIP_STD,
+) -> ClipTransform:
+    """Crop and flip, with AutoAugment or RandAugment and random erasing.
+
+    There are three kinds of crop. With `multi_scales` (crop sides / short side of the frame): XViT's, before the
+    augmentation. With `augmentation.scale`: MViT's random resized crop. With neither: SlowFast's and TimeSformer's
+    random crop, after resizing the short side to a random size in `jitter_scales` (pixels).
+
+    Raises:
+        UserError: a range is empty or does not fit the crop, or a name is unknown.
+    """
+    a, steps = augmentation, []
+    if multi_scales:
+        steps.append(_multi_scale_crop(crop_size, multi_scales))
+    if a.auto_augment:
+        steps.append(_auto_augment(a.auto_augment, crop_size=crop_size, interpolation=a.interpolation))
+    steps.append(partial(normalise, mean=mean, std=std))
+    if a.scale and not multi_scales:
+        _check_ranges(a)
+        steps.append(v2.RandomResizedCrop(crop_size, tuple(a.scale), tuple(a.ratio), antialias=False))
+    elif not multi_scales:
+        low, high = jitter_scales
+        if not crop_size <= low <= high:
+            raise UserError(
+                f"DATA.TRAIN_JITTER_SCALES must be [low, high], the range of the short side, at least the crop size: "
+                f"{crop_size} <= low <= high; got [{low}, {high}]."
+            )
+        steps.append(lambda clip: resize_short_side(clip, round(random.uniform(low, high))))
+        steps.append(v2.RandomCrop(crop_size))
+    if a.hflip:
+        steps.append(v2.RandomHorizontalFlip(a.hflip))
+    steps.append(Tensor.contiguous)
+    if a.re_prob:
+        erase = RandomErasing(a.re_prob, mode=a.re_mode, max_count=a.re_count, device="cpu")
+        # Frames as channels: the rectangle is the same in all, the noise is not.
+        steps.append(lambda clip: erase(clip.view(-1, crop_size, crop_size)).view_as(clip))
+    return Compose(steps)
+
+
+def _multi_scale_crop(crop_size: int, scales: Sequence[float]) -> Frames:
+    """TSN's crop: sides of equal or adjacent scales, at one of 13 places, resized to `crop_size` with antialiasing."""
+    sides = [(i, j) for i in range(len(scales)) for j in range(len(scales)) if abs(i - j) <= 1]
+    # Corners, centre, middles of the borders and of the quarters, in quarters of the free space.
+    places = [(y, x) for y in range(5) for x in range(5) if (y + x) % 2 == 0]
+
+    def crop(frames: np.ndarray) -> np.ndarray:
+        full_height, full_width = frames.shape[1:3]
+        short_side = min(full_height, full_width)
+        i, j = random.choice(sides)
+        height, width = round(short_side * scales[i]), round(short_side * scales[j])
+        y, x = random.choice(places)
+        top, left = (full_height - height) * y // 4, (full_width - width) * x // 4
+        clip = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+        clip = resized_crop(clip, top, left, height, width, [crop_size, crop_size], antialias=True)
+        return clip.permute(0, 2, 3, 1).numpy()
+
+    return crop
+
+
+def _auto_augment(policy: str, *, crop_size: int, interpolation: str) -> Frames:
+    """timm's policy, applied to every frame with the same random numbers."""
+    settings = {"translate_const": int(crop_size * 0.45)}
+    if interpolation != "random":
+        settings["interpolation"] = str_to_pil_interp(interpolation)
+    make = rand_augment_transform if policy.startswith("rand") else auto_augment_transform
+    with _timm_errors(policy):
+        augment = make(policy, settings)
+    fix_posterize(augment)
+
+    def run(frames: np.ndarray) -> np.ndarray:
+        *others, last = map(Image.fromarray, frames)
+        result = []
+        for image in others:
+            with generators_unchanged():
+                result.append(np.asarray(augment(image)))
+        return np.stack([*result, np.asarray(augment(last))])
+
+    return run

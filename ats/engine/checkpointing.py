@@ -1,13 +1,13 @@
-"""What a training must remember, and its files in OUTPUT_DIR/checkpoints:
+"""The state of a training run, and its checkpoints in OUTPUT_DIR/checkpoints:
 
     checkpoint_epoch_00005.pyth                after 5 epochs
     checkpoint_epoch_00005_step_00000120.pyth  after 5 epochs and 120 steps of the sixth
     checkpoint_best.pyth                       the epoch with the best validation accuracy so far
 
-A file has SlowFast's `model_state`, `optimizer_state`, `epoch` (the last finished one, counted from 0) and `cfg` (YAML
-text), and `step` (steps done of the next epoch), `scaler_state`, `ema_state` with EMA, `best_top1`, and `log_state`
-(what is averaged towards the next line of the log). Random numbers need no place: they follow from (RNG_SEED, epoch,
-step), those of a sample from (RNG_SEED, epoch, its place in the order).
+A file holds SlowFast's `model_state`, `optimizer_state`, `epoch` (the last finished one, counted from 0) and `cfg`
+(YAML text), plus `step` (steps done in the next epoch), `scaler_state`, `ema_state` (with EMA), `best_top1` and
+`log_state` (the running averages of the next log line). Random states are not saved: the random numbers of a step
+follow from (RNG_SEED, epoch, step), those of a sample from (RNG_SEED, epoch, its place in the order).
 """
 
 from __future__ import annotations
@@ -28,60 +28,43 @@ from torch import nn
 
 from ats.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ats.config import CfgNode, get_cfg
-from ats.engine.distributed import from_main, is_main
-from ats.engine.output_dir import training_changes
+from ats.config.keys import keys
+from ats.engine.device import broadcast, is_main
+from ats.engine.output import settings
 from ats.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-NEEDED = {"model_state", "optimizer_state", "epoch"}
+PATTERN = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pyth")
 
 
 @dataclass
 class TrainState:
-    """What changes while training.
-
-    epoch: finished epochs; equally the index of the one to train next. step: steps done of that one.
-    best_top1: best validation accuracy so far in percent, -1 before the first.
-    log_state: `TrainLog.window()` at the last checkpoint.
-    """
+    """Everything that changes during training."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None = None
-    epoch: int = 0
-    step: int = 0
-    best_top1: float = -1.0
-    log_state: dict = field(default_factory=dict)
+    epoch: int = 0  # number of finished epochs, which is also the index of the current one
+    step: int = 0  # steps done in the current epoch
+    best_top1: float = -1.0  # best validation accuracy so far, in percent; -1 before the first evaluation
+    log_state: dict = field(default_factory=dict)  # of the log and the count of bad files, at the last checkpoint
 
     @property
     def eval_model(self) -> nn.Module:
         """The model to evaluate and export: the EMA if there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def checkpoint(self, cfg_text: str) -> dict:
-        """Contents of a checkpoint file."""
-        contents = {
-            "model_state": self.model.state_dict(),
-            "optimizer_state": self.optimizer.state_dict(),
-            "scaler_state": self.scaler.state_dict(),
-            "epoch": self.epoch - 1,
-            "step": self.step,
-            "best_top1": self.best_top1,
-            "log_state": self.log_state,
-            "cfg": cfg_text,
-        }
-        if self.ema is not None:
-            contents["ema_state"] = self.ema.module.state_dict()
-        return contents
+    def checkpoint(self) -> dict:
+        """The contents of a checkpoint file, without `cfg`."""
+        contents = {"model_state": self.model.state_dict(), "optimizer_state": self.optimizer.state_dict()}
+        contents |= {"scaler_state": self.scaler.state_dict(), "epoch": self.epoch - 1, "step": self.step}
+        contents |= {"best_top1": self.best_top1, "log_state": self.log_state}
+        return contents if self.ema is None else contents | {"ema_state": self.ema.module.state_dict()}
 
     def restore(self, contents: dict) -> None:
-        """Take over the contents of a checkpoint file.
-
-        Raises:
-            UserError: it belongs to another model or optimizer.
-        """
+        """Load the contents of a checkpoint file; raises a UserError if they do not fit the model or the optimizer."""
         load_weights(self.model, contents["model_state"])
         try:
             self.optimizer.load_state_dict(contents["optimizer_state"])
@@ -96,99 +79,95 @@ class TrainState:
 
 
 def checkpoint_path(output_dir: Path, epoch: int, step: int = 0) -> Path:
-    """File of the checkpoint after `epoch` epochs and `step` steps of the next."""
+    """Path of the checkpoint after `epoch` epochs and `step` steps of the next one."""
     in_epoch = f"_step_{step:08d}" if step else ""
     return output_dir / "checkpoints" / f"checkpoint_epoch_{epoch:05d}{in_epoch}.pyth"
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint files of a run that can be resumed from, newest first."""
-    files = {}
-    for path in (output_dir / "checkpoints").glob("checkpoint_epoch_*.pyth"):
-        if match := re.fullmatch(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pyth", path.name):
-            files[path] = (int(match[1]), int(match[2] or 0))
-    return sorted(files, key=files.get, reverse=True)
+    """The checkpoints that a run can resume from, newest first."""
+    files = {path: PATTERN.fullmatch(path.name) for path in (output_dir / "checkpoints").glob("*.pyth")}
+    places = {path: (int(match[1]), int(match[2] or 0)) for path, match in files.items() if match}
+    return sorted(places, key=places.get, reverse=True)
+
+
+def newest_checkpoint(output_dir: Path) -> str:
+    """Path of the newest checkpoint, for messages."""
+    return str(next(iter(list_checkpoints(output_dir)), "none yet"))
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run, on process 0, and removes those that are too old.
+    """Writes a run's checkpoints on process 0, as `TRAIN.CHECKPOINT_*` say, and deletes old ones."""
 
-    Args:
-        output_dir: of the run.
-        cfg_text: its configuration.
-        every_steps, every_minutes: when to write within an epoch; 0: not for this reason.
-        keep: how many to keep, besides the best; 0: all.
-    """
-
-    def __init__(
-        self, output_dir: Path, cfg_text: str, *, every_steps: int = 0, every_minutes: float = 0, keep: int = 0
-    ) -> None:
-        self.output_dir, self._cfg_text, self._keep = output_dir, cfg_text, keep
-        self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
-        self._last = time.monotonic()
-        if is_main():  # what runs that were killed while writing have left
+    def __init__(self, output_dir: Path, cfg: CfgNode) -> None:
+        self._output_dir, self._settings, self._cfg_text = output_dir, cfg.TRAIN, cfg.dump()
+        self._last_save = time.monotonic()
+        if is_main():  # left by runs that were killed while they saved
             for path in (output_dir / "checkpoints").glob(".*.tmp"):
                 path.unlink()
 
-    def is_due(self, total_steps: int) -> bool:
-        """Whether to write one after `total_steps` steps of the whole training."""
-        by_time = self._every_seconds and time.monotonic() - self._last >= self._every_seconds
-        return bool(by_time) or (self._every_steps > 0 and total_steps % self._every_steps == 0)
+    def is_due(self, steps_done: int) -> bool:
+        """Whether to save now within an epoch, `steps_done` steps after the start of the training."""
+        seconds, steps = 60 * self._settings.CHECKPOINT_MINUTES, self._settings.CHECKPOINT_STEPS
+        by_time = seconds > 0 and time.monotonic() - self._last_save >= seconds
+        return by_time or (steps > 0 and steps_done % steps == 0)
 
-    def save(self, state: TrainState) -> Path:
-        """Write the checkpoint of `state`; returns its path.
+    def save(self, state: TrainState) -> None:
+        """Write the checkpoint of `state` and delete those that are too old.
 
-        Raises:
-            UserError: it cannot be written; earlier ones are as they were.
+        Raises a UserError if the file cannot be written; earlier checkpoints are then intact.
         """
-        path = checkpoint_path(self.output_dir, state.epoch, state.step)
         if is_main():
+            path = checkpoint_path(self._output_dir, state.epoch, state.step)
             try:
-                save_checkpoint(path, state.checkpoint(self._cfg_text))
+                save_checkpoint(path, state.checkpoint() | {"cfg": self._cfg_text})
             except OSError as error:
-                last = newest(self.output_dir)
                 raise UserError(
-                    f"Cannot write the checkpoint {path}: {error.strerror or error}. The last one is intact: {last}. "
-                    "When there is room again, the same command goes on from there."
+                    f"Cannot write the checkpoint {path}: {error.strerror or error}. "
+                    f"The last one is intact: {newest_checkpoint(self._output_dir)}. "
+                    "Make room and run the same command to resume from it."
                 ) from error
-            for old in list_checkpoints(self.output_dir)[self._keep :] if self._keep else []:
+            keep = self._settings.CHECKPOINT_KEEP
+            for old in list_checkpoints(self._output_dir)[keep:] if keep else []:
                 old.unlink()
-        self._last = time.monotonic()
-        return path
+        self._last_save = time.monotonic()
 
     def keep_best(self, state: TrainState, top1: float) -> None:
         """Keep the checkpoint of `state` as checkpoint_best.pyth if `top1` is the best so far."""
         if top1 <= state.best_top1:
             return
         state.best_top1 = top1
-        path = checkpoint_path(self.output_dir, state.epoch, state.step)
+        path = checkpoint_path(self._output_dir, state.epoch, state.step)
         if is_main() and path.exists():
-            best, temporary = path.with_name("checkpoint_best.pyth"), path.with_name(".checkpoint_best.tmp")
+            temporary = path.with_name(".checkpoint_best.tmp")
             temporary.unlink(missing_ok=True)
             os.link(path, temporary)  # a second name for the same file
-            os.replace(temporary, best)
-
-
-def newest(output_dir: Path) -> str:
-    """Name of the newest checkpoint for messages."""
-    return str(next(iter(list_checkpoints(output_dir)), "none yet"))
+            os.replace(temporary, path.with_name("checkpoint_best.pyth"))
 
 
 def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = False) -> Path | None:
-    """Continue from the newest readable checkpoint of a run; damaged ones are named in a warning and skipped.
+    """Load the newest readable checkpoint into `state` and return its path; None if there is none.
 
-    Process 0 reads it for all.
+    Warns about damaged ones and skips them. Process 0 reads the file and sends it to the others. Without
+    TRAIN.AUTO_RESUME, nothing is loaded and there must be no checkpoints.
 
     Args:
-        cfg: the configuration now. force: also if the checkpoint's is another.
-
-    Returns:
-        Its path, or None if there is none.
+        force: accept a checkpoint of another configuration; without TRAIN.AUTO_RESUME, delete the checkpoints.
 
     Raises:
-        UserError: it belongs to another training, model or optimizer.
+        UserError: the checkpoint belongs to another training, model or optimizer; or there are checkpoints although
+            this training does not resume.
     """
-    path, contents = from_main(_read_newest(output_dir) if is_main() else None)
+    if not cfg.TRAIN.AUTO_RESUME:
+        if (old := list_checkpoints(output_dir)) and not force:
+            raise UserError(
+                f"TRAIN.AUTO_RESUME False, but {output_dir} holds {len(old)} checkpoints of an earlier training, the "
+                f"last {old[0].name}. Give another OUTPUT_DIR; --force deletes them."
+            )
+        for path in old if is_main() else []:
+            path.unlink()
+        return None
+    path, contents = broadcast(_read_newest(output_dir) if is_main() else None)
     if path is None:
         return None
     advice = "Give another OUTPUT_DIR, or restore the settings."
@@ -196,8 +175,8 @@ def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = F
         lines = [f"\n  {key}: {before} there, {now} now" for key, (before, now) in changes.items()]
         listed = "".join(lines[:8]) + (f"\n  and {len(lines) - 8} more settings" if len(lines) > 8 else "")
         raise UserError(
-            f"Cannot resume from {path}: it is of another training.{listed}\n{advice} "
-            "--force goes on from it with the settings of now."
+            f"Cannot resume from {path}: it belongs to another training.{listed}\n{advice} "
+            "--force resumes from it with the new settings."
         )
     try:
         state.restore(contents)
@@ -209,46 +188,27 @@ def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = F
 def _read_newest(output_dir: Path) -> tuple[Path | None, dict]:
     for path in list_checkpoints(output_dir):
         try:
-            _check_sums(path)
+            # The zip file's own checksums: torch.load does not notice flipped bits.
+            with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+                if file.testzip() is not None:
+                    raise UserError(f"{path} is damaged: its checksums are wrong.")
             contents = load_checkpoint(path)
+            if missing := {"model_state", "optimizer_state", "epoch"} - contents.keys():
+                raise UserError(f"{path} has no {', '.join(sorted(missing))}.")
+            return path, contents
         except UserError as error:
             logger.warning("Skipped a checkpoint: %s", error)
-            continue
-        if missing := NEEDED - contents.keys():
-            logger.warning("Skipped a checkpoint: %s has no %s.", path, ", ".join(sorted(missing)))
-            continue
-        return path, contents
     return None, {}
 
 
-def _check_sums(path: Path) -> None:
-    """torch.load reads a file with flipped bits without a word; the zip file it is has check sums."""
-    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
-        if file.testzip() is not None:
-            raise UserError(f"{path} is damaged: its check sums are wrong.")
-
-
 def _changes(cfg: CfgNode, contents: dict) -> dict[str, tuple[object, object]]:
+    """Key -> (value in the checkpoint, value now) of the settings that make this another training."""
     earlier = get_cfg()
     try:
         earlier.merge_from_other_cfg(yaml.safe_load(contents.get("cfg", "")) or {})
-    except (UserError, yaml.YAMLError) as error:  # of an older version: whether it fits, the weights will say
+    except (UserError, yaml.YAMLError) as error:  # an older version's; loading the weights will tell whether they fit
         logger.warning("The checkpoint's configuration cannot be compared with this one: %s", error)
         return {}
-    return training_changes(cfg, earlier)
-
-
-def refuse_or_remove(output_dir: Path, *, force: bool) -> None:
-    """Before a training that does not resume: no checkpoints of an earlier one may be there.
-
-    Raises:
-        UserError: there are, and not `force`, which deletes them.
-    """
-    old = list_checkpoints(output_dir)
-    if old and not force:
-        raise UserError(
-            f"TRAIN.AUTO_RESUME False, but {output_dir} holds {len(old)} checkpoints of an earlier training, the last "
-            f"{old[0].name}. Give another OUTPUT_DIR; --force deletes them."
-        )
-    for path in old if is_main() else []:
-        path.unlink()
+    free = {name for name, key in keys().items() if key.free}
+    before, now = settings(earlier), settings(cfg)
+    return {name: (before.get(name), now[name]) for name in now if name not in free and before.get(name) != now[name]}

@@ -1,129 +1,199 @@
-"""One optimizer step, and the recipe it follows."""
+"""One optimizer step, and what it needs: optimizer, learning-rate schedule, gradient clipping, recipe.
+
+As in SlowFast, the learning rate is a pure function of the training progress, so checkpoints need no scheduler state.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from ats.config import CfgNode
-from ats.engine.device import autocast
-from ats.engine.distributed import no_gradient_exchange, sum_over_processes, world_size
-from ats.engine.optim import clip_gradients, lr_schedule
-from ats.errors import UserError
+from ats.engine.checkpointing import TrainState
+from ats.engine.device import all_reduce, autocast, world_size
+from ats.errors import UserError, suggest
+
+
+def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.Optimizer:
+    """Build timm's optimizer as `SOLVER.*` says; call `set_lr` before every step.
+
+    With `SOLVER.ZERO_WD_1D_PARAM`, one-dimensional parameters (biases, norms) and those in `model.no_weight_decay()`
+    (position embedding, prefix tokens) get no weight decay. `SOLVER.LAYER_DECAY` scales the learning rate block by
+    block; the model needs timm's `group_matcher`, which assigns parameters to blocks.
+
+    Raises:
+        UserError: timm has no such optimizer or refuses its settings; layer decay without a `group_matcher`.
+    """
+    solver = cfg.SOLVER
+    name, decay = solver.OPTIMIZING_METHOD.lower(), {"weight_decay": solver.WEIGHT_DECAY}
+    no_decay = model.no_weight_decay() if solver.ZERO_WD_1D_PARAM and hasattr(model, "no_weight_decay") else ()
+    exclude = {"weight_decay_exclude_1d": solver.ZERO_WD_1D_PARAM, "no_weight_decay_list": no_decay}
+    param_groups = partial(param_groups_weight_decay, **decay, **exclude)
+    if solver.LAYER_DECAY != 1.0:
+        if not hasattr(model, "group_matcher"):
+            raise UserError(f"SOLVER.LAYER_DECAY is not supported by {type(model).__name__}: it must be 1.")
+        param_groups = partial(param_groups_layer_decay, layer_decay=solver.LAYER_DECAY, **decay, **exclude)
+    settings = {"lr": solver.BASE_LR, "momentum": solver.MOMENTUM, **decay}
+    try:
+        return create_optimizer_v2(model, opt=name, param_group_fn=param_groups, **settings)
+    except (ValueError, AssertionError, ImportError) as error:  # a bad setting, or a missing package or GPU
+        if name.removeprefix("lookahead_") not in list_optimizers():
+            suggestion = suggest(name, list_optimizers())
+            raise UserError(f"SOLVER.OPTIMIZING_METHOD {name}: timm has no such optimizer.{suggestion}") from error
+        raise UserError(f"The optimizer {name} cannot be built with these settings of SOLVER: {error}.") from error
+
+
+def lr_schedule(cfg: CfgNode) -> Callable[[float], float]:
+    """The learning rate as a function of the progress in epochs, which may be fractional.
+
+    SOLVER.LR_POLICY "constant" is BASE_LR; "cosine" goes from BASE_LR, after the warm-up (at epoch 0 without
+    COSINE_AFTER_WARMUP), down to COSINE_END_LR at MAX_EPOCH; "steps_with_relative_lrs" is BASE_LR times the entry of
+    LRS that begins at an epoch of STEPS. Over the first WARMUP_EPOCHS the rate rises linearly from WARMUP_START_LR to
+    the policy's value at their end.
+
+    Raises:
+        UserError: SOLVER.STEPS and SOLVER.LRS do not match.
+    """
+    solver, steps = cfg.SOLVER, cfg.SOLVER.STEPS
+    base_lr, end_lr, policy, warmup = solver.BASE_LR, solver.COSINE_END_LR, solver.LR_POLICY, solver.WARMUP_EPOCHS
+    if policy == "steps_with_relative_lrs" and (
+        not steps or steps[0] != 0 or steps != sorted(set(steps)) or len(steps) != len(solver.LRS)
+    ):
+        raise UserError(
+            "SOLVER.LR_POLICY steps_with_relative_lrs needs SOLVER.STEPS, ascending epochs that start at 0, and one "
+            f"SOLVER.LRS for each, such as [0, 11, 14] and [1, 0.1, 0.01]; got {steps} and {solver.LRS}."
+        )
+    start = warmup * solver.COSINE_AFTER_WARMUP
+
+    def policy_lr(epoch: float) -> float:
+        if policy == "steps_with_relative_lrs":
+            return base_lr * solver.LRS[bisect_right(steps, epoch) - 1]
+        if policy == "constant" or epoch <= start:
+            return base_lr
+        share = min((epoch - start) / (solver.MAX_EPOCH - start), 1.0) if start < solver.MAX_EPOCH else 1.0
+        return end_lr + (base_lr - end_lr) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+    def lr_at(epoch: float) -> float:
+        if epoch >= warmup:
+            return policy_lr(epoch)
+        return solver.WARMUP_START_LR + (policy_lr(warmup) - solver.WARMUP_START_LR) * epoch / warmup
+
+    return lr_at
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group: `lr` times the group's layer decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], *, max_norm: float | None = None, max_value: float | None = None
+) -> Tensor:
+    """Clip gradients in place: first every entry to `max_value`, then their total L2 norm to `max_norm`.
+
+    Returns their total L2 norm before clipping, a scalar tensor on the gradients' device.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_value is not None:
+        nn.utils.clip_grad_value_(parameters, max_value)
+    if max_norm is not None:
+        clipped = grad_norm if max_value is None else nn.utils.get_total_norm([p.grad for p in parameters])
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, clipped)
+    return grad_norm
+
+
+class Recipe:
+    """How to make a step, by `SOLVER.*`, `MIXUP.*` and `TRAIN.*`.
+
+    Raises a UserError if two settings contradict each other.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.seed, self.lr_at = cfg.RNG_SEED, lr_schedule(cfg)
+        self.num_chunks = cfg.TRAIN.GRAD_ACCUM_STEPS  # passes per step
+        self.amp_dtype = getattr(torch, cfg.TRAIN.AMP_DTYPE) if cfg.TRAIN.MIXED_PRECISION else None  # None: no autocast
+        self.clip_norm, self.clip_value = cfg.SOLVER.CLIP_GRAD_L2NORM, cfg.SOLVER.CLIP_GRAD_VAL
+        mixup, self.mixup = cfg.MIXUP, None
+        # Takes the soft targets of `mixup`, or labels without it.
+        self.criterion: nn.Module = LabelSmoothingCrossEntropy(mixup.LABEL_SMOOTH_VALUE)
+        if not mixup.ENABLE:
+            return
+        if mixup.ALPHA <= 0 and mixup.CUTMIX_ALPHA <= 0:
+            raise UserError("MIXUP.ENABLE True needs MIXUP.ALPHA or MIXUP.CUTMIX_ALPHA above 0.")
+        if (size := cfg.TRAIN.BATCH_SIZE) % 2:
+            raise UserError(f"TRAIN.BATCH_SIZE {size} must be even with MIXUP.ENABLE: samples mix in pairs.")
+        self.criterion = SoftTargetCrossEntropy()
+        self.mixup = Mixup(
+            mixup_alpha=mixup.ALPHA,
+            cutmix_alpha=mixup.CUTMIX_ALPHA,
+            prob=mixup.PROB,
+            switch_prob=mixup.SWITCH_PROB,
+            label_smoothing=mixup.LABEL_SMOOTH_VALUE,
+            num_classes=cfg.MODEL.NUM_CLASSES,
+        )
 
 
 class NonFiniteError(ArithmeticError):
-    """Loss or gradient norm is NaN or infinite; the weights are still those before the step."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a step is made. `mixup` makes soft targets; without it `criterion` takes labels."""
-
-    criterion: nn.Module
-    lr_at: Callable[[float], float]
-    seed: int = 0
-    mixup: Mixup | None = None
-    num_chunks: int = 1
-    amp_dtype: torch.dtype | None = None
-    clip_norm: float | None = None
-    clip_value: float | None = None
-
-    @classmethod
-    def from_cfg(cls, cfg: CfgNode) -> Recipe:
-        """The recipe of `SOLVER.*`, `MIXUP.*` and `TRAIN.*`.
-
-        Raises:
-            UserError: settings that exclude each other.
-        """
-        mixup, smoothing = None, cfg.MIXUP.LABEL_SMOOTH_VALUE
-        if cfg.MIXUP.ENABLE:
-            if cfg.MIXUP.ALPHA <= 0 and cfg.MIXUP.CUTMIX_ALPHA <= 0:
-                raise UserError("MIXUP.ENABLE True needs MIXUP.ALPHA or MIXUP.CUTMIX_ALPHA above 0.")
-            if cfg.TRAIN.BATCH_SIZE % 2:
-                raise UserError(
-                    f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} must be even with MIXUP.ENABLE: samples mix in pairs."
-                )
-            mixup = Mixup(
-                mixup_alpha=cfg.MIXUP.ALPHA,
-                cutmix_alpha=cfg.MIXUP.CUTMIX_ALPHA,
-                prob=cfg.MIXUP.PROB,
-                switch_prob=cfg.MIXUP.SWITCH_PROB,
-                label_smoothing=smoothing,
-                num_classes=cfg.MODEL.NUM_CLASSES,
-            )
-        return cls(
-            criterion=SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(smoothing),
-            lr_at=lr_schedule(cfg),
-            seed=cfg.RNG_SEED,
-            mixup=mixup,
-            num_chunks=cfg.TRAIN.GRAD_ACCUM_STEPS,
-            amp_dtype=getattr(torch, cfg.TRAIN.AMP_DTYPE) if cfg.TRAIN.MIXED_PRECISION else None,
-            clip_norm=cfg.SOLVER.CLIP_GRAD_L2NORM,
-            clip_value=cfg.SOLVER.CLIP_GRAD_VAL,
-        )
+    """The loss or the gradient norm is NaN or infinite. The step has not changed the weights."""
 
 
 @dataclass
 class StepStats:
-    """One step, over all processes: loss, gradient norm before clipping, block -> mean kept tokens, the scaler's scale
-    if on.
-    """
+    """A step's numbers over all processes."""
 
     loss: float
-    grad_norm: float
-    tokens: dict[int, float]
-    loss_scale: float | None = None
+    grad_norm: float  # before clipping
+    tokens: dict[int, float]  # ATS block -> mean number of tokens kept
+    loss_scale: float | None = None  # None without a scaler
 
 
 def train_step(
-    forward: nn.Module,
-    x: Tensor,
-    target: Tensor,
-    *,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    recipe: Recipe,
-    batch_size: int | None = None,
+    forward: nn.Module, x: Tensor, target: Tensor, state: TrainState, recipe: Recipe, batch_size: int | None = None
 ) -> StepStats:
-    """One optimizer step on the mean loss of a batch, in `recipe.num_chunks` passes over a part of it each.
+    """One optimizer step on the mean loss of a batch, accumulated over `recipe.num_chunks` chunks.
 
     Args:
-        forward: `data_parallel(model)`.
-        x: [B, 3, (T,) H, W], this process's share of the batch. target: labels [B], or soft targets [B, classes] after
-            mixup.
-        batch_size: samples of the batch over all processes, by default B.
+        forward: `data_parallel(state.model)`. state: its optimizer and scaler make the step.
+        x: [B, 3, (T,) H, W], this process's share of the batch. target: labels [B], or soft targets [B, classes].
+        batch_size: size of the batch over all processes; default: B.
 
     Raises:
-        NonFiniteError: the loss is not finite, or, without a scaler (which skips such steps), the gradient; on every
-            process if on one.
+        NonFiniteError: the loss is not finite, or the gradient is not and no scaler would skip the step. Raised on
+            every process if it happens on one.
     """
+    optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
     batch_size = batch_size or len(x)
     loss, tokens = x.new_zeros(()), {}
     chunks = list(zip(x.chunk(recipe.num_chunks), target.chunk(recipe.num_chunks), strict=True))
     for number, (x_chunk, target_chunk) in enumerate(chunks, start=1):
         share = len(x_chunk) / batch_size
-        with no_gradient_exchange(forward) if number < len(chunks) else nullcontext():
+        # Processes exchange the gradients that have accumulated in the last chunk.
+        with forward.no_sync() if number < len(chunks) and world_size() > 1 else nullcontext():
             with autocast(x.device, recipe.amp_dtype):
                 logits, trace = forward(x_chunk)
             chunk_loss = share * recipe.criterion(logits.float(), target_chunk)
-            # The processes' gradients are averaged; the gradient of the whole batch is their sum.
+            # DDP averages the gradients over the processes; the whole batch needs their sum.
             scaler.scale(world_size() * chunk_loss).backward()
         loss += chunk_loss.detach()
         for entry in trace:
             tokens[entry.block] = tokens.get(entry.block, 0) + share * entry.num_tokens.float().mean()
     scaler.unscale_(optimizer)
     grad_norm = clip_gradients(forward.parameters(), max_norm=recipe.clip_norm, max_value=recipe.clip_value)
-    sums = sum_over_processes(torch.stack([loss, *tokens.values()]))
-    grad_norm, loss, *token_means = torch.cat([grad_norm[None], sums]).tolist()  # the only wait for the device
+    sums = all_reduce(torch.stack([loss, *tokens.values()]))
+    grad_norm, loss, *token_means = torch.cat([grad_norm[None], sums]).tolist()  # the only host wait
     if not math.isfinite(loss):
         raise NonFiniteError(f"The loss is {loss}")
     if not math.isfinite(grad_norm) and not scaler.is_enabled():

@@ -1,131 +1,228 @@
-"""What an evaluation collects per sample, and what it makes of it."""
+"""The per-sample records of an evaluation, the scores of videos in several views, and the `Result` of both.
+
+ensemble = Ensemble(num_videos=len(dataset) // 3, num_views=3)
+ensemble.add(logits, label, index)      # batch by batch, in any order
+scores = ensemble.scores()              # [num_videos, classes], once every clip has been added
+"""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ats.engine.distributed import gather
-from ats.engine.ensemble import Ensemble
-from ats.engine.meters import hits
+from ats.config import CfgNode
+from ats.datasets import Kinetics, Sample
+from ats.engine.device import all_gather, all_reduce
 from ats.errors import UserError
 from ats.flops import Gflops
+
+logger = logging.getLogger(__name__)
+
+
+def hits(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of logits [B, classes]: top-1 hit, top-5 hit, all finite. [B] bool each.
+
+    A row that is not finite is never a hit.
+    """
+    finite = logits.isfinite().all(dim=1)
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    correct = (top == label.to(top.device)[:, None]) & finite[:, None]
+    return correct[:, 0], correct.any(dim=1), finite
 
 
 @dataclass
 class Result:
-    """What an evaluation found; the fields of result.json.
+    """The result of an evaluation; its fields are those of result.json.
 
-    top1, top5: percent of the samples (top5 among fewer than five classes: among all of them).
-    gflops: `mean`, `std`, `min`, `p5`, `p50`, `p95`, `max` over the samples as run; `paper_mean` in the paper's
-        accounting; `dense` of the same network without ATS.
-    tokens_per_block: ATS block -> mean number of tokens kept, prefix tokens counted.
-    images_per_second: rate of the forward passes alone, the first batch (warm-up) left out where there are others, of
-        all processes together; `wall_seconds` is the whole evaluation with reading the data.
-    num_nonfinite: samples whose logits were not finite; they count as wrong.
-    token_counts: ATS block -> number of sequences that kept 0, 1, 2, ... tokens; not in result.json.
-    video: of videos in several views; then samples are clips, `gflops` is per view, `top1` and `top5` are of the
-        videos, and this has `clip_top1`, `clip_top5` and `Ensemble.summary`.
+    For videos in several views samples are clips, `gflops` is per view, and `top1` and `top5` are per video.
     """
 
-    top1: float
-    top5: float
+    top1: float  # percent
+    top5: float  # with fewer than five classes, all of them count
     num_samples: int
-    num_nonfinite: int
-    gflops: dict[str, float]
-    tokens_per_block: dict[int, float]
-    images_per_second: float
-    wall_seconds: float
+    num_nonfinite: int  # samples with NaN or infinite logits; they count as wrong
+    gflops: dict[str, float]  # as run: mean, std, min, p5, p50, p95, max over the samples; paper_mean; dense (no ATS)
+    tokens_per_block: dict[int, float]  # ATS block -> mean number of tokens kept, prefix tokens included
+    images_per_second: float  # of the forward passes, summed over the processes; see `Tally.rate`
+    wall_seconds: float  # duration of the whole evaluation, with data loading
     params_m: float
     device: str
-    token_counts: dict[int, list[int]]
-    video: dict[str, object] | None = None
-
-
-def _mean_count(counts: Tensor) -> float:
-    return int((counts * torch.arange(len(counts))).sum()) / int(counts.sum())
+    token_counts: dict[int, list[int]]  # ATS block -> how many sequences kept 0, 1, 2, ... tokens; not in result.json
+    video: dict[str, object] | None = None  # several views: clip_top1, clip_top5, numbers of videos and clips
 
 
 @dataclass
 class Tally:
-    """Per-sample records of an evaluation, in order of arrival; those of several processes can be concatenated."""
+    """Per-sample records, in the order in which the samples arrived."""
 
-    # Per batch [B, 6] float64: index, hit at 1, hit at 5, non-finite, GFLOPs as run, GFLOPs of the paper.
+    # Per batch [B, 6] float64: index, top-1 hit, top-5 hit, non-finite, GFLOPs as run, GFLOPs as the paper counts.
     rows: list[Tensor] = field(default_factory=list)
-    # ATS block -> number of sequences that kept 0, 1, 2, ... tokens
-    tokens: dict[int, Tensor] = field(default_factory=dict)
-    # Per batch: samples, seconds of the forward pass.
-    timing: list[tuple[int, float]] = field(default_factory=list)
-    dense: float = 0.0
-    images_per_second: float = 0.0
+    token_counts: dict[int, Counter[int]] = field(default_factory=dict)  # ATS block -> tokens kept -> sequences
+    timing: list[tuple[int, float]] = field(default_factory=list)  # per batch: samples, seconds of its forward pass
+    dense: float = 0.0  # GFLOPs of a sample without ATS
 
     def add(self, logits: Tensor, label: Tensor, index: Tensor, trace: list, cost: Gflops, seconds: float) -> None:
-        """Add one batch: logits [B, C], label and index [B]."""
+        """Add a batch: logits [B, classes], label and index [B]."""
         hit1, hit5, finite = hits(logits, label)
         columns = [index, hit1, hit5, ~finite, cost.as_run, cost.paper]
         self.rows.append(torch.stack([column.to("cpu", torch.float64) for column in columns], dim=1))
         for entry in trace:
-            self._count(entry.block, entry.num_tokens.cpu().bincount())
+            self.token_counts.setdefault(entry.block, Counter()).update(entry.num_tokens.tolist())
         self.dense = cost.dense
         self.timing.append((len(index), seconds))
 
-    def _count(self, block: int, counts: Tensor) -> None:
-        old = self.tokens.get(block, counts[:0])
-        pad = len(counts) - len(old)
-        self.tokens[block] = nn.functional.pad(old, (0, max(pad, 0))) + nn.functional.pad(counts, (0, max(-pad, 0)))
-
-    @classmethod
-    def of_all_processes(cls, own: Tally) -> Tally:
-        """The records of all processes, on every one of them."""
-        tally = cls()
-        for other in gather(own):
-            tally.rows += other.rows
-            for block, counts in other.tokens.items():
-                tally._count(block, counts)
-            tally.dense = max(tally.dense, other.dense)
-        tally.images_per_second = sum(gather(own.rate()))
-        return tally
-
     def rate(self) -> float:
-        """Samples per second of forward passes, without the first where there are others."""
-        timed = self.timing[1:] or self.timing
-        return sum(n for n, _ in timed) / sum(seconds for _, seconds in timed) if timed else 0.0
+        """Samples per second of forward pass, without the first batch unless it is the only one."""
+        timing = self.timing[1:] or self.timing
+        return sum(n for n, _ in timing) / sum(seconds for _, seconds in timing) if timing else 0.0
 
-    def result(self, *, ensemble: Ensemble | None, wall_seconds: float, params_m: float, device: str) -> Result:
-        """The averages over all samples, clips of skipped videos left out."""
-        rows = torch.cat(self.rows)
+    def result(self, *, ensemble: Ensemble | None, start: float, params_m: float, device: str) -> Result:
+        """The averages over the samples of all processes, without the clips of skipped videos.
+
+        `start` of the evaluation is by `time.perf_counter`. Raises a UserError if there are no samples.
+        """
+        parts = all_gather(self)
+        # Ordered by index: the sums then depend neither on the batch size nor on the number of processes.
+        rows = torch.cat([torch.zeros(0, 6, dtype=torch.float64), *(rows for part in parts for rows in part.rows)])
         rows = rows[rows[:, 0].argsort()]
         if (rows[1:, 0] == rows[:-1, 0]).any():
             raise RuntimeError("Samples were evaluated twice: build_loader needs the rank and the world size.")
         if ensemble is not None:
+            ensemble.exchange()
             rows = rows[~ensemble.skipped[rows[:, 0].long() // ensemble.num_views]]
-            if not len(rows):
-                raise UserError("There is nothing to evaluate: no video can be read.")
+        if not len(rows):
+            reason = "the data set is empty" if ensemble is None else "no video can be read"
+            raise UserError(f"There is nothing to evaluate: {reason}.")
         _, hit1, hit5, nonfinite, as_run, paper = rows.T
-        quantiles = torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0], dtype=torch.float64)
-        low, p5, p50, p95, high = torch.quantile(as_run, quantiles).tolist()
-        spread = {"mean": as_run.mean().item(), "std": as_run.std(correction=0).item()}
-        spread |= {"min": low, "p5": p5, "p50": p50, "p95": p95, "max": high}
+        gflops = {"mean": as_run.mean().item(), "std": as_run.std(correction=0).item()}
+        for name, share in (("min", 0.0), ("p5", 0.05), ("p50", 0.5), ("p95", 0.95), ("max", 1.0)):
+            gflops[name] = as_run.quantile(share).item()
+        gflops |= {"paper_mean": paper.mean().item(), "dense": max(part.dense for part in parts)}
+        blocks = sorted({block for part in parts for block in part.token_counts})
+        counts = {b: sum((part.token_counts.get(b, Counter()) for part in parts), Counter()) for b in blocks}
         result = Result(
             top1=100 * hit1.mean().item(),
             top5=100 * hit5.mean().item(),
             num_samples=len(rows),
             num_nonfinite=int(nonfinite.sum()),
-            gflops=spread | {"paper_mean": paper.mean().item(), "dense": self.dense},
-            tokens_per_block={block: _mean_count(counts) for block, counts in sorted(self.tokens.items())},
-            images_per_second=self.images_per_second,
-            wall_seconds=wall_seconds,
+            gflops=gflops,
+            tokens_per_block={b: sum(n * times for n, times in c.items()) / c.total() for b, c in counts.items()},
+            images_per_second=sum(part.rate() for part in parts),
+            wall_seconds=time.perf_counter() - start,
             params_m=params_m,
             device=device,
-            token_counts={block: counts.tolist() for block, counts in sorted(self.tokens.items())},
+            token_counts={b: [c[n] for n in range(max(c) + 1)] for b, c in counts.items()},
         )
-        return result if ensemble is None else _of_videos(result, ensemble)
+        if ensemble is None:
+            return result
+        top1, top5 = ensemble.accuracy()
+        num_videos = int((~ensemble.skipped).sum())
+        per_video = {name: ensemble.num_views * gflops[name] for name in ("mean", "paper_mean", "dense")}
+        video = {"num_videos": num_videos, "num_clips": num_videos * ensemble.num_views}
+        video |= {"num_views": ensemble.num_views, "num_skipped_videos": int(ensemble.skipped.sum())}
+        video |= {"gflops_per_video": per_video, "clip_top1": result.top1, "clip_top5": result.top5}
+        return replace(result, top1=top1, top5=top5, video=video)
 
 
-def _of_videos(clips: Result, ensemble: Ensemble) -> Result:
-    """The result of the clips as that of their videos."""
-    top1, top5 = ensemble.accuracy()
-    video = ensemble.summary(clips.gflops) | {"clip_top1": clips.top1, "clip_top5": clips.top5}
-    return replace(clips, top1=top1, top5=top5, video=video)
+@dataclass(eq=False, kw_only=True)
+class Ensemble:
+    """Scores of `num_videos * num_views` clips per video; clip `index` belongs to video `index // num_views`."""
+
+    num_videos: int
+    num_views: int
+    method: str = "sum"  # how to combine the clips' scores, class by class: "sum" or "max"
+    clip_score: str = "logits"  # what to combine: "logits" or their "softmax"
+
+    def __post_init__(self) -> None:
+        self.seen = torch.zeros(self.num_videos, self.num_views, dtype=torch.bool)  # the clips added so far
+        self.skipped = torch.zeros(self.num_videos, dtype=torch.bool)  # videos with a clip that cannot be read
+        self.labels = torch.full((self.num_videos,), -1)  # [num_videos], -1 until a clip of the video is added
+        self._scores: Tensor | None = None  # [num_videos, classes] float64
+
+    def add(self, logits: Tensor, label: Tensor, index: Tensor) -> None:
+        """Add a batch of clips: logits [B, classes], label and index [B].
+
+        Raises:
+            RuntimeError: a clip was added before, or the clips of a video have different labels.
+        """
+        self._mark_seen(index)
+        video, label = index // self.num_views, label.cpu()
+        self.labels[video[self.labels[video] < 0]] = label[self.labels[video] < 0]
+        if wrong := index[self.labels[video] != label].tolist():
+            raise RuntimeError(f"Clip {wrong[0]} has another label than the other clips of its video.")
+        # In float64 the order in which clips arrive changes no significant digit of the sum.
+        scores = logits.detach().to("cpu", torch.float64)
+        if self.clip_score == "softmax":
+            scores = scores.softmax(dim=1)
+        if self._scores is None:
+            self._scores = self._no_scores(scores.shape[1])
+        if self.method == "sum":
+            self._scores.index_add_(0, video, scores)
+        else:
+            self._scores.scatter_reduce_(0, video[:, None].expand_as(scores), scores, "amax")
+
+    def drop_bad(self, batch: Sample) -> Sample:
+        """The batch without the clips that cannot be read; their videos are marked as skipped and named in the log."""
+        good = torch.tensor([not path for path in batch.bad])
+        for path in sorted(set(filter(None, batch.bad))):
+            logger.warning("%s cannot be read; its video is left out.", path)
+        self._mark_seen(batch.index[~good])
+        self.skipped[batch.index[~good] // self.num_views] = True
+        return Sample(batch.x[good], batch.label[good], batch.index[good], [""] * int(good.sum()))
+
+    def _mark_seen(self, index: Tensor) -> None:
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.seen.numel():
+            raise RuntimeError(f"There are clips 0 to {self.seen.numel() - 1}; got {index.tolist()}.")
+        flat = self.seen.view(-1)
+        repeated = index[flat[index]].tolist()
+        if repeated or len(index.unique()) < len(index):
+            raise RuntimeError(f"Clips came twice: {repeated or index.tolist()}.")
+        flat[index] = True
+
+    def _no_scores(self, num_classes: int) -> Tensor:
+        start = 0.0 if self.method == "sum" else -torch.inf
+        return torch.full((self.num_videos, num_classes), start, dtype=torch.float64)
+
+    def exchange(self) -> None:
+        """Merge the clips of all processes, so that each holds all; a RuntimeError if two have seen the same clip."""
+        seen = all_reduce(self.seen.to(torch.int32))
+        if (seen > 1).any():
+            raise RuntimeError(f"Processes have seen the same clips: {(seen > 1).nonzero()[:10].tolist()}.")
+        self.seen = seen.bool()
+        self.skipped = all_reduce(self.skipped.to(torch.int32), "max").bool()
+        all_reduce(self.labels, "max")
+        num_classes = all_reduce(torch.tensor(0 if self._scores is None else self._scores.shape[1]), "max").item()
+        if num_classes:
+            if self._scores is None:  # this process had no clips
+                self._scores = self._no_scores(num_classes)
+            all_reduce(self._scores, self.method)
+
+    def scores(self) -> Tensor:
+        """[num_videos, classes] float64, every clip counted once; raises a RuntimeError if a clip is missing.
+
+        The rows of skipped videos are meaningless.
+        """
+        missing = (~self.seen.all(dim=1)).nonzero().flatten().tolist()
+        if missing or self._scores is None:
+            raise RuntimeError(f"{len(missing)} videos lack some of their {self.num_views} clips: {missing[:10]}.")
+        return self._scores
+
+    def accuracy(self) -> tuple[float, float]:
+        """Top-1 and top-5 accuracy in percent, over the videos that are not skipped; needs all clips, as `scores`."""
+        hit1, hit5, _ = hits(self.scores()[~self.skipped], self.labels[~self.skipped])
+        return 100 * hit1.double().mean().item(), 100 * hit5.double().mean().item()
+
+
+def build_ensemble(cfg: CfgNode, dataset: object) -> Ensemble | None:
+    """The ensemble for a test set of clips; None for images, which have one view: asking for more is a UserError."""
+    if not isinstance(dataset, Kinetics):
+        if cfg.TEST.NUM_ENSEMBLE_VIEWS not in (1, 10):  # 10 is the default, meant for clips
+            raise UserError(f"TEST.NUM_ENSEMBLE_VIEWS {cfg.TEST.NUM_ENSEMBLE_VIEWS}: images have one view; type 1.")
+        return None
+    scores = {"method": cfg.DATA.ENSEMBLE_METHOD, "clip_score": cfg.TEST.ENSEMBLE_OF}
+    return Ensemble(num_videos=dataset.num_videos, num_views=dataset.num_views, **scores)

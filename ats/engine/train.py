@@ -1,63 +1,85 @@
-"""Train a model with DeiT's recipe, or fine-tune it with ATS: the same loop, begun at `TRAIN.CHECKPOINT_FILE_PATH`.
+"""Train a model with DeiT's recipe, or fine-tune `TRAIN.CHECKPOINT_FILE_PATH` with ATS; both use the same loop.
 
     weights = train(cfg)        # -> OUTPUT_DIR/model.safetensors
 
-Every step draws its random numbers (mixup, dropout, stochastic depth) from (RNG_SEED, epoch, step) alone, and every
-sample its augmentation likewise: a run resumed at any step is the uninterrupted one, bit for bit. With several
-processes (`distributed.process_group`) each has its share of every batch, and the result stays the same to round-off.
+Random numbers are functions of their place in the training: those of a step (mixup, dropout, stochastic depth) follow
+from (RNG_SEED, epoch, step), those of a sample's augmentation from (RNG_SEED, epoch, its place in the order). So a run
+resumed at any step equals the uninterrupted run bit for bit. With several processes (`device.process_group`), each
+takes its share of every batch, and the result is the same up to round-off. SIGTERM (from a scheduler) and SIGINT
+(Ctrl-C) end a training after the current step, with a checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
+from time import perf_counter
+from types import FrameType
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ats.checkpoint import load_weights, save_safetensors
 from ats.config import CfgNode
 from ats.datasets import Loader, Sample, build_loader
-from ats.datasets.build import mean_std
-from ats.engine.checkpointing import Checkpoints, TrainState, newest, refuse_or_remove, resume
-from ats.engine.device import device_name, explain_lost_worker, seed_everything, select_device
-from ats.engine.distributed import data_parallel, gather, is_main, rank, sum_over_processes, wait_for_all, world_size
+from ats.engine.checkpointing import Checkpoints, TrainState, newest_checkpoint, resume
+from ats.engine.device import (
+    all_gather,
+    all_reduce,
+    data_parallel,
+    device_name,
+    explain_lost_process,
+    is_main,
+    rank,
+    seed_everything,
+    select_device,
+    wait_for_all,
+    world_size,
+)
 from ats.engine.evaluate import describe_model, evaluate
-from ats.engine.logging import log_plan
-from ats.engine.meters import BadFiles, timed
-from ats.engine.optim import build_optimizer, set_lr
-from ats.engine.output_dir import open_output_dir, write_config
-from ats.engine.signals import SIGNALS, StopSignals
-from ats.engine.step import NonFiniteError, Recipe, StepStats, train_step
-from ats.engine.train_log import TrainLog
+from ats.engine.output import log_plan, open_output_dir
+from ats.engine.step import NonFiniteError, Recipe, StepStats, build_optimizer, set_lr, train_step
+from ats.engine.train_log import BadFiles, TrainLog, Window
 from ats.errors import NoSuchSplit, Stopped, UserError, counted
 from ats.models import build_model
-from ats.visualize import draw_fixed_images
 
 logger = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+Draw = Callable[[nn.Module, Dataset[Sample]], Tensor | None]
 
-def train(cfg: CfgNode, *, force: bool = False) -> Path:
-    """Train as `cfg` says; checkpoints, logs and, at the end, OUTPUT_DIR/model.safetensors (EMA weights if EMA.ENABLE).
+
+def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Path:
+    """Train as `cfg` says, export the weights to OUTPUT_DIR/model.safetensors and return that path.
+
+    With EMA.ENABLE, the exported weights are the EMA's.
 
     Args:
-        force: go on from the checkpoints of another configuration in OUTPUT_DIR, or without TRAIN.AUTO_RESUME delete
-            those that are there.
-
-    Returns:
-        The path of the exported weights.
+        force: resume from checkpoints in OUTPUT_DIR although they belong to another configuration, or, without
+            TRAIN.AUTO_RESUME, delete them.
+        draw: a function that draws a network on the validation data, for TensorBoard: [3, H, W] in 0..1, or None.
 
     Raises:
-        UserError: bad settings, data, weights or checkpoints; an OUTPUT_DIR of another or a running training; too many
-            unreadable files; a lost data worker or process; a loss that is not finite; a full disk.
-        Stopped: by SIGTERM or SIGINT, after a checkpoint.
+        UserError: bad settings, data, weights or checkpoints; OUTPUT_DIR belongs to another training or is in use; too
+            many unreadable files; a lost data worker or process; a loss that is not finite; a full disk.
+        Stopped: by SIGTERM or SIGINT, after saving a checkpoint.
     """
     output_dir = open_output_dir(cfg)
-    trainer = Trainer(cfg, output_dir, force=force)
-    with closing(trainer.log), _explain_failures(output_dir), StopSignals() as stop:
-        trainer.run(stop)
+    trainer = Trainer(cfg, output_dir, force=force, draw=draw)
+    with closing(trainer.log), explain_lost_process(), StopSignals() as stop:
+        try:
+            trainer.run(stop)
+        except torch.OutOfMemoryError as error:
+            advice = "raise TRAIN.GRAD_ACCUM_STEPS, or lower TEST.BATCH_SIZE"
+            raise UserError(f"Out of GPU memory: {advice}. {error}") from error
     weights = output_dir / "model.safetensors"
     if is_main():
         save_safetensors(weights, trainer.state.eval_model.state_dict())
@@ -66,237 +88,206 @@ def train(cfg: CfgNode, *, force: bool = False) -> Path:
     return weights
 
 
-@contextmanager
-def _explain_failures(output_dir: Path) -> Iterator[None]:
-    try:
-        with explain_lost_worker():
-            yield
-    except NonFiniteError as error:
-        advice = "A lower SOLVER.BASE_LR or SOLVER.CLIP_GRAD_L2NORM 1 may help."
-        raise UserError(f"{error} Last checkpoint: {newest(output_dir)}. {advice}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"Out of GPU memory: raise TRAIN.GRAD_ACCUM_STEPS, or lower TEST.BATCH_SIZE. {error}"
-        ) from error
-
-
 class Trainer:
-    """A training, ready to run: model, data and log of a config, resumed if there is something to resume.
+    """A training that is ready to run or resume: the model, data and log of a config. For the arguments see `train`."""
 
-    Args:
-        output_dir: opened. force: see `train`.
-    """
-
-    def __init__(self, cfg: CfgNode, output_dir: Path, *, force: bool = False) -> None:
-        self.cfg, self.device = cfg, select_device(cfg.DEVICE)
-        self.recipe = Recipe.from_cfg(cfg)
-        share = {"rank": rank(), "world_size": world_size()}
-        self.train_loader, self.val_loader = build_loader(cfg, "train", **share), build_val_loader(cfg, **share)
+    def __init__(self, cfg: CfgNode, output_dir: Path, *, force: bool = False, draw: Draw | None = None) -> None:
+        self.cfg, self.output_dir, self.draw = cfg, output_dir, draw
+        self.device, self.recipe = select_device(cfg.DEVICE), Recipe(cfg)
+        self.train_loader, self.val_loader = _build_loaders(cfg)
         self.sampler = self.train_loader.batch_sampler
         self.num_epochs, self.num_steps = cfg.SOLVER.MAX_EPOCH, self.sampler.num_batches
         self.state = build_state(cfg, self.device)
-        if cfg.TRAIN.AUTO_RESUME:
-            resumed = resume(self.state, output_dir, cfg, force=force)
-        else:
-            resumed = refuse_or_remove(output_dir, force=force)
-        write_config(cfg, output_dir)
+        resumed = resume(self.state, output_dir, cfg, force=force)
+        if is_main():
+            (output_dir / "config.yaml").write_text(cfg.dump())
         log_plan(self._plan())
         if resumed:
-            logger.info(
-                "Resumed from %s: %d of %d epochs are done%s.",
-                *(resumed, self.state.epoch, self.num_epochs),
-                f" and {self.state.step} of {self.num_steps} steps" if self.state.step else "",
-            )
+            steps = f" and {self.state.step} of {self.num_steps} steps" if self.state.step else ""
+            done = f"{self.state.epoch} of {self.num_epochs} epochs are done{steps}"
+            logger.info("Resumed from %s: %s.", resumed, done)
         self.forward = data_parallel(self.state.model)
-        self.bad_files = BadFiles(max_fraction=cfg.DATA.MAX_BAD_FRACTION)
-        self.bad_files.restore(self.state.log_state.get("bad_files"))
-        self.checkpoints = Checkpoints(
-            output_dir,
-            cfg.dump(),
-            every_steps=cfg.TRAIN.CHECKPOINT_STEPS,
-            every_minutes=cfg.TRAIN.CHECKPOINT_MINUTES,
-            keep=cfg.TRAIN.CHECKPOINT_KEEP,
-        )
-        self.log = TrainLog(
-            output_dir,
-            num_epochs=self.num_epochs,
-            num_steps=self.num_steps,
-            period=cfg.LOG_PERIOD,
-            device=self.device,
-            epoch=self.state.epoch,
-            step=self.state.step,
-            window=self.state.log_state.get("window"),
-            tensorboard=cfg.TENSORBOARD.ENABLE,
-        )
+        log_state = self.state.log_state
+        self.bad_files = BadFiles(cfg.DATA.MAX_BAD_FRACTION, log_state.get("bad_files", [0, 0]))
+        self.checkpoints = Checkpoints(output_dir, cfg)
+        place = {"steps_done": self._steps_done(), "window": log_state.get("window", {})}
+        self.log = TrainLog(output_dir, cfg, num_steps=self.num_steps, device=self.device, **place)
 
     def run(self, stop: StopSignals) -> None:
-        """Train what is left of the training.
-
-        Raises:
-            Stopped: a signal came.
-        """
+        """Train the remaining epochs; raises `Stopped` when a signal arrives."""
         if self.state.epoch and not self.state.step:
-            self._after_epoch(stop)  # once more: the run may have ended in it
+            self._after_epoch(stop)  # again, in case the earlier run stopped during the evaluation
         while self.state.epoch < self.num_epochs:
             self._train_epoch(stop)
             self._after_epoch(stop)
 
     def _train_epoch(self, stop: StopSignals) -> None:
-        state = self.state
+        state, settings = self.state, self.cfg.TRAIN
         epoch = state.epoch
         if state.step == 0:
-            self.log.start_epoch()
+            self.log.window = Window()  # the time of the evaluation before the epoch does not count
         state.model.train()
         self.sampler.set_epoch(epoch, start_batch=state.step)
-        seed_everything(self.recipe.seed, epoch)  # the loader draws from the global generator as it starts
-        for batch, seconds_waited in timed(self.train_loader):
-            step = state.step
+        seed_everything(self.recipe.seed, epoch)  # starting the loader draws from the global generator
+        waiting_since = perf_counter()
+        for batch in self.train_loader:
+            seconds_waited, step = perf_counter() - waiting_since, state.step
             stats, lr = self._step(batch)
-            signum, num_bad = self._exchange(stop, sum(map(bool, batch.bad)))
+            signum, num_bad = self._agree(stop, num_bad=sum(map(bool, batch.bad)))
             self.bad_files.add(batch.bad, num_read=self.sampler.batch_size, num_bad=num_bad)
             state.epoch, state.step = (epoch + 1, 0) if step + 1 == self.num_steps else (epoch, step + 1)
-            self.log.step(
-                *(epoch, step, stats),
-                lr=lr,
-                num_images=self.sampler.batch_size,
-                seconds_waited=seconds_waited,
-                num_bad=self.bad_files.num_bad,
-            )
-            if signum or self._checkpoint_is_due():
-                state.log_state = {"window": self.log.window(), "bad_files": self.bad_files.state()}
+            num_images, num_bad = self.sampler.batch_size, self.bad_files.counts[1]
+            self.log.step(stats, lr=lr, num_images=num_images, seconds_waited=seconds_waited, num_bad=num_bad)
+            epoch_is_due = state.step == 0 and self._is_due(settings.EVAL_PERIOD, settings.CHECKPOINT_PERIOD)
+            if signum or epoch_is_due or self.checkpoints.is_due(self._steps_done()):
+                state.log_state = {"window": self.log.window.state(), "bad_files": self.bad_files.counts}
                 self.checkpoints.save(state)
             if signum:
-                wait_for_all()  # torchrun ends all processes when the first one ends
+                wait_for_all()  # torchrun kills the others as soon as one process ends
                 raise Stopped(signum, f"after step {step + 1} of {self.num_steps} of epoch {epoch + 1}")
+            waiting_since = perf_counter()
 
     def _step(self, batch: Sample) -> tuple[StepStats, float]:
-        """A step on this process's share of a batch: its numbers, and its learning rate."""
+        """One step on this process's share of a batch; returns its numbers and its learning rate."""
         state, recipe = self.state, self.recipe
         seed_everything(recipe.seed, state.epoch, state.step)
         lr = recipe.lr_at(state.epoch + state.step / self.num_steps)
         set_lr(state.optimizer, lr)
         x, target = (t.to(self.device, non_blocking=True) for t in (batch.x, batch.label))
-        if recipe.mixup is not None:  # before the batch is cut into chunks, so that their number changes nothing
+        if recipe.mixup is not None:  # before the batch is cut into chunks, so that the number of chunks has no effect
             x, target = recipe.mixup(x, target)
-        if rank():  # mixup is the same on all processes, dropout and stochastic depth are not
+        if rank():  # all processes share mixup's random numbers, but not those of dropout and stochastic depth
             seed_everything(recipe.seed, state.epoch, state.step, rank())
         try:
-            stats = train_step(
-                *(self.forward, x, target),
-                optimizer=state.optimizer,
-                scaler=state.scaler,
-                recipe=recipe,
-                batch_size=self.sampler.batch_size,
-            )
+            stats = train_step(self.forward, x, target, state, recipe, self.sampler.batch_size)
         except NonFiniteError as error:
-            index = [i for share in gather(batch.index.tolist()) for i in share]
+            index = [i for share in all_gather(batch.index.tolist()) for i in share]
             where = f"epoch {state.epoch + 1}, step {state.step + 1} of {self.num_steps}"
             logger.debug("Samples of %s: %s", where, index)
-            raise NonFiniteError(f"{error} in {where} (learning rate {lr:.3g}; {_name_samples(index)}).") from error
+            more = f", and {len(index) - 16} more: see log.txt" if len(index) > 16 else ""
+            raise UserError(
+                f"{error} in {where} (learning rate {lr:.3g}; samples {', '.join(map(str, index[:16]))}{more}). Last "
+                f"checkpoint: {newest_checkpoint(self.output_dir)}. A lower SOLVER.BASE_LR or SOLVER.CLIP_GRAD_L2NORM "
+                "1 may help."
+            ) from error
         if state.ema is not None:
             state.ema.update(state.model)
         return stats, lr
 
-    def _exchange(self, stop: StopSignals, num_bad: int) -> tuple[int, int]:
-        """The signal to stop for that came to any process (0: none), and the bad files of all."""
-        came = [stop.received == signum for signum in SIGNALS]
-        *came, num_bad = sum_over_processes(torch.tensor([*came, num_bad], dtype=torch.int64)).tolist()
-        return next((signum for signum, count in zip(SIGNALS, came, strict=True) if count), 0), num_bad
+    def _agree(self, stop: StopSignals, *, num_bad: int) -> tuple[int, int]:
+        """Over all processes: the signal that any of them received (0: none), and the number of bad files."""
+        received = [stop.received == signum for signum in SIGNALS]
+        *counts, num_bad = all_reduce(torch.tensor([*received, num_bad], dtype=torch.int64)).tolist()
+        return next((signum for signum, count in zip(SIGNALS, counts, strict=True) if count), 0), num_bad
 
-    def _checkpoint_is_due(self) -> bool:
-        epoch, step = self.state.epoch, self.state.step
-        at_end = self._evaluation_is_due() or _is_due(epoch, self.cfg.TRAIN.CHECKPOINT_PERIOD)
-        return (step == 0 and at_end) or self.checkpoints.is_due(epoch * self.num_steps + step)
+    def _steps_done(self) -> int:
+        return self.state.epoch * self.num_steps + self.state.step
 
-    def _evaluation_is_due(self) -> bool:
-        return self.state.epoch == self.num_epochs or _is_due(self.state.epoch, self.cfg.TRAIN.EVAL_PERIOD)
+    def _is_due(self, *periods: int) -> bool:
+        """Whether the last epoch is done, or one of these periods of epochs is over (0: never)."""
+        epoch = self.state.epoch
+        return epoch == self.num_epochs or any(period > 0 and epoch % period == 0 for period in periods)
 
     def _after_epoch(self, stop: StopSignals) -> None:
-        """Evaluate if due. A checkpoint was written before, so that a run that ends in it does it again."""
-        if self.val_loader is None or not self._evaluation_is_due():
+        """Evaluate if due. The checkpoint is already written, so a run that stops in here evaluates again."""
+        if self.val_loader is None or not self._is_due(self.cfg.TRAIN.EVAL_PERIOD):
             return
         state = self.state
-        with stop.at_once(f"in the evaluation after epoch {state.epoch} of {self.num_epochs}"):
+        with stop.interruptible(f"in the evaluation after epoch {state.epoch} of {self.num_epochs}"):
             result = evaluate(state.eval_model, self.val_loader, device=self.device)
-        self.log.evaluation(state.epoch - 1, result, is_ema=state.ema is not None)
-        if self.log.wants_pictures:
-            mean, std = mean_std(self.cfg)
-            num_images = self.cfg.TENSORBOARD.NUM_IMAGES
-            picture = draw_fixed_images(state.eval_model, self.val_loader.dataset, num_images, mean=mean, std=std)
-            if picture is not None:
-                self.log.picture(state.epoch - 1, picture)
+        draw = None if self.draw is None else partial(self.draw, state.eval_model, self.val_loader.dataset)
+        self.log.evaluation(result, is_ema=state.ema is not None, draw=draw)
         self.checkpoints.keep_best(state, result.top1)
 
     def _plan(self) -> dict[str, str]:
         """What the training will do, for the head of the log."""
-        cfg = self.cfg
-        passes = f" in {cfg.TRAIN.GRAD_ACCUM_STEPS} passes" if cfg.TRAIN.GRAD_ACCUM_STEPS > 1 else ""
-        precision = cfg.TRAIN.AMP_DTYPE if cfg.TRAIN.MIXED_PRECISION else "float32"
-        saving = [_every(cfg.TRAIN.CHECKPOINT_STEPS, "step")] if cfg.TRAIN.CHECKPOINT_STEPS else []
-        saving += [f"every {cfg.TRAIN.CHECKPOINT_MINUTES:g} minutes"] if cfg.TRAIN.CHECKPOINT_MINUTES else []
-        saving += [_every(cfg.TRAIN.CHECKPOINT_PERIOD, "epoch")] if cfg.TRAIN.CHECKPOINT_PERIOD else []
-        keep = f"the last {cfg.TRAIN.CHECKPOINT_KEEP} and the best" if cfg.TRAIN.CHECKPOINT_KEEP else "all"
-        schedule = f"{counted(cfg.SOLVER.MAX_EPOCH, 'epoch')} of {counted(self.num_steps, 'step')}"
-        schedule += f" of {counted(cfg.TRAIN.BATCH_SIZE, 'sample')}{passes}"
+        cfg, settings = self.cfg, self.cfg.TRAIN
+        passes = f" in {settings.GRAD_ACCUM_STEPS} passes" if settings.GRAD_ACCUM_STEPS > 1 else ""
+        precision = settings.AMP_DTYPE if settings.MIXED_PRECISION else "float32"
+        periods = {"step": settings.CHECKPOINT_STEPS, "minute": settings.CHECKPOINT_MINUTES}
+        periods["epoch"] = settings.CHECKPOINT_PERIOD
+        saving = [f"every {noun if n == 1 else f'{n:.10g} {noun}s'}" for noun, n in periods.items() if n]
+        saving.append("at the end" if self.val_loader is None else "before every evaluation")
+        keep = f"the last {settings.CHECKPOINT_KEEP} and the best" if settings.CHECKPOINT_KEEP else "all"
+        schedule = f"{counted(self.num_epochs, 'epoch')} of {counted(self.num_steps, 'step')}"
+        schedule += f" of {counted(settings.BATCH_SIZE, 'sample')}{passes}"
         num_train = counted(len(self.train_loader.dataset), "sample")
         num_val = "none" if self.val_loader is None else len(self.val_loader.dataset)
-        saving.append("at the end" if self.val_loader is None else "before every evaluation")
         return {
             "train": describe_model(cfg, self.state.model),
-            "weights": cfg.TRAIN.CHECKPOINT_FILE_PATH or f"random, RNG_SEED {cfg.RNG_SEED}",
-            "data": f"{cfg.TRAIN.DATASET} in {cfg.DATA.PATH_TO_DATA_DIR}: "
+            "weights": settings.CHECKPOINT_FILE_PATH or f"random, RNG_SEED {cfg.RNG_SEED}",
+            "data": f"{settings.DATASET} in {cfg.DATA.PATH_TO_DATA_DIR}: "
             f"{num_train} to train on, {num_val} to evaluate on",
             "schedule": f"{schedule}, {cfg.SOLVER.OPTIMIZING_METHOD}, "
             f"learning rate {cfg.SOLVER.BASE_LR:g} {cfg.SOLVER.LR_POLICY}",
             "device": f"{device_name(self.device)}, {precision}",
             "process": f"{world_size()} with {self.train_loader.num_workers} data workers each",
             "saves": f"{', '.join(saving)}; keeps {keep}",
-            "output": str(Path(cfg.OUTPUT_DIR).expanduser().resolve()),
+            "output": str(self.output_dir.resolve()),
         }
 
 
-def build_val_loader(cfg: CfgNode, **share: int) -> Loader | None:
-    """The loader of the validation data; None if nothing will be evaluated.
-
-    Raises:
-        UserError: as `build_loader`.
-    """
+def _build_loaders(cfg: CfgNode) -> tuple[Loader, Loader | None]:
+    """The loaders of the training and validation data; the second is None if the run evaluates nothing."""
+    share = {"rank": rank(), "world_size": world_size()}
+    train_loader = build_loader(cfg, "train", **share)
     if not cfg.TRAIN.EVAL_PERIOD and not cfg.TEST.ENABLE:
-        return None
+        return train_loader, None
     try:
-        return build_loader(cfg, "val", **share)
+        return train_loader, build_loader(cfg, "val", **share)
     except NoSuchSplit as error:
-        raise UserError(
-            f"{error}\nTo train without validation data, type TRAIN.EVAL_PERIOD 0 TEST.ENABLE False."
-        ) from error
-
-
-def _is_due(epoch: int, period: int) -> bool:
-    return period > 0 and epoch % period == 0
-
-
-def _every(number: int, noun: str) -> str:
-    return f"every {noun}" if number == 1 else f"every {counted(number, noun)}"
-
-
-def _name_samples(index: list[int], limit: int = 16) -> str:
-    more = f", and {len(index) - limit} more: see log.txt" if len(index) > limit else ""
-    return f"samples {', '.join(map(str, index[:limit]))}{more}"
+        advice = "To train without validation data, type TRAIN.EVAL_PERIOD 0 TEST.ENABLE False."
+        raise UserError(f"{error}\n{advice}") from error
 
 
 def build_state(cfg: CfgNode, device: torch.device) -> TrainState:
-    """Model (with `TRAIN.CHECKPOINT_FILE_PATH`'s weights if given), optimizer, scaler and EMA before the first step."""
+    """Model, optimizer, scaler and EMA before the first step; the weights of `TRAIN.CHECKPOINT_FILE_PATH` if given."""
     seed_everything(cfg.RNG_SEED)
     model = build_model(cfg)
     if cfg.TRAIN.CHECKPOINT_FILE_PATH:
         skip = getattr(model, "head_keys", ("head",)) if cfg.TRAIN.RESET_HEAD else ()
         load_weights(model, cfg.TRAIN.CHECKPOINT_FILE_PATH, skip=skip, advice="TRAIN.RESET_HEAD True")
     model.to(device)
-    return TrainState(
-        model=model,
-        optimizer=build_optimizer(model, cfg),
-        scaler=torch.amp.GradScaler(
-            device.type, enabled=cfg.TRAIN.MIXED_PRECISION and cfg.TRAIN.AMP_DTYPE == "float16"
-        ),
-        ema=ModelEmaV3(model, decay=cfg.EMA.DECAY) if cfg.EMA.ENABLE else None,
-    )
+    is_float16 = cfg.TRAIN.MIXED_PRECISION and cfg.TRAIN.AMP_DTYPE == "float16"
+    scaler = torch.amp.GradScaler(device.type, enabled=is_float16)
+    ema = ModelEmaV3(model, decay=cfg.EMA.DECAY) if cfg.EMA.ENABLE else None
+    return TrainState(model, build_optimizer(model, cfg), scaler, ema)
+
+
+class StopSignals:
+    """A context that records SIGTERM and SIGINT instead of ending the process. A second SIGINT ends it at once."""
+
+    received = 0  # the number of the first signal
+    _interruptible_part = ""
+
+    def __enter__(self) -> StopSignals:
+        is_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers in no other
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in SIGNALS if is_main_thread}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    @contextmanager
+    def interruptible(self, where: str) -> Iterator[None]:
+        """A context in which a signal raises `Stopped` at once, because there is nothing to finish or save."""
+        self._interruptible_part = where
+        try:
+            if self.received:
+                raise Stopped(self.received, where)
+            yield
+        finally:
+            self._interruptible_part = ""
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.received and signum == signal.SIGINT:
+            os.write(2, b"\nsecond SIGINT: quit without a checkpoint\n")
+            os._exit(128 + signal.SIGINT)
+        if self.received:
+            return
+        self.received = signum
+        if self._interruptible_part:
+            raise Stopped(signum, self._interruptible_part)
+        again = ", again to quit at once" if signum == signal.SIGINT else ""
+        os.write(2, f"\n{signal.Signals(signum).name}: stopping after this step{again}\n".encode())

@@ -1,90 +1,102 @@
-"""A training's numbers: the bar or the lines on the console, and in OUTPUT_DIR `log.jsonl` and `tensorboard/`."""
+"""The numbers of a training: the bar or the lines on the console; `log.jsonl` and `tensorboard/` in OUTPUT_DIR; the
+count of unreadable files.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import simplejson
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ats.engine.distributed import is_main
-from ats.engine.meters import Eta, Window
+from ats.config import CfgNode
+from ats.engine.device import is_main
 from ats.engine.step import StepStats
+from ats.engine.tally import Result
 from ats.errors import UserError, counted
 from ats.files import atomic_write
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-    from ats.engine.evaluate import Result
 
 logger = logging.getLogger(__name__)
 
 
-class TrainLog:
-    """A running training: a bar on a terminal, else a line every `period` steps; `log.jsonl`; TensorBoard if asked. All
-    this on process 0; the others are silent.
+class Window:
+    """Averages over the steps of a line of the log. The arguments are the `state()` of the window to continue."""
 
-    Epochs and steps are counted from 0 in arguments and from 1 in what is written. A resumed run goes on behind
-    `epoch` finished epochs and `step` steps, with its `window`; what was logged of later steps is dropped.
+    def __init__(self, *, sums: dict | None = None, num_steps: int = 0, seconds: float = 0.0) -> None:
+        self._sums: dict[str | int, float] = defaultdict(float, sums or {})
+        self._num_steps, self._start = num_steps, time.perf_counter() - seconds
+
+    def state(self) -> dict:
+        """The window as plain values, for a checkpoint."""
+        seconds = time.perf_counter() - self._start
+        return {"sums": dict(self._sums), "num_steps": self._num_steps, "seconds": seconds}
+
+    def add(self, values: dict[str | int, float]) -> None:
+        """Add the values of a step."""
+        for name, value in values.items():
+            self._sums[name] += value
+        self._num_steps += 1
+
+    def means(self) -> dict[str | int, float]:
+        """The mean of every value, and the `seconds` per step."""
+        sums = self._sums | {"seconds": time.perf_counter() - self._start}
+        return {name: total / self._num_steps for name, total in sums.items()}
+
+
+class TrainLog:
+    """Shows a bar on a terminal, else a line every LOG_PERIOD steps; writes `log.jsonl` and TensorBoard's files.
+
+    Only process 0 shows and writes anything. The log counts epochs and steps from 1; an epoch has `num_steps`. Reports
+    the memory of `device` if it is a GPU. A resumed run continues after `steps_done` with its last `window`: later
+    lines of log.jsonl are dropped.
     """
 
     def __init__(
-        self,
-        output_dir: Path,
-        *,
-        num_epochs: int,
-        num_steps: int,
-        period: int,
-        device: torch.device | None = None,
-        epoch: int = 0,
-        step: int = 0,
-        window: dict | None = None,
-        tensorboard: bool = False,
+        self, output_dir: Path, cfg: CfgNode, *, num_steps: int, device: torch.device, steps_done: int, window: dict
     ) -> None:
-        self._num_epochs, self._num_steps, self._period = num_epochs, num_steps, max(period, 1)
+        self._num_epochs, self._num_steps, self._period = cfg.SOLVER.MAX_EPOCH, num_steps, cfg.LOG_PERIOD
         self._path, self._device = output_dir / "log.jsonl", device
-        total, done = num_epochs * num_steps, epoch * num_steps + step
+        self._done = self._done_before = steps_done
+        self._start = time.perf_counter()
+        self.window = Window(**window)
         self._writer = None
         if is_main():
-            _drop_lines_after(self._path, epoch=epoch, step=step)
-            self._writer = _tensorboard_writer(output_dir, done) if tensorboard else None
-        disable = None if is_main() else True  # None: unless on a terminal
-        self._bar = tqdm(total=total, initial=done, desc="train", unit="step", dynamic_ncols=True, disable=disable)
-        self._eta = Eta(total - done)
-        self._window = Window(window)
-
-    def start_epoch(self) -> None:
-        """Begin an epoch: the time of the evaluation before it does not count."""
-        self._window = Window()
+            _drop_lines_after(self._path, *divmod(steps_done, num_steps))
+        if is_main() and cfg.TENSORBOARD.ENABLE:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("TENSORBOARD.ENABLE True needs TensorBoard: pip install tensorboard") from error
+            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=steps_done + 1)
+        shown = {"desc": "train", "unit": "step", "dynamic_ncols": True}
+        disable = None if is_main() else True  # None: show it on a terminal only
+        self._bar = tqdm(total=self._num_epochs * num_steps, initial=steps_done, disable=disable, **shown)
 
     def step(
-        self,
-        epoch: int,
-        step: int,
-        stats: StepStats,
-        *,
-        lr: float,
-        num_images: int,
-        seconds_waited: float = 0.0,
-        num_bad: int = 0,
+        self, stats: StepStats, *, lr: float, num_images: int, seconds_waited: float = 0.0, num_bad: int = 0
     ) -> None:
-        """Count a step; log the averages since the last line every `period` steps and at the end of an epoch.
+        """Record a step; every LOG_PERIOD steps and at the end of an epoch, log the averages since the last line.
 
         Args:
-            num_images: of the step. seconds_waited: for its data. num_bad: bad files since the training began.
+            num_images: size of the batch. seconds_waited: for its data. num_bad: bad files since the training began.
         """
         values = {"loss": stats.loss, "grad_norm": stats.grad_norm, "images": num_images, "waited": seconds_waited}
-        self._window.add(values | stats.tokens)
-        self._eta.step()
+        self.window.add(values | stats.tokens)
         self._bar.update()
-        if (step + 1) % self._period and step + 1 < self._num_steps:
+        self._done += 1
+        epoch, step = self._place()
+        if step % self._period and step < self._num_steps:
             return
-        means = self._window.take()
+        means = self.window.means()
+        self.window = Window()
         values = {"loss": means["loss"], "lr": lr, "grad_norm": means["grad_norm"]}
         values["tokens_per_block"] = {block: mean for block, mean in means.items() if isinstance(block, int)}
         values["bad_files"] = num_bad
@@ -92,95 +104,113 @@ class TrainLog:
             values["loss_scale"] = stats.loss_scale
         values["images_per_second"] = means["images"] / means["seconds"]
         values["data_wait_share"] = min(means["waited"] / means["seconds"], 1.0)
-        if self._device is not None and self._device.type == "cuda":
+        if self._device.type == "cuda":
             values["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
-        self._write("train", epoch, step, values)
-        tokens = " ".join(f"{mean:.1f}" for mean in values["tokens_per_block"].values())
+        self._write("train", values)
         self._bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {lr:.2e}", refresh=False)
+        # At the mean pace of this run so far, evaluations and checkpoints included.
+        pace = (time.perf_counter() - self._start) / (self._done - self._done_before)
+        time_left = timedelta(seconds=round(pace * (self._bar.total - self._done)))
+        bad_files = f", {counted(num_bad, 'bad file')}" if num_bad else ""
+        tokens = " ".join(f"{mean:.1f}" for mean in values["tokens_per_block"].values())
         logger.log(
-            logging.INFO if self._bar.disable else logging.DEBUG,  # on a terminal the bar says it
+            logging.INFO if self._bar.disable else logging.DEBUG,  # on a terminal the bar shows it
             "epoch %d/%d step %d/%d: loss %.4f, lr %.3e, gradient norm %.3g, %.0f images/s, %.0f %% waiting for data"
             "%s%s, %s to go",
-            *(epoch + 1, self._num_epochs, step + 1, self._num_steps, means["loss"], lr, means["grad_norm"]),
+            *(epoch, self._num_epochs, step, self._num_steps, means["loss"], lr, means["grad_norm"]),
             *(values["images_per_second"], 100 * values["data_wait_share"]),
-            *(
-                f", {counted(num_bad, 'bad file')}" if num_bad else "",
-                f", tokens {tokens}" if tokens else "",
-                self._eta,
-            ),
+            *(bad_files, f", tokens {tokens}" if tokens else "", time_left),
         )
 
-    def window(self) -> dict:
-        """What is averaged towards the next line, as plain values to go on from."""
-        return self._window.state()
+    def _place(self) -> tuple[int, int]:
+        """Epoch and step of the last step done, from 1."""
+        epoch, step = divmod(self._done - 1, self._num_steps)
+        return epoch + 1, step + 1
 
-    def evaluation(self, epoch: int, result: Result, *, is_ema: bool) -> None:
-        """Log the evaluation after `epoch`."""
+    def evaluation(self, result: Result, *, is_ema: bool, draw: Callable[[], Tensor | None] | None = None) -> None:
+        """Log an evaluation, and with TensorBoard the picture [3, H, W], in 0..1, that `draw` returns."""
         weights = "EMA weights" if is_ema else "weights"
         cost, dense = result.gflops["mean"], result.gflops["dense"]
         values = {"top1": result.top1, "top5": result.top5, "gflops": cost, "weights": weights}
-        self._write("val", epoch, self._num_steps - 1, values | {"tokens_per_block": result.tokens_per_block})
+        self._write("val", values | {"tokens_per_block": result.tokens_per_block})
         logger.info(
             "epoch %d/%d: %s reach top-1 %.2f %%, top-5 %.2f %% at %.4g GFLOPs (dense %.4g)",
-            *(epoch + 1, self._num_epochs, weights, result.top1, result.top5, cost, dense),
+            *(self._place()[0], self._num_epochs, weights, result.top1, result.top5, cost, dense),
         )
-        if self._writer is not None:
-            for block, counts in result.token_counts.items():
-                kept = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-                self._writer.add_histogram(f"val/tokens_kept/{block}", kept, (epoch + 1) * self._num_steps)
+        if self._writer is None:
+            return
+        for block, counts in result.token_counts.items():
+            kept = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+            self._writer.add_histogram(f"val/tokens_kept/{block}", kept, self._done)
+        if draw is not None and (picture := draw()) is not None:
+            self._writer.add_image("val/kept_tokens", picture, self._done)
 
-    @property
-    def wants_pictures(self) -> bool:
-        """Whether `picture` has somewhere to go."""
-        return self._writer is not None
-
-    def picture(self, epoch: int, picture: Tensor) -> None:
-        """A picture [3, H, W] in 0..1 after `epoch`, for TensorBoard."""
-        if self._writer is not None:
-            self._writer.add_image("val/kept_tokens", picture, (epoch + 1) * self._num_steps)
-
-    def _write(self, event: str, epoch: int, step: int, values: dict[str, object]) -> None:
+    def _write(self, event: str, values: dict[str, object]) -> None:
+        """Add a line to log.jsonl, and its numbers to TensorBoard."""
         if not is_main():
             return
-        line = {"event": event, "epoch": epoch + 1, "step": step + 1, **values}
+        epoch, step = self._place()
+        line = {"event": event, "epoch": epoch, "step": step, **values}
         with self._path.open("a") as file:
             file.write(simplejson.dumps(line, ignore_nan=True) + "\n")
         if self._writer is None:
             return
-        total_step = epoch * self._num_steps + step + 1
         for name, value in values.items():
             items = value if isinstance(value, dict) else {"": value}
             for key, item in items.items():
                 if isinstance(item, (int, float)):
-                    self._writer.add_scalar(f"{event}/{name}/{key}".rstrip("/"), item, total_step)
+                    self._writer.add_scalar(f"{event}/{name}/{key}".rstrip("/"), item, self._done)
 
     def close(self) -> None:
-        """Finish the bar and TensorBoard's file."""
+        """Close the bar and TensorBoard's file."""
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
 
 
-def _tensorboard_writer(output_dir: Path, steps_done: int) -> SummaryWriter:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("TENSORBOARD.ENABLE True needs TensorBoard: pip install tensorboard") from error
-    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=steps_done + 1)
-
-
-def _drop_lines_after(path: Path, *, epoch: int, step: int) -> None:
+def _drop_lines_after(path: Path, epoch: int, step: int) -> None:
     """Drop the lines of `log.jsonl` that a run resumed after `epoch` epochs and `step` steps will write again."""
 
     def is_kept(line: str) -> bool:
         try:
             values = simplejson.loads(line)
         except simplejson.JSONDecodeError:
-            return False  # the line that was being written when the run was killed
-        if values["event"] == "val" and step == 0:  # the evaluation after the last epoch is made once more
+            return False  # half a line: the run was killed while it wrote
+        if values["event"] == "val" and step == 0:  # the evaluation after the last epoch will run again
             return values["epoch"] < epoch
         return values["epoch"] <= epoch or (values["epoch"] == epoch + 1 and values["step"] <= step)
 
     lines = path.read_text().splitlines() if path.exists() else []
     with atomic_write(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines if is_kept(line)))
+
+
+@dataclass
+class BadFiles:
+    """Counts the unreadable files that training replaced, names each once, and stops a run with too many of them."""
+
+    max_fraction: float  # largest allowed share of bad samples among those read so far
+    counts: Sequence[int] = (0, 0)  # samples read and bad samples so far, from the checkpoint if the run continues
+    grace: int = 1000  # count at least this many samples as read, so that an early bad file does not end the run
+    _paths: set[str] = field(default_factory=set)
+
+    def add(self, bad: Sequence[str], *, num_read: int, num_bad: int) -> None:
+        """Add a batch; raises a UserError if more than `max_fraction` of the samples read so far are bad.
+
+        Args:
+            bad: per sample of this process, the path of the file that cannot be read, or "".
+            num_read, num_bad: samples and bad samples over all processes.
+        """
+        for path in bad:
+            if path and path not in self._paths:
+                logger.warning("%s cannot be read; another sample takes its place.", path)
+                self._paths.add(path)
+        num_read, num_bad = self.counts = [self.counts[0] + num_read, self.counts[1] + num_bad]
+        if num_bad > self.max_fraction * max(num_read, self.grace):
+            first = "".join(f"\n  {path}" for path in sorted(self._paths)[:5])
+            more = f"\n  and {len(self._paths) - 5} more" if len(self._paths) > 5 else ""
+            raise UserError(
+                f"{num_bad} of the {num_read} training samples read so far cannot be read, more than "
+                f"DATA.MAX_BAD_FRACTION {self.max_fraction} allows. Fix or remove these files, or raise the key:"
+                f"{first}{more}"
+            )

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ats.errors import UserError
-from ats.plugin.handle import Patched
-from ats.reduction.sampling import BlockSampler
+from ats.models.block import ats_blocks
 
 NUM_WARMUP = 3  # passes before capture, in which kernels are chosen and built
 
@@ -37,8 +36,7 @@ def capture(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = No
     Raises:
         UserError: there is no GPU, the model is training, or what it does depends on the image.
     """
-    reason = obstacle(model, example)
-    if reason:
+    if reason := obstacle(model, example):
         raise UserError(f"This network cannot be captured as a CUDA graph: {reason}")
     x = example.detach().clone()
 
@@ -83,14 +81,8 @@ def obstacle(model: nn.Module, example: Tensor) -> str:
         return "the model and the example must be on the GPU: call .cuda() on both."
     if model.training:
         return "it is in training mode; call model.eval()."
-    # Tokens that are merged or fused (BlockSampler does neither) are as many in every image.
-    samplers = [m.sampler for m in model.modules() if isinstance(getattr(m, "sampler", None), BlockSampler)]
-    layout = model.ats_state.layout if isinstance(model, Patched) else getattr(model, "layout", "packed")
-    if samplers and layout != "static":
-        return (
-            "its shapes depend on the image. Build it with ATS.LAYOUT static (ViT and timm's), or without ATS: "
-            "ATS.ENABLE False."
-        )
-    if any(sampler.sampler == "random" for sampler in samplers):
-        return "ATS.SAMPLER random draws on the CPU. Use inverse_transform or topk."
-    return ""
+    reductions = [block.reduction for block in ats_blocks(model)]
+    if any(reduction.selects for reduction in reductions) and model.layout != "static":
+        return "its shapes depend on the image. Build it with ATS.LAYOUT static (ViT and timm's), or ATS.ENABLE False."
+    eager = [reduction.name for reduction in reductions if not reduction.graphable]
+    return f"ATS.SAMPLER {eager[0]} draws on the CPU. Use inverse_transform or topk." if eager else ""

@@ -9,8 +9,8 @@ Input `images`: normalised by the mean and the standard deviation that the file 
 size. Outputs: `logits` [B, classes]; with ATS also `num_tokens` [B, L] int64, the tokens that each of the L sampling
 blocks kept, prefix tokens counted.
 
-A graph has one shape for all images, so tokens lie in slots, `min(K, slots before)` for each image: rows behind the
-kept ones are computed and not looked at. What is saved follows ATS.NUM_TOKENS, not the image.
+A graph has one shape for all images, so tokens lie in slots, `min(K, slots before)` for each image: rows after the
+kept ones are computed and ignored. The saving follows ATS.NUM_TOKENS, not the image.
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ats.datasets import input_shape
-from ats.datasets.build import image_mean_std
+from ats.datasets.build import mean_std
 from ats.engine.evaluate import build_trained, check_weights
 from ats.errors import UserError, suggest
-from ats.models import build_model, has_layouts
-from ats.reduction.sampling import REDUCERS
+from ats.models import build_model
+from ats.models.block import ats_blocks
+from ats.reduction import REDUCTIONS
 
 FORMATS = ("onnx", "pt2")
 FACTS = "ats.json"  # name of the facts inside a .pt2
-# Of this package; random draws from a seeded generator, which no graph has, and reducers merge packed tokens.
-SAMPLERS = ("inverse_transform", "topk")
 ONNX_LIMIT = 1.8e9  # bytes of weights; a file of 2 GB is more than ONNX can hold, so weights go into one beside it
 
 Runner = Callable[[Tensor], list[Tensor]]
@@ -47,19 +46,12 @@ Runner = Callable[[Tensor], list[Tensor]]
 
 @dataclass
 class Exported:
-    """A network as one graph.
+    """A network as one graph."""
 
-    Attributes:
-        program: the graph with its weights.
-        eager: the network as it is evaluated, on packed tokens.
-        facts: what who runs it must know; every value is text, as ONNX keeps it.
-        slots: rows of each sampling block's output.
-    """
-
-    program: ExportedProgram
-    eager: nn.Module
-    facts: dict[str, str]
-    slots: list[int]
+    program: ExportedProgram  # the graph with its weights
+    eager: nn.Module  # the network as it is evaluated, on packed tokens
+    facts: dict[str, str]  # what a user of the file must know; as text, for ONNX: lists and numbers are JSON
+    slots: dict[int, int]  # sampling block -> rows of its output
 
 
 class Outputs(nn.Module):
@@ -86,34 +78,17 @@ def export(cfg: CfgNode) -> Exported:
     eager = build_trained(cfg, cfg.TEST.CHECKPOINT_FILE_PATH)
     static = cfg.clone()
     static.defrost()
-    static.ATS.LAYOUT = "static"
-    static.TIMM.PRETRAINED = False  # the weights are there
+    static.merge_from_list(["ATS.LAYOUT", "static", "TIMM.PRETRAINED", False])  # the weights are there
     model = build_model(static)
     model.load_state_dict(eager.state_dict())
     images = torch.zeros(2, *input_shape(cfg))
     with torch.no_grad():
         # The example's batch of 2 stands for any: 1 would be taken for a constant.
         program = torch.export.export(Outputs(model.eval()), (images,), dynamic_shapes=({0: Dim("batch")},))
-    return Exported(program, eager.eval(), facts(cfg), slots_of(model, images))
-
-
-def check_exportable(cfg: CfgNode) -> None:
-    """Refuse, by name, what cannot be exported.
-
-    Raises:
-        UserError: says what can.
-    """
-    name = cfg.MODEL.NAME
-    if not has_layouts(name):
-        raise UserError(f"MODEL.NAME {name} cannot be exported; ViT (also VIT.DISTILLED True) and timm/<name> can.")
-    if cfg.ATS.ENABLE and (cfg.ATS.SAMPLER == "random" or cfg.ATS.SAMPLER in REDUCERS):
-        raise UserError(f"ATS.SAMPLER {cfg.ATS.SAMPLER} cannot be exported; {' and '.join(SAMPLERS)} can.")
-
-
-def facts(cfg: CfgNode) -> dict[str, str]:
-    """What who runs the exported file must know of its input and output; lists are JSON."""
-    mean, std = image_mean_std(cfg)
-    known = {
+        records = model.forward_tokens(images[:1])[1].records
+    slots = {record.block: record.max_tokens for record in records if record.kept is not None}
+    mean, std = mean_std(cfg, clips=False)
+    facts = {
         "model": cfg.MODEL.NAME,
         "num_classes": cfg.MODEL.NUM_CLASSES,
         "input_size": list(input_shape(cfg)),
@@ -122,29 +97,28 @@ def facts(cfg: CfgNode) -> dict[str, str]:
         "std": list(std),
         "crop_ratio": cfg.DATA.TEST_CROP_RATIO,
         "interpolation": cfg.DATA.TEST_INTERPOLATION,
-        "ats_blocks": sorted(cfg.ATS.BLOCKS) if cfg.ATS.ENABLE else [],
+        "ats_blocks": list(slots),
     }
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items()}
+    facts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    return Exported(program, eager.eval(), facts, slots)
 
 
-def slots_of(model: nn.Module, images: Tensor) -> list[int]:
-    """Rows of each sampling block's output, for one image."""
-    slots: list[int] = []
-    blocks = [module for module in model.modules() if getattr(module, "sampler", None) is not None]
-    handles = [block.register_forward_hook(lambda _block, _args, out: slots.append(out.slots)) for block in blocks]
-    with torch.no_grad():
-        model(images[:1])
-    for handle in handles:
-        handle.remove()
-    return slots
+def check_exportable(cfg: CfgNode) -> None:
+    """Raise a UserError that names what cannot be exported, and says what can."""
+    with torch.device("meta"):
+        model = build_model(cfg)
+    if "static" not in model.layouts:
+        raise UserError(
+            f"MODEL.NAME {cfg.MODEL.NAME} cannot be exported; ViT (also VIT.DISTILLED True), PSViT and timm/<name> can."
+        )
+    for reduction in (block.reduction for block in ats_blocks(model)):
+        if not reduction.graphable:
+            can = [name for name, kind in REDUCTIONS.items() if kind.graphable]
+            raise UserError(f"ATS.SAMPLER {reduction.name} cannot be exported; {', '.join(can)} can.")
 
 
 def format_of(path: str | Path, wanted: str | None = None) -> str:
-    """The format to write `path` in: `wanted`, or what its suffix says.
-
-    Raises:
-        UserError: neither is a format, or ONNX without its packages.
-    """
+    """The format to write `path` in: `wanted`, or its suffix. UserError if unknown, or packages are missing."""
     name = wanted or Path(path).suffix.removeprefix(".").lower()
     if name not in FORMATS:
         what = f"--format {wanted}" if wanted else f"-o {path}"
@@ -160,11 +134,9 @@ def format_of(path: str | Path, wanted: str | None = None) -> str:
 
 def save(exported: Exported, path: str | Path, wanted: str | None = None) -> None:
     """Write the graph with its weights and facts; `path` is the old file or the whole new one, whatever happens.
-
     Weights too large for one ONNX file go into `<path>.data` beside it.
     """
-    path = Path(path)
-    kind = format_of(path, wanted)
+    path, kind = Path(path), format_of(path, wanted)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
         target = Path(folder) / path.name
@@ -179,7 +151,6 @@ def save(exported: Exported, path: str | Path, wanted: str | None = None) -> Non
 
 def save_onnx(exported: Exported, path: Path) -> None:
     """Translate to ONNX and write; the facts are its metadata."""
-    outputs = ["logits", "num_tokens"] if exported.slots else ["logits"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the translator's own parts
         program = torch.onnx.export(
@@ -187,7 +158,7 @@ def save_onnx(exported: Exported, path: Path) -> None:
             dynamo=True,
             input_names=["images"],
             dynamic_shapes=({0: "batch"},),  # dynamic it is already; this is its name
-            output_names=outputs,
+            output_names=["logits", "num_tokens"] if exported.slots else ["logits"],
             custom_translation_table={torch.ops.aten.sort.stable: onnx_stable_sort},
             verbose=False,
         )
@@ -224,55 +195,39 @@ def load(path: str | Path, wanted: str | None = None) -> Runner:
 
 @dataclass
 class Difference:
-    """How far the file is from the network, over some images; of an image, by its logit that is furthest off.
+    """How far the file is from the network, on N images."""
 
-    Attributes:
-        num_images: of them. median, largest: distance of an image. scale: largest logit.
-        num_other_counts: images of which a block kept another number of tokens.
-        num_far: images further off than 1e-3 x scale.
-    """
+    distance: Tensor  # [N], of the logit that is furthest off
+    scale: Tensor  # largest logit
+    has_other_counts: Tensor  # [N] bool, a block kept another number of tokens
 
-    num_images: int
-    median: float
-    largest: float
-    scale: float
-    num_other_counts: int
-    num_far: int
+    @property
+    def num_far(self) -> int:
+        """Images further off than 1e-3 x scale."""
+        return int((self.distance > 1e-3 * self.scale).sum())
 
     @property
     def is_right(self) -> bool:
         """At most one image in four is far off. Where a sample point lies between two tokens to round-off, the file may
         take the other one; with 200 tokens and 9 blocks that happens to a few images in a hundred.
         """
-        return self.num_far <= self.num_images / 4
+        return self.num_far <= len(self.distance) / 4
 
     def __str__(self) -> str:
         return (
-            f"difference of logits {self.largest:.2g} at most, {self.median:.2g} in the median (largest logit "
-            f"{self.scale:.2g}); other token counts in {self.num_other_counts} of {self.num_images} images"
+            f"difference of logits {self.distance.max():.2g} at most, {self.distance.median():.2g} in the median "
+            f"(largest logit {self.scale:.2g}); other token counts in {self.has_other_counts.sum()} of "
+            f"{len(self.distance)} images"
         )
 
 
 def compare(exported: Exported, run: Runner, images: Tensor, batch_sizes: Sequence[int] = (1, 2, 5)) -> Difference:
     """Run the file and the network on `images` [N, 3, H, W], the file in batches of these sizes, in turn."""
     with torch.no_grad():
-        logits, trace = exported.eager.forward_tokens(images)
-    got, start = [], 0
-    while start < len(images):
-        size = batch_sizes[len(got) % len(batch_sizes)]
-        got.append(run(images[start : start + size]))
-        start += size
-    distance = (torch.cat([out[0] for out in got]) - logits).abs().nan_to_num(nan=torch.inf).amax(dim=1)
-    scale = logits.abs().max()
-    other = torch.zeros(len(images), dtype=torch.bool)
-    if trace:
-        want = torch.stack([entry.num_tokens for entry in trace], dim=1)
-        other = (torch.cat([out[1] for out in got]) != want).any(dim=1)
-    return Difference(
-        num_images=len(images),
-        median=distance.median().item(),
-        largest=distance.max().item(),
-        scale=scale.item(),
-        num_other_counts=int(other.sum()),
-        num_far=int((distance > 1e-3 * scale).sum()),
-    )
+        logits, *counts = Outputs(exported.eager)(images)
+    ends = torch.tensor(batch_sizes).repeat(len(images)).cumsum(0)
+    batches = images.tensor_split(ends[ends < len(images)])
+    got_logits, *got_counts = map(torch.cat, zip(*map(run, batches), strict=True))
+    distance = (got_logits - logits).abs().nan_to_num(nan=torch.inf).amax(dim=1)
+    differs = [(got != want).any(dim=1) for got, want in zip(got_counts, counts, strict=True)]
+    return Difference(distance, logits.abs().max(), sum(differs, torch.zeros(len(images), dtype=torch.bool)))

@@ -1,8 +1,8 @@
-"""Scores and sampler outside PyTorch's operations: Triton's kernels on a GPU, Numba's functions on a CPU.
+"""Scoring and sampling without PyTorch's operations: Triton kernels on a GPU, Numba functions on a CPU.
 
-Both are answers or None. None says that the caller's plain operations, which are the reference, have to do: nothing is
-installed for this device, the numbers are of another type, or something wants to see PyTorch's own operations - a
-compiler, a tracer, a counter of FLOPs, a transform of torch.func.
+Each function returns its result or None. On None the caller runs its plain operations, which are the reference: nothing
+is installed for this device, the dtype does not fit, or something must see PyTorch's own operations (a compiler, a
+tracer, a FLOP counter, a torch.func transform).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ats.compat import current_dispatch_mode, is_functorch_wrapped_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,19 @@ class Rows(Protocol):
     start: Tensor
 
 
-def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor | None:
+def official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points: int) -> Tensor | None:
     """[S, M] bool, which candidates inverse transform sampling keeps by the official rule.
 
     Args:
-        scores, lengths, slots: see `ats.reduction.sampling.Candidates`.
-        num_points: K - 1, sample points.
+        scores, lengths, full_length: see `ats.reduction.Candidates`.
+        num_points: sample points, K less the prefix tokens.
     """
     if _triton_may_run(scores):
         from ats.kernels.triton_sampling import try_official_rule
 
-        return try_official_rule(scores, lengths, slots, num_points)
+        return try_official_rule(scores, lengths, full_length, num_points)
     numba = _numba_for(scores) if scores.dtype == torch.float32 else None
-    return None if numba is None else numba.official_rule(scores, lengths, slots, num_points)
+    return None if numba is None else numba.official_rule(scores, lengths, full_length, num_points)
 
 
 def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Rows, scale: float) -> Tensor | None:
@@ -86,7 +86,7 @@ def _triton_may_run(x: Tensor) -> bool:
 def _numba_for(x: Tensor) -> ModuleType | None:
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    observed = _get_current_dispatch_mode() is not None or is_functorch_wrapped_tensor(x)
+    observed = current_dispatch_mode() is not None or is_functorch_wrapped_tensor(x)
     return None if observed else _numba_kernels()
 
 

@@ -1,14 +1,12 @@
 """Scores, inverse transform sampling (official rule) and the choice of rows: native functions for a CPU, by Numba.
 
-In PyTorch they are some eighty operations, and for a few images cost what calling eighty operations costs. Here they
-are three calls, each of which looks at one sequence after the other, so what a sequence gets cannot depend on its
-batch. PyTorch's operations (`reduction/`, `models/block.py`, `tokens.py`) are the reference and what runs everywhere
-else; tests/kernels/test_numba_kernels.py compares the two: the choice of tokens number by number, the scores to
-round-off.
+In PyTorch these are about eighty operations, dispatch-bound for a few images. Here they are three calls. Each goes
+through the sequences one by one, so a sequence's result cannot depend on its batch. PyTorch's operations (`reduction/`,
+`tokens.py`) are the reference and run everywhere else; tests/kernels/test_numba_kernels.py compares the two: the choice
+of tokens exactly, the scores to round-off.
 
-Numba builds the functions when they are first called (seconds) and keeps the result on disk. They take addresses, as
-handing tensors over as NumPy arrays takes longer than the work for one image; so the functions of tensors here see to
-the types, and to it that nothing lies apart but by the strides that are handed over.
+Numba compiles the functions on their first call (seconds) and caches them on disk. They take addresses, because passing
+tensors as NumPy arrays takes longer than the work for one image. The wrappers cast dtypes and pass strides explicitly.
 """
 
 from __future__ import annotations
@@ -23,18 +21,18 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
-# Where a tensor ends follows from its shape and strides, and nothing reads behind it. A slice of an array is cut where
-# the array is said to end, so that is said to be nowhere.
+# Nothing reads past a tensor's end, which follows from shape and strides. Slices are cut at the array's declared end,
+# so none is declared.
 _ENDLESS = 2**48
 
 
-def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor:
+def official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points: int) -> Tensor:
     """See `ats.kernels.official_rule`; scores float32."""
     lengths = lengths.long().contiguous()
     num_sequences, longest = scores.shape
     keep = scores.new_zeros((num_sequences, longest), dtype=torch.bool)
     _official_rule(
-        scores.data_ptr(), *scores.stride(), lengths.data_ptr(), slots, num_points, num_sequences, longest,
+        scores.data_ptr(), *scores.stride(), lengths.data_ptr(), full_length, num_points, num_sequences, longest,
         keep.data_ptr(),
     )  # fmt: skip
     return keep
@@ -46,7 +44,7 @@ def cls_scores(
     """See `ats.kernels.cls_scores`; computed in float32, channels side by side.
 
     Args:
-        rows_apart: from the first row of a sequence to that of the next; 0: as many as it has.
+        rows_apart: rows from the start of a sequence to the start of the next; 0: its length.
     """
     q, k, with_norm = q.float(), k.float(), v is not None
     v = v.float() if with_norm else k
@@ -89,7 +87,7 @@ _floats, _integers, _booleans = _pointer_to(types.float32), _pointer_to(types.in
 
 
 @njit(cache=True, nogil=True)
-def _official_rule(scores, scores_row, scores_column, lengths, slots, num_points, num_sequences, longest, keep):
+def _official_rule(scores, scores_row, scores_column, lengths, full_length, num_points, num_sequences, longest, keep):
     scores = carray(_floats(scores), _ENDLESS)
     lengths = carray(_integers(lengths), num_sequences)
     keep = carray(_booleans(keep), (num_sequences, longest))
@@ -120,7 +118,7 @@ def _official_rule(scores, scores_row, scores_column, lengths, slots, num_points
             cdf[i] = running
         lowest = row[keys[0] & np.uint64(0xFFFFFFFF)]
         last = cdf[count - 1]
-        if not (count == slots and lowest < last):
+        if not (count == full_length and lowest < last):
             lowest = np.float32(0)
         first = np.float32(np.inf)
         for i in range(count):

@@ -1,14 +1,14 @@
 """Inverse transform sampling (official rule) as one GPU kernel: from scores to a mask without leaving the chip.
 
-What `ats.reduction.inverse_transform.official_rule` does in some twenty kernels, one program per sequence does here:
-sort, cumulative sum, and the closed form that picks the entries nearest to the sample points. That function is the
-reference and what runs everywhere else; tests/kernels/test_triton_sampling.py compares the two, number by number.
+One program per sequence replaces about twenty kernels of `ats.reduction.inverse_transform.official_rule`: sort,
+cumulative sum, and the closed form that picks the entries nearest to the sample points. That function is the reference
+and runs everywhere else; tests/kernels/test_triton_sampling.py compares the two, number by number.
 
-Sorting has to carry the token's index along and to be stable. Both follow from sorting 64-bit keys: the bits of the
-score (a float that is not negative orders like its bits) above, the index below.
+The sort must be stable and carry the token's index along. Sorting 64-bit keys does both: the score's bits (a
+non-negative float orders like its bits) in the upper half, the index in the lower.
 
-The sum is taken in float64 and rounded once, as PyTorch does on a CPU, so that the order of additions does not
-decide which token wins.
+The sum is taken in float64 and rounded once, as PyTorch does on a CPU, so the order of additions does not decide which
+token wins.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ MAX_CANDIDATES = 4096  # a program holds its whole sequence; 1024 x 1024 pixels 
 _failed = False
 
 
-def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor:
-    """See `ats.kernels.official_rule`; scores float32, NaN and infinity say that a sequence's are unusable."""
+def official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points: int) -> Tensor:
+    """See `ats.kernels.official_rule`; scores float32. NaN or infinity makes a sequence's scores unusable."""
     num_sequences, num_candidates = scores.shape
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     block = triton.next_power_of_2(num_candidates)
@@ -38,7 +38,7 @@ def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) 
         keep,
         num_candidates,
         scores.stride(0),
-        slots,
+        full_length,
         num_points,
         BLOCK=block,
         num_warps=min(max(block // 64, 1), 16),
@@ -47,9 +47,9 @@ def official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) 
     return keep
 
 
-def try_official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: int) -> Tensor | None:
-    """`official_rule` where it can run: float32 on a GPU, at most MAX_CANDIDATES. None elsewhere, and from then on
-    where Triton could not build its kernel (it needs a C compiler), which the log says once.
+def try_official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points: int) -> Tensor | None:
+    """`official_rule` where it can run: float32 on a GPU, at most MAX_CANDIDATES; elsewhere None. Also None once Triton
+    has failed to build the kernel (it needs a C compiler); the log says so once.
     """
     global _failed
     num_sequences, num_candidates = scores.shape
@@ -58,16 +58,16 @@ def try_official_rule(scores: Tensor, lengths: Tensor, slots: int, num_points: i
         return None
     try:
         with torch.cuda.device_of(scores):  # Triton launches on the current device
-            return official_rule(scores, lengths, slots, num_points)
+            return official_rule(scores, lengths, full_length, num_points)
     except Exception as error:  # Triton raises anything from RuntimeError to CalledProcessError
         _failed = True
         logger.warning("The sampling kernel cannot run (%s: %s); PyTorch samples instead.", type(error).__name__, error)
         return None
 
 
-# Numbers that change from batch to batch are plain arguments, not reasons to build the kernel anew.
-@triton.jit(do_not_specialize=["num_candidates", "score_row", "slots", "num_points"])
-def _official_rule(scores, lengths, keep, num_candidates, score_row, slots, num_points, BLOCK: tl.constexpr):
+# Numbers that change from batch to batch must not trigger a recompilation.
+@triton.jit(do_not_specialize=["num_candidates", "score_row", "full_length", "num_points"])
+def _official_rule(scores, lengths, keep, num_candidates, score_row, full_length, num_points, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
     length = tl.load(lengths + row).to(tl.int32)
@@ -86,7 +86,7 @@ def _official_rule(scores, lengths, keep, num_candidates, score_row, slots, num_
 
     cdf = tl.cumsum(tl.where(taken, ranked, 0.0).to(tl.float64), axis=0).to(tl.float32)
     last = tl.max(cdf, axis=0)
-    lowest = tl.where(length == slots, tl.min(cdf, axis=0), 0.0)
+    lowest = tl.where(length == full_length, tl.min(cdf, axis=0), 0.0)
     lowest = tl.where(last > lowest, lowest, 0.0)
     cdf = tl.div_rn(cdf - lowest, (last - lowest) + tl.zeros_like(cdf))
     first = tl.min(tl.where(cdf > 0, cdf, float("inf")), axis=0)

@@ -1,8 +1,8 @@
 """Significance scores (sum over heads of CLS's attention, times the value's norm) in two GPU kernels.
 
-Straight from packed keys and values in whatever precision they have: no copy in float32, no padding of keys, nothing of
-size N x H x D written. What `ats.models.block.score_candidates` computes with PyTorch is the reference and what
-runs everywhere else; tests/kernels/test_triton_scores.py compares the two.
+They read packed keys and values in their own precision: no float32 copy, no padded keys, nothing of size N x H x D is
+written. `ats.reduction.scores.score_candidates` in PyTorch is the reference and runs everywhere else;
+tests/kernels/test_triton_scores.py compares the two.
 
 * `_logits`: a program per sequence and tile of tokens; reads each key and value once, in float32 on the chip.
 * `_scores`: a program per sequence; softmax of every head's row, their sum, times the norm.

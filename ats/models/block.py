@@ -1,100 +1,191 @@
-"""A transformer block that samples its tokens, and the loop that runs a network of such blocks.
+"""A transformer block that loses tokens, and the one loop that runs a network's blocks.
 
-`ATSBlock` takes over a pre-norm ViT block (timm's names: norm1, attn.{qkv, q_norm, k_norm, proj}, ls1, drop_path1,
-norm2, mlp, ...). What it changes in the host:
+`ATSBlock` replaces a pre-norm ViT block with timm's names: norm1, attn.{qkv, q_norm, k_norm, proj}, ls1, drop_path1,
+norm2, mlp, ... It differs from that block in three ways:
 
-* tokens are packed (`RaggedTokens`), sequences have different lengths;
-* keys and values are projected for all tokens, queries first for CLS alone, which scores the tokens; the other queries
-  only for the tokens that stay. The kept queries attend to all tokens of the block's input. These are the numbers of
-  "attend N x N, then drop rows" with fewer operations and no N x N matrix;
-* stochastic depth drops whole sequences, as in the host, though they no longer have an axis of their own.
+* tokens are packed (`RaggedTokens`): sequences have different lengths;
+* it projects keys and values of all tokens, the query of CLS to score them, then the queries of the kept tokens only.
+  Kept queries attend to all tokens of the block's input. The result is that of "attend N x N, then drop rows", with
+  fewer operations and no N x N matrix;
+* stochastic depth still drops whole sequences, though packed tokens have no axis for them.
 
-It has no parameters or buffers of its own and registers the host's children under the host's names, so state dicts do
-not change.
+It has no parameters or buffers of its own and keeps the base block's names, so state dicts do not change. Blocks of
+other families (MViT, CvT, timm, transformers) override its hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-import ats.reduction.reducers  # noqa: F401  registers tome and evit
-from ats import kernels
-from ats.attention import cls_attention, mean_attention, ragged_attention
-from ats.errors import UserError
+from ats.attention import ragged_attention
 from ats.models.activation_checkpoint import run_block
-from ats.reduction.plan import plan_samplers
-from ats.reduction.sampling import (
-    BlockSampler,
-    Candidates,
-    TokenReducer,
-    share_scores,
-    significance_score,
-)
-from ats.tokens import KeptTokens, Layout, RaggedTokens
+from ats.reduction import Candidates, Reduction, Step
+from ats.reduction.scores import average_over_frames, score_candidates
+from ats.tokens import BlockRecord, KeptTokens, Layout, RaggedTokens
+
+Clock = Callable[[str], None]  # called with the name of the part of the block that starts
 
 
 class ATSBlock(nn.Module):
-    """A ViT block on ragged tokens; with a `sampler` it keeps some of them, without it all.
+    """A ViT block on ragged tokens. Without a `reduction` it keeps all of them.
 
     Args:
-        host: the block whose children are used. It must not be used otherwise afterwards.
-        sampler: what to keep, or how to merge; None for an ordinary block behind an ATS block.
+        base_block: the block to replace. It shares its modules with this one; do not use it afterwards.
+        reduction: how it loses tokens; None for an ordinary block after an ATS block.
+        index: of the block in the network; by default the reduction's.
     """
 
-    def __init__(self, host: nn.Module, sampler: BlockSampler | TokenReducer | None) -> None:
+    record_scores: bool = False  # keep each pass's `Candidates` in its `BlockRecord`
+    # (candidates, reduction) -> mask that replaces the reduction's selection, which still runs.
+    imposed: Callable[[Candidates, Reduction], Tensor] | None = None
+    clock: Clock | None = None  # set by `benchmark/breakdown.py`
+
+    def __init__(self, base_block: nn.Module, reduction: Reduction | None, index: int | None = None) -> None:
         super().__init__()
-        for name, child in host.named_children():
-            self.add_module(name, child)
-        self.sampler = sampler
+        self.__dict__.update(base_block.__dict__)  # modules, and what the block knows of its configuration
+        self.reduction = reduction
+        self.index = index if index is not None else getattr(reduction, "block", 0)
 
     def forward(self, tokens: RaggedTokens) -> RaggedTokens:
-        """Tokens in, the kept ones out, both after a full block."""
-        kept = self.attend(tokens)
-        return kept.with_x(kept.x + self.drop_path(self.drop_path2, self.mlp_output(kept.x), kept.layout))
+        """Run the whole block: its input tokens -> its kept tokens."""
+        step, attended = self.attend(self.prepare(tokens))
+        self._begin("rest")
+        out = self.finish(attended)
+        out.record = self._record(step, out)
+        return out
 
-    def attend(self, tokens: RaggedTokens) -> RaggedTokens:
-        """The first half of the block: score, sample, and the kept tokens' attention with its residual."""
+    def attend(self, tokens: RaggedTokens) -> tuple[Step, RaggedTokens]:
+        """The first half of the block: score, select, attend from the kept tokens, add the residual.
+
+        All tensor work before the data-dependent shape is in here, not in `forward`: torch.compile cuts both there, and
+        this leaves `forward` nothing to compile before the cut.
+        """
+        self._begin("qkv")
+        step, reduction = self.project(tokens), self.reduction
+        if reduction is not None and reduction.selects:
+            self._begin("scoring and sampling")
+            step.mask, max_tokens = self.select(step)
+            step.kept, step.index = step.queries.keep(step.mask, max_tokens=max_tokens)
+        merges = reduction is not None and reduction.merges
+        if merges and not reduction.after_attention:
+            self._begin("scoring and sampling")
+            step.kept = reduction.merge(step)
+            step.kept_input = self.attention_input(step.kept.x)  # queries are those of the merged tokens
+        self._begin("qkv")
+        q = self.kept_queries(step)
+        self._begin("attention")
+        step.bias = self.attention_bias(step.kept, step.keys)
+        out = self.weighted_values(q, step)  # A^s V: the kept queries over all tokens of the block's input, eq. (5)
+        out = self.attention_output(out, step)
+        kept = step.kept.with_x(self.residual(step) + self.drop_sequences(self.drop_path1, out, step.kept.layout))
+        if merges and reduction.after_attention:
+            self._begin("scoring and sampling")
+            step.q, step.kept = q, kept
+            kept = reduction.merge(step)
+        return step, kept
+
+    @torch.no_grad()
+    def select(self, step: Step) -> tuple[Tensor, int]:
+        """Score the keys' tokens and let the reduction choose: a mask [S, M] of the queries to keep, prefix tokens
+        included, and the new bound `max_tokens`.
+        """
+        keys, reduction = step.keys, self.reduction
+        num_prefix, frames = keys.num_prefix_tokens, keys.frames_per_clip if reduction.share_frames else 1
+        q, bias = self.scoring_queries(step)
+        candidates = score_candidates(
+            reduction.score, keys, q, step.k, step.v, scale=step.scale, queries=step.queries.layout, bias=bias
+        )
+        if frames > 1:
+            candidates = average_over_frames(candidates, frames)
+        keep = reduction.select(candidates)
+        if self.imposed is not None:
+            self._begin("rest")  # not the reduction's work
+            keep = self.imposed(candidates, reduction)
+            self._begin("scoring and sampling")
+        step.candidates = candidates
+        keep = keep.repeat_interleave(frames, dim=0) if frames > 1 else keep
+        return self.spread(F.pad(keep, (num_prefix, 0), value=True), reduction.limit(keys.max_tokens), step)
+
+    def _record(self, step: Step, out: RaggedTokens) -> BlockRecord:
+        reduction = self.reduction
+        return BlockRecord(
+            block=-1,
+            num_in=step.tokens.layout.lengths,
+            num_queries=step.queries.layout.lengths,
+            num_keys=step.keys.layout.lengths,
+            num_out=out.layout.lengths,
+            max_tokens=out.max_tokens,
+            reduction=reduction,
+            kept=None if reduction is None else KeptTokens.of(out, -1),
+            candidates=step.candidates if self.record_scores else None,
+            previous=step.tokens.record,
+            source=self,
+        )
+
+    def _begin(self, part: str) -> None:
+        if self.clock is not None:
+            self.clock(part)
+
+    # ---- hooks, overridden by other families of blocks
+
+    def prepare(self, tokens: RaggedTokens) -> RaggedTokens:
+        """Runs before the attention that samples."""
+        return tokens
+
+    def project(self, tokens: RaggedTokens) -> Step:
+        """Normalise all tokens and project their keys and values."""
         x = self.attention_input(tokens.x)
         k, v = self.project_kv(x, tokens)
-        samples = isinstance(self.sampler, BlockSampler)
-        if not samples:
-            kept, kept_x = tokens, x
-        else:
-            mask = self.sample(tokens, x, k, v)
-            kept, index = tokens.keep(mask, slots=min(self.sampler.budget(tokens.slots), tokens.slots))
-            kept_x = x.index_select(0, index)
-        q, bias = self.project_q(kept_x, kept), self.attention_bias(kept, tokens)
-        out = ragged_attention(
-            q,
-            k,
-            v,
-            queries=kept.layout,
-            keys=tokens.layout,
-            scale=self.attn.scale,
-            dropout_p=self.attn.attn_drop.p if self.training else 0.0,
-            bias=bias,
-        )
-        out = self.attention_output(out.flatten(1), kept_x)
-        attended = kept.with_x(kept.x + self.drop_path(self.drop_path1, out, kept.layout))
-        return attended if samples or self.sampler is None else self.reduce(attended, q, k, bias)
+        return Step(tokens, x, queries=tokens, keys=tokens, k=k, v=v, scale=self.attn.scale, kept=tokens)
 
-    def reduce(self, tokens: RaggedTokens, q: Tensor, k: Tensor, bias: Tensor | None) -> RaggedTokens:
-        """Merge or fuse tokens, with the queries, keys and bias that their attention had."""
-        return self.sampler.reduce(tokens, q, k, scale=self.attn.scale, bias=bias)
+    def scoring_queries(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Queries of CLS [S, H, D] (of all tokens for the score mean_attention) and the bias of their logits."""
+        tokens, first_rows = step.tokens, step.queries.layout.first_rows
+        if self.reduction.score == "mean_attention":
+            q = self.project_q(step.x, tokens) if step.q is None else step.q
+            return q, self.attention_bias(tokens, tokens)
+        q = self.project_q(first_rows(step.x)) if step.q is None else first_rows(step.q)
+        return q, self.attention_bias(None, tokens)
 
-    # What a block computes per token and where it looks up positions: the methods that hosts of other make override.
+    def spread(self, keep: Tensor, max_tokens: int, step: Step) -> tuple[Tensor, int]:
+        """The mask of kept keys [S, M] and their bound -> the same for queries, where they differ from keys."""
+        return keep, max_tokens
+
+    def kept_queries(self, step: Step) -> Tensor:
+        """Queries [T', H, D] of the kept tokens."""
+        if step.q is not None:
+            return rows(step.q, step.index)
+        if step.kept_input is None:
+            step.kept_input = rows(step.x, step.index)
+        return self.project_q(step.kept_input, step.kept)
+
+    def weighted_values(self, q: Tensor, step: Step) -> Tensor:
+        """softmax(q k^T scale + bias) v, [T', H*D]."""
+        layouts = {"queries": step.kept.layout, "keys": step.keys.layout}
+        dropout_p = self.attn.attn_drop.p if self.training else 0.0
+        out = ragged_attention(q, step.k, step.v, **layouts, scale=step.scale, dropout_p=dropout_p, bias=step.bias)
+        return out.flatten(1)
+
+    def residual(self, step: Step) -> Tensor:
+        """The residual path of the attention's branch, [T', C]."""
+        return step.kept.x
+
+    def finish(self, tokens: RaggedTokens) -> RaggedTokens:
+        """The second half of the block: the MLP and its residual."""
+        out = self.drop_sequences(self.drop_path2, self.mlp_output(tokens.x), tokens.layout)
+        return tokens.with_x(tokens.x + out)
 
     def attention_input(self, x: Tensor) -> Tensor:
-        """What the attention reads of tokens [T, C]."""
+        """Input of the attention, [T, C], from tokens [T, C]."""
         return self.norm1(x)
 
-    def attention_output(self, out: Tensor, x: Tensor) -> Tensor:
-        """The attention's branch [T, C] from its heads' joint output [T, H*D]; x [T, C] is the kept tokens' input."""
+    def attention_output(self, out: Tensor, step: Step) -> Tensor:
+        """The heads' concatenated output [T', H*D] -> the attention's branch [T', C]."""
         return self.ls1(self.attn.proj_drop(self.attn.proj(out)))
 
     def mlp_output(self, x: Tensor) -> Tensor:
@@ -102,182 +193,68 @@ class ATSBlock(nn.Module):
         return self.ls2(self.mlp(self.norm2(x)))
 
     def attention_bias(self, queries: RaggedTokens | None, keys: RaggedTokens) -> Tensor | None:
-        """What is added to the attention's logits, [S, H, Mq, Mk], by position or size; None: nothing. No `queries`:
-        of CLS alone.
-        """
-        return None if keys.key_bias is None else keys.key_bias[:, None, None]
+        """Bias of the attention's logits by position or size, [S, 1 or H, 1 or Mq, Mk], or None. No `queries`: CLS."""
+        return None if keys.key_bias is None else keys.layout.pad(keys.key_bias)[:, None, None]
 
     def project_q(self, x: Tensor, tokens: RaggedTokens | None = None) -> Tensor:
-        """Queries [T, H, D] of tokens [T, C], from the first third of the host's joint projection; `tokens` says where
-        they are, None that they are CLS.
+        """Queries [T, H, D] of tokens [T, C] (the first third of the joint projection). `tokens` gives their positions;
+        None: of CLS.
         """
         qkv, size = self.attn.qkv, self.attn.proj.in_features
         q = F.linear(x, qkv.weight[:size], None if qkv.bias is None else qkv.bias[:size])
         return self.attn.q_norm(q.unflatten(-1, (self.attn.num_heads, -1)))
 
     def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [T, H, D], of tokens [T, C]; `tokens` says where they are, for hosts that look at
-        neighbours.
-        """
+        """Keys and values, each [T, H, D], of tokens [T, C]. `tokens` gives their positions."""
         qkv, size = self.attn.qkv, self.attn.proj.in_features
         kv = F.linear(x, qkv.weight[size:], None if qkv.bias is None else qkv.bias[size:])
         k, v = kv.unflatten(-1, (2, self.attn.num_heads, -1)).unbind(1)
         return self.attn.k_norm(k), v
 
-    @torch.no_grad()
-    def sample(self, tokens: RaggedTokens, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Score and sample: a mask [S, M] of the tokens to keep, prefix tokens included.
-
-        Args:
-            x: [T, C], the normalised tokens. k, v: [T, H, D].
-        """
-        sampler, layout, num_prefix = self.sampler, tokens.layout, tokens.num_prefix_tokens
-        if sampler.score == "mean_attention":
-            q, bias = self.project_q(x, tokens), self.attention_bias(tokens, tokens)
-        else:
-            q, bias = self.project_q(layout.first_rows(x)), self.attention_bias(None, tokens)
-        candidates = score_candidates(sampler.score, tokens, q, k, v, scale=self.attn.scale, bias=bias)
-        group = tokens.group if sampler.share_frames else 1
-        candidates = share_scores(candidates, group) if group > 1 else candidates
-        keep = sampler(candidates, slots=tokens.slots, num_prefix_tokens=num_prefix)
-        keep = keep.repeat_interleave(group, dim=0) if group > 1 else keep
-        return F.pad(keep, (num_prefix, 0), value=True)
-
     @staticmethod
-    def drop_path(host: nn.Module, x: Tensor, layout: Layout) -> Tensor:
-        """The host's stochastic depth for packed tokens [T, C]: one draw per sequence."""
-        if not host.training or getattr(host, "drop_prob", 0.0) == 0.0:
+    def drop_sequences(drop_path: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+        """The base block's stochastic depth for packed tokens [T, C]: one draw per sequence."""
+        if not drop_path.training or getattr(drop_path, "drop_prob", 0.0) == 0.0:
             return x
-        scale = host(x.new_ones(layout.num_sequences, 1))
+        scale = drop_path(x.new_ones(layout.num_sequences, 1))
         return x * scale[layout.sequence]
 
 
-def score_candidates(
-    score: str,
-    keys: RaggedTokens,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    queries: Layout | None = None,
-    bias: Tensor | None = None,
-) -> Candidates:
-    """The tokens behind the keys as candidates, with their scores in float32 or better, also under autocast.
-
-    Args:
-        score: name in `sampling.SCORES`.
-        keys: the tokens that are scored; their values are not looked at.
-        q: of CLS [S, H, D]; of all queries [T_q, H, D] for the score mean_attention.
-        k, v: [T, H, D].
-        queries: layout of q for mean_attention, by default that of the keys.
-        bias: added to the logits, [S, H, Mq, M]; Mq is 1 for CLS.
-    """
-    layout, num_prefix = keys.layout, keys.num_prefix_tokens
-    scores = _scores_by_kernels(score, layout, q, k, v, scale) if bias is None else None
-    if scores is not None:
-        scores = scores[:, num_prefix:]
-    else:
-        scores = _plain_scores(score, keys, q, k, v, scale=scale, queries=queries, bias=bias)
-        if not (layout.full and layout.uniform):
-            scores = scores.masked_fill(~layout.mask[:, num_prefix:], 0)
-    return Candidates(
-        scores,
-        lengths=layout.lengths - num_prefix,
-        slots=keys.slots - num_prefix,
-        num_positions=keys.num_positions,
-        position=lambda: layout.pad(keys.position)[:, num_prefix:],
-    )
+def rows(x: Tensor, index: Tensor | None) -> Tensor:
+    """The rows `index` of x, by default all. index_select always gathers whole rows; x[index] may not."""
+    return x if index is None else x.index_select(0, index)
 
 
-def _scores_by_kernels(score: str, layout: Layout, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
-    """[S, M] of all tokens, prefix tokens included; None where no kernels apply."""
-    if score == "mean_attention":
-        return None
-    value = v if score == "cls_attention_value_norm" else None
-    return kernels.cls_scores(q, k, value, keys=layout, scale=scale)
-
-
-def _plain_scores(
-    score: str,
-    keys: RaggedTokens,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    queries: Layout | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """[S, M] of the candidates; anything behind the end of a sequence."""
-    layout, num_prefix = keys.layout, keys.num_prefix_tokens
-    dtype = torch.promote_types(k.dtype, torch.float32)
-    with torch.autocast(k.device.type, enabled=False):  # which token wins must not hang on half precision
-        q, k = q.to(dtype), k.to(dtype)
-        if score == "mean_attention":
-            attention = mean_attention(q, k, layout=layout, queries=queries, scale=scale, bias=bias)
-        else:
-            attention = cls_attention(q, k, keys=layout, scale=scale, bias=None if bias is None else bias[:, :, 0])
-        value_norm = None
-        if score == "cls_attention_value_norm":
-            value_norm = layout.pad(torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype))[:, num_prefix:]
-        return significance_score(attention[:, :, num_prefix:], value_norm)
-
-
-def insert_ats(blocks: nn.ModuleList, samplers: dict[int, BlockSampler], block_type: type[ATSBlock] = ATSBlock) -> None:
-    """Replace, in place, the first block with a sampler and all blocks behind it by ATSBlocks of `block_type`; those
-    before stay as they are.
-    """
-    for index in range(min(samplers, default=len(blocks)), len(blocks)):
-        blocks[index] = block_type(blocks[index], samplers.get(index))
+def ats_blocks(model: nn.Module) -> list[ATSBlock]:
+    """The blocks with a reduction, in order, of a network built here or patched."""
+    found = [module for module in model.modules() if getattr(module, "reduction", None) is not None]
+    return sorted(found, key=lambda block: block.index)
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, *, num_prefix_tokens: int, group: int = 1, layout: str = "packed"
-) -> tuple[RaggedTokens, list[KeptTokens]]:
-    """Dense tokens [S, N, C] through ordinary blocks, then ATSBlocks.
+    blocks: Iterable[nn.Module],
+    x: Any,
+    begin: Callable[[Any], RaggedTokens],
+    *,
+    call: Callable[[nn.Module, Any, int], Any] | None = None,
+    after: Callable[[int, RaggedTokens], None] | None = None,
+) -> RaggedTokens:
+    """Run ordinary blocks, then ATSBlocks: the kept tokens, with the trace.
 
     Args:
-        group: see `RaggedTokens`. layout: name in `tokens.LAYOUTS`.
-
-    Returns:
-        The tokens that are left, and the trace: one entry per block with a sampler, in order.
+        x: input of the first block: dense tokens [S, N, C], or anything that `call` understands.
+        begin: makes ragged tokens from an ordinary block's output, for the first ATSBlock or at the end.
+        call: (block, x or tokens, place in the list) -> the block's output; by default this calls the block, with
+            activation checkpointing if it is on.
+        after: called after each block with its place in the list and the tokens.
     """
-    trace: list[KeptTokens] = []
+    call = call or (lambda block, x, _: run_block(block, x))
     tokens = None
-    for index, block in enumerate(blocks):
-        if not isinstance(block, ATSBlock):
-            x = run_block(block, x)
-            continue
-        if tokens is None:
-            tokens = RaggedTokens.from_dense(x, num_prefix_tokens, group=group, layout=layout)
-        tokens = run_block(block, tokens)
-        if block.sampler is not None:
-            trace.append(KeptTokens.of(tokens, index))
-    return RaggedTokens.from_dense(x, num_prefix_tokens, group=group) if tokens is None else tokens, trace
-
-
-def samplers_from_cfg(cfg: CfgNode, *, depth: int, num_prefix_tokens: int) -> dict[int, BlockSampler | TokenReducer]:
-    """The samplers that the ATS keys describe for a network of `depth` blocks; none if ATS.ENABLE is off."""
-    if not cfg.ATS.ENABLE:
-        return {}
-    if not cfg.ATS.BLOCKS:
-        raise UserError("ATS.BLOCKS is empty: give blocks, e.g. ATS.BLOCKS [3,4,5]; ATS.ENABLE False is without ATS.")
-    return plan_samplers(
-        depth=depth,
-        blocks=cfg.ATS.BLOCKS,
-        num_tokens=cfg.ATS.NUM_TOKENS,
-        num_prefix_tokens=num_prefix_tokens,
-        min_tokens=cfg.ATS.MIN_TOKENS,
-        sampler=cfg.ATS.SAMPLER,
-        score=cfg.ATS.SCORE,
-        rule=cfg.ATS.RULE,
-        seed=cfg.ATS.SEED,
-        share_frames=cfg.ATS.SHARE_FRAMES,
-        reducer_options={
-            "r": cfg.TOME.R,
-            "prop_attn": cfg.TOME.PROP_ATTN,
-            "keep_rate": cfg.EVIT.KEEP_RATE,
-            "fuse_token": cfg.EVIT.FUSE_TOKEN,
-        },
-    )
+    for place, block in enumerate(blocks):
+        if isinstance(block, ATSBlock):
+            tokens = call(block, begin(x) if tokens is None else tokens, place)
+        else:
+            x = call(block, x, place)
+        if after is not None:
+            after(place, begin(x) if tokens is None else tokens)
+    return begin(x) if tokens is None else tokens

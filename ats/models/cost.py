@@ -1,86 +1,80 @@
-"""Multiply-adds of the parts models are made of, from token counts; float64 tensors, one number per sequence.
+"""Multiply-adds of the parts of networks; float64 tensors, one number per sequence.
 
-Counted: matrix products and convolutions, the scoring row included. Not counted, as everywhere in the field: element-
-    wise work
-(LayerNorm, softmax, GELU, residuals, the norm of the values, sorting 200 numbers).
+They count matrix products and convolutions, the scoring row included, but no element-wise work (LayerNorm, softmax,
+GELU, residuals, norms of values, sorting), as is usual.
+
+There are two accountings. As run: an ATS block projects and attends from kept queries only, plus one query (CLS) and
+its row of scores. Paper: what the official code computes and the paper's tables count, i.e. all queries and the whole
+N x N matrix of logits, without the dropped rows from A^s V on.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from ats.models.block import ATSBlock
-from ats.reduction.sampling import BlockSampler
-from ats.tokens import KeptTokens
+from ats.tokens import BlockRecord
+
+Grid = tuple[int, int, int]
 
 
-def block_multiply_adds(
-    block: nn.Module, num_in: Tensor, num_out: Tensor, *, paper: bool, num_scored: Tensor | None = None
-) -> Tensor:
-    """A ViT block that gets `num_in` [S] tokens and keeps `num_out` [S].
+@dataclass(frozen=True)
+class BlockGrid:
+    """Where the tokens of a block lie if none were dropped: grids (T, H, W) of one sequence."""
 
-    As run, an ATS block projects and attends from kept queries alone, and pays for one more query (CLS) and its row of
-    scores. In the paper's accounting, which is the official code's work, it projects all queries and computes the whole
-    N x N matrix of logits; dropped rows are left out from A^s V on. A block that merges or fuses tokens attends N x N;
-    as run, it also pays for finding which.
+    tokens: Grid  # of the input
+    queries: Grid  # of the output
+    keys: Grid  # of the cells that are scored
+    time_last: bool = False  # tokens are in the order (h, w, t)
 
-    Args:
-        num_scored: [S] side of the N x N matrix of the score mean_attention, by default `num_in`; frames of a clip are
-            padded to their longest.
+    @classmethod
+    def of(cls, *grid: int, time_last: bool = False) -> BlockGrid:
+        """One grid (t, h, w) for all."""
+        return cls(grid, grid, grid, time_last)
+
+    def dense_record(self, block: int, num_sequences: int, num_prefix: int) -> BlockRecord:
+        """The record of a dense block; its `max_tokens` is 0."""
+        grids = (self.tokens, self.queries, self.keys, self.queries)
+        return BlockRecord(block, *(torch.full((num_sequences,), num_prefix + size(grid)) for grid in grids))
+
+
+def size(grid: Grid) -> int:
+    """Positions of a grid."""
+    return grid[0] * grid[1] * grid[2]
+
+
+def vit_block_multiply_adds(block: nn.Module, record: BlockRecord, *, paper: bool, frames: int = 1) -> Tensor:
+    """A ViT block with timm's names, [S]; see the module for the accountings. A block that merges or fuses tokens after
+    the attention attends N x N in both. The score mean_attention pads the `frames` consecutive sequences of a sample to
+    their longest.
     """
     attn, attn_dim = block.attn, block.attn.proj.in_features
     if getattr(attn, "qkv", None) is not None:
         q, kv = attn.qkv.in_features * attn_dim, 2 * attn.qkv.in_features * attn_dim
     else:
         q, kv = linear_multiply_adds(attn.q_proj), linear_multiply_adds(attn.k_proj) + linear_multiply_adds(attn.v_proj)
-    n, m = num_in, num_out
+    n, m, reduction = record.num_in.double(), record.num_out.double(), record.reduction
     gate = getattr(attn, "gate", None)
     project = linear_multiply_adds(attn.proj) + (0 if gate is None else linear_multiply_adds(gate))
     mlp = linears_multiply_adds(block.mlp)
-    after = m * (project + mlp)
-    sampler = block.sampler if isinstance(block, ATSBlock) else None
-    if sampler is not None and not isinstance(sampler, BlockSampler):  # every token attends; fewer go on to the MLP
-        extra = 0 if paper else sampler.multiply_adds(n, attn_dim // attn.num_heads, attn.num_heads)
+    extra = 0
+    if reduction is not None and not paper:
+        extra = reduction.multiply_adds(n, m, head_dim=attn_dim // attn.num_heads, num_heads=attn.num_heads)
+    if reduction is not None and reduction.after_attention:  # every token attends; fewer go on to the MLP
         return n * (q + kv) + 2 * n * n * attn_dim + n * project + m * mlp + extra
-    if sampler is None or paper:
+    after = m * (project + mlp) + extra
+    if reduction is None or paper:
         return n * (q + kv) + n * n * attn_dim + m * n * attn_dim + after
-    if sampler.score == "mean_attention":
-        scored = n if num_scored is None else num_scored
+    if not reduction.selects:
+        scoring = 0
+    elif reduction.score == "mean_attention":
+        scored = n.unflatten(0, (-1, frames)).amax(dim=1).repeat_interleave(frames)
         scoring = n * q + scored * scored * attn_dim
     else:
         scoring = q + n * attn_dim
     return n * kv + scoring + m * q + 2 * m * n * attn_dim + after
-
-
-def blocks_multiply_adds(
-    blocks: nn.ModuleList,
-    trace: list[KeptTokens],
-    num_tokens: int,
-    num_sequences: int,
-    *,
-    paper: bool,
-    num_frames: int = 1,
-) -> Tensor:
-    """All blocks of a ViT: `num_tokens` come in, `trace` says how many leave each ATS block.
-
-    Args:
-        num_frames: consecutive sequences that make a sample.
-
-    Returns:
-        [S], per sequence.
-    """
-    kept = {entry.block: entry.num_tokens.double() for entry in trace}
-    n = torch.full(
-        (num_sequences,), num_tokens, dtype=torch.float64, device=trace[0].num_tokens.device if trace else None
-    )
-    total = torch.zeros_like(n)
-    for index, block in enumerate(blocks):
-        m = kept.get(index, n)
-        longest = n.unflatten(0, (-1, num_frames)).amax(dim=1).repeat_interleave(num_frames)
-        total = total + block_multiply_adds(block, n, m, paper=paper, num_scored=longest)
-        n = m
-    return total
 
 
 def linear_multiply_adds(layer: nn.Linear, num_tokens: int = 1) -> int:

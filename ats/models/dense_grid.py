@@ -1,38 +1,37 @@
-"""Ragged tokens on their grid: for networks whose blocks convolve or pool it (MViT, CvT).
+"""Ragged tokens on their dense grid, for networks whose blocks convolve or pool it (MViT, CvT).
 
-A canvas is the whole grid with zeros (or another value) where tokens were dropped. A cell of a coarser grid stands for
-the tokens p with p // stride == cell, and is there if one of them is.
+The dense grid has zeros (or another value) for dropped tokens. A cell of a coarser grid covers the tokens p with
+p // stride == cell, and is present if one of these tokens is. If a stride does not divide the grid, the last cells of
+an axis cover fewer tokens.
 
 Shapes: as in `ats/tokens.py`; grids are (T, H, W) in (t h w) order, T = 1 for images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ats.tokens import KeptTokens, Layout, RaggedTokens
+from ats.models.cost import Grid
+from ats.tokens import Layout, RaggedTokens
 
-Grid = tuple[int, int, int]
 ONE: Grid = (1, 1, 1)
 
 
-def coarsen(tokens: RaggedTokens, grid: Grid, stride: Grid) -> RaggedTokens:
-    """The cells of a grid coarser by `stride` that stand for at least one of the tokens on `grid`.
-
-    Returns:
-        Layout, positions and slots of the cells. Their x is the tokens' own where the grids are the same, else only
-        a placeholder.
-    """
+def coarsen(tokens: RaggedTokens, stride: Grid) -> RaggedTokens:
+    """The present cells of a grid coarser by `stride`. Their x is only a placeholder, unless the grids are equal."""
     if stride == ONE:
         return tokens
     num_prefix = tokens.num_prefix_tokens
-    there = torch.ones_like(tokens.position, dtype=torch.bool)
-    mask = present_cells(tokens.to_grid(there)[:, num_prefix:].unflatten(1, grid), stride).flatten(1)
-    mask = F.pad(mask, (num_prefix, 0), value=True)
+    present = tokens.to_grid(torch.ones_like(tokens.position, dtype=torch.bool))[:, num_prefix:]
+    present = present.unflatten(1, tokens.grid)[:, None].float()
+    mask = F.max_pool3d(present, stride, stride, ceil_mode=True)[:, 0] > 0
+    grid = tuple(mask.shape[1:])
+    mask = F.pad(mask.flatten(1), (num_prefix, 0), value=True)
     position = mask.nonzero()[:, 1]
     return replace(
         tokens,
@@ -40,37 +39,31 @@ def coarsen(tokens: RaggedTokens, grid: Grid, stride: Grid) -> RaggedTokens:
         layout=Layout.from_lengths(mask.sum(dim=1), longest_of_none=mask.shape[1]),
         position=position,
         num_positions=mask.shape[1],
-        slots=rescale(tokens.slots, tokens.num_positions, mask.shape[1], num_prefix),
+        max_tokens=rescale(tokens.max_tokens, tokens.num_positions, mask.shape[1], num_prefix),
+        grid=grid,
     )
 
 
-def present_cells(mask: Tensor, stride: Grid) -> Tensor:
-    """[S, T, H, W] bool, True where a token is -> the same of a grid coarser by `stride`, sizes rounded up."""
-    if stride == ONE:
-        return mask
-    return F.max_pool3d(mask[:, None].float(), stride, stride, ceil_mode=True)[:, 0] > 0
-
-
 def tokens_of_cells(cells: Tensor, grid: Grid, stride: Grid) -> Tensor:
-    """[S, t, h, w] bool, True at some cells -> [S, T, H, W], True at the tokens on `grid` they stand for."""
+    """A mask of cells [S, t, h, w] -> the mask of the tokens they cover on `grid`, [S, T, H, W]."""
     for axis, step in enumerate(stride):
         cells = cells.repeat_interleave(step, dim=axis + 1)
     return cells[:, : grid[0], : grid[1], : grid[2]]
 
 
-def kept_grid(entry: KeptTokens, like: Tensor) -> Tensor:
-    """The patches of a trace entry as a mask [S, T, H, W]."""
-    mask = torch.zeros_like(like)
-    sequence = torch.arange(len(mask), device=mask.device).repeat_interleave(entry.num_tokens)
-    is_patch = entry.position >= entry.num_prefix_tokens
-    mask.flatten(1)[sequence[is_patch], entry.position[is_patch] - entry.num_prefix_tokens] = True
-    return mask
+def rescale(max_tokens: int, num_positions: int, new_num_positions: int, num_prefix: int) -> int:
+    """`max_tokens` of one grid for another, in proportion. Rounding makes cells -> tokens -> cells the identity."""
+    bound, old, new = max_tokens - num_prefix, num_positions - num_prefix, new_num_positions - num_prefix
+    return num_prefix + (max(bound * new // old, min(bound, 1)) if new < old else -(-bound * new // old))
 
 
-def rescale(slots: int, num_positions: int, new_num_positions: int, num_prefix: int) -> int:
-    """Token slots on a grid as slots on another, in proportion: a number of the configuration alone.
+def divide(grid: Grid, stride: Grid) -> Grid:
+    """Grid over stride, rounded up."""
+    return tuple(-(-n // s) for n, s in zip(grid, stride, strict=True))
 
-    Rounded up on a finer grid and down on a coarser one, so that cells told in tokens and in cells again are as many.
-    """
-    slots, old, new = slots - num_prefix, num_positions - num_prefix, new_num_positions - num_prefix
-    return num_prefix + (max(slots * new // old, min(slots, 1)) if new < old else -(-slots * new // old))
+
+def convolved_grid(
+    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, ...]:
+    """Output sizes of a convolution or pooling."""
+    return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(sizes, kernel, stride, padding, strict=True))

@@ -1,34 +1,107 @@
-"""X-ViT (Bulat et al., NeurIPS 2021) with adaptive token sampling: a ViT on every frame whose keys and values look at
-the neighbouring frames, and a small transformer over the frames' CLS tokens.
+"""X-ViT (Bulat et al., NeurIPS 2021) with adaptive token sampling: a ViT on each frame whose keys and values see the
+neighbouring frames, and a small transformer over the frames' CLS tokens.
 
-Names, shapes and numbers are those of the authors' release (1adrianb/video-transformers), so its checkpoints load as
-they are. The frames of a clip are sequences of their own: every frame has its CLS, scores and keeps its own patches
-(or, with ATS.SHARE_FRAMES, those of its segment together).
+Names, shapes and numbers are the authors' (1adrianb/video-transformers), so released checkpoints load unchanged. Each
+frame is a sequence: it has a CLS and scores and keeps its own patches (with ATS.SHARE_FRAMES: the frames of a segment
+keep the same patches).
 
-Shapes: B clips, T frames, C channels.
+The shift reads the same patch in the next and the previous frame. After an ATS block such a neighbour may be missing;
+its channels are then zeros, as at the ends of a segment. A fused token has no position and keeps its own channels.
+
+Shapes: B clips, T frames, N = 1 + grid tokens of a frame, C channels, R packed tokens of all frames, H heads of D
+channels.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from ats.errors import UserError
-from ats.models.block import insert_ats, run_blocks, samplers_from_cfg
-from ats.models.cost import block_multiply_adds, blocks_multiply_adds, conv_multiply_adds, linear_multiply_adds
-from ats.models.temporal_shift import ShiftedATSBlock, ShiftedAttention
+from ats.models.backbone import Backbone, Records, reductions_from_cfg, settings
+from ats.models.block import ATSBlock
+from ats.models.cost import BlockGrid, linear_multiply_adds, vit_block_multiply_adds
 from ats.models.vit import VisionTransformer, clip_to_frames, vit_settings_from_cfg
-from ats.reduction.sampling import BlockSampler
-from ats.tokens import KeptTokens
+from ats.reduction import Reduction
+from ats.tokens import KeptTokens, RaggedTokens
 
 logger = logging.getLogger(__name__)
+
+
+def shift_frames(x: Tensor, *, frames: int, fold: int) -> Tensor:
+    """The shift in time of dense frames [B*T, N, C] within segments of `frames` frames.
+
+    Channels 0 .. fold - 1 come from the same token of the next frame, the following `fold` from the previous frame;
+    zeros where a segment has no such frame. The rest does not change. Channel c is head * D + d.
+    """
+    following, preceding, own = x.unflatten(0, (-1, frames)).tensor_split([fold, 2 * fold], dim=-1)
+    following = torch.cat([following[:, 1:], torch.zeros_like(following[:, :1])], dim=1)
+    preceding = torch.cat([torch.zeros_like(preceding[:, :1]), preceding[:, :-1]], dim=1)
+    return torch.cat([following, preceding, own], dim=-1).flatten(0, 1)
+
+
+def neighbours(tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
+    """Rows of the same patch in the next and in the previous frame, each [R]. A missing one is R, one past the end. A
+    fused token is its own neighbour.
+    """
+    place = tokens.grid_index
+    table = tokens.row_at_position.reshape(-1, tokens.frames_per_clip, tokens.num_positions)
+    nothing = torch.full_like(table[:, :1], len(place))
+    following = torch.cat([table[:, 1:], nothing], dim=1).flatten()[place]
+    preceding = torch.cat([nothing, table[:, :-1]], dim=1).flatten()[place]
+    if tokens.has_fused:
+        is_fused, own = tokens.position < 0, torch.arange(len(place), device=place.device)
+        following, preceding = (torch.where(is_fused, own, rows) for rows in (following, preceding))
+    return following, preceding
+
+
+def shift_tokens(x: Tensor, following: Tensor, preceding: Tensor, *, fold: int) -> Tensor:
+    """`shift_frames` of packed tokens [R, C] with the rows of `neighbours`: equals scattering to the grid, shifting and
+    gathering, but moves the shifted channels only.
+    """
+    shifted = F.pad(x[:, : 2 * fold], (0, 0, 0, 1))  # row R: no neighbour
+    parts = shifted[:, :fold].index_select(0, following), shifted[:, fold:].index_select(0, preceding), x[:, 2 * fold :]
+    return torch.cat(parts, dim=1)
+
+
+class ShiftedAttention(nn.Module):
+    """timm's Attention `base` with keys and values shifted in time within segments of `frames` frames: `fold` channels
+    from the next frame, and the same number from the previous frame.
+    """
+
+    def __init__(self, base: Attention, *, frames: int, fold: int) -> None:
+        super().__init__()
+        self.__dict__.update(base.__dict__)
+        self.frames, self.fold = frames, fold
+
+    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        """Dense frames [B*T, N, C] -> [B*T, N, C]; it ignores timm's other arguments."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        k, v = (shift_frames(t, frames=self.frames, fold=self.fold) for t in (k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class ShiftedATSBlock(ATSBlock):
+    """An ATSBlock on frames; keys and values are shifted in time where the base block's are."""
+
+    def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [R, H, D], after the shift: a token is scored by the values it contributes."""
+        k, v = super().project_kv(x, tokens)
+        if not isinstance(self.attn, ShiftedAttention):
+            return k, v
+        rows = neighbours(tokens)
+        return tuple(shift_tokens(t.flatten(1), *rows, fold=self.attn.fold).view_as(t) for t in (k, v))
 
 
 class FrameTransformer(VisionTransformer):
@@ -36,13 +109,15 @@ class FrameTransformer(VisionTransformer):
 
     Args:
         num_segments: frames of a segment, within which keys and values are shifted.
-        shift_div: 1 / shift_div of the channels come from the next frame, as many from the previous one (none if it
-            is 1).
-        shifted_blocks: which blocks shift; those past the last are ignored, as in the released configs.
+        shift_div: 1 / shift_div of the channels come from the next frame, the same share from the previous frame (none
+            if it is 1).
+        shifted_blocks: the blocks that shift; blocks that do not exist are ignored, as in the released configs.
         temporal_embed_len: length F of the temporal embedding; frame i of a clip gets entry i mod F.
-        classify_frames: whether the backbone ends in a classifier; without, in dropout.
-        samplers: block -> what it keeps; empty for the dense network.
+        classify_frames: whether the backbone ends in a classifier; if not, it ends in dropout.
     """
+
+    layouts = ("packed",)
+    resize_mode = "bicubic"
 
     def __init__(
         self,
@@ -52,83 +127,59 @@ class FrameTransformer(VisionTransformer):
         shifted_blocks: Iterable[int],
         temporal_embed_len: int,
         classify_frames: bool,
-        samplers: dict[int, BlockSampler] | None = None,
-        **settings,
+        reductions: dict[int, Reduction] | None = None,
+        **settings: object,
     ) -> None:
         super().__init__(**settings)
         self.num_segments = num_segments
         self.temp_embed = nn.Parameter(torch.zeros(1, temporal_embed_len, 1, self.embed_dim))
         for index in set(shifted_blocks) & set(range(len(self.blocks))):
             block = self.blocks[index]
-            block.attn = ShiftedAttention(block.attn, group=num_segments, fold=self.embed_dim // shift_div)
+            block.attn = ShiftedAttention(block.attn, frames=num_segments, fold=self.embed_dim // shift_div)
         if classify_frames:
             nn.init.normal_(self.head.weight, std=0.001)
         else:
             self.head, self.head_drop = nn.Dropout(self.head_drop.p), nn.Identity()
-        insert_ats(self.blocks, samplers or {}, ShiftedATSBlock)
+        self.reduce_blocks(reductions, ShiftedATSBlock)
 
-    def resize_positions(self, pos_embed: Tensor, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
-        """As the release resizes it: bicubic without anti-aliasing."""
-        patches = pos_embed[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)
-        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that are never decayed."""
-        return super().no_weight_decay() | {"temp_embed"}
-
-    def forward_tokens(self, x: Tensor) -> tuple[Tensor, list[KeptTokens]]:
-        """Clips [B, 3, T, H, W] -> [B*T, C] (or frames' logits) and, for every ATS block, the tokens of each frame.
-
-        Raises:
-            UserError: the frames do not divide into segments or temporal embeddings.
+    def run(self, x: Tensor) -> tuple[Tensor, Records]:
+        """Clips [B, 3, T, H, W] -> [B*T, C], or the frames' logits. The frames must divide into segments and temporal
+        embeddings, else it raises a UserError.
         """
-        num_frames = x.shape[2]
         frames = self.embed(clip_to_frames(x))
-        for name, length in (
-            ("XVIT.NUM_SEGMENTS", self.num_segments),
-            ("XVIT.TEMPORAL_EMBED_LEN", self.temp_embed.shape[1]),
-        ):
-            if num_frames % length:
-                raise UserError(f"Clips of {num_frames} frames: DATA.NUM_FRAMES must be a multiple of {name} {length}.")
+        lengths = {"XVIT.NUM_SEGMENTS": self.num_segments, "XVIT.TEMPORAL_EMBED_LEN": self.temp_embed.shape[1]}
+        for name, length in lengths.items():
+            if x.shape[2] % length:
+                raise UserError(f"Clips of {x.shape[2]} frames: DATA.NUM_FRAMES must be a multiple of {name} {length}.")
         frames = (frames.unflatten(0, (-1, self.temp_embed.shape[1])) + self.temp_embed).flatten(0, 1)
-        tokens, trace = run_blocks(self.blocks, frames, num_prefix_tokens=1, group=self.num_segments)
-        return self.classify(self.norm(tokens.prefix())), trace
+        tokens = self.run_blocks(frames, frames_per_clip=self.num_segments)
+        return self.classify(self.norm(tokens.prefix())), tokens.trace
 
 
 class TemporalHead(nn.Module):
-    """A transformer over the frames' CLS tokens with a CLS of its own and a two-layer classifier.
+    """A transformer over the frames' CLS tokens with its own CLS and a two-layer classifier.
 
-    It has no positions in time, no bias in its queries, keys and values, and LayerNorms with epsilon 1e-5.
+    It has no positions in time, no bias in queries, keys and values, and LayerNorms with epsilon 1e-5.
     """
 
     def __init__(
         self,
         *,
         embed_dim: int,
-        num_heads: int,
-        num_layers: int,
-        mlp_dim: int,
         num_classes: int,
-        head_drop_rate: float = 0.0,
-        hidden_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
+        head_drop_rate: float,
+        num_attention_heads: int,
+        num_hidden_layers: int,
+        mlp_dim: int,
+        hidden_dropout_prob: float,
+        attention_probs_dropout_prob: float,
     ) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.temporal_encoder = nn.Sequential(
-            *(
-                Block(
-                    embed_dim,
-                    num_heads,
-                    proj_drop=hidden_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    drop_path=hidden_drop_rate,
-                    norm_layer=partial(nn.LayerNorm, eps=1e-5),
-                )
-                for _ in range(num_layers)
-            )
-        )
+        options = {"proj_drop": hidden_dropout_prob, "drop_path": hidden_dropout_prob}
+        options |= {"attn_drop": attention_probs_dropout_prob, "norm_layer": partial(nn.LayerNorm, eps=1e-5)}
+        blocks = (Block(embed_dim, num_attention_heads, **options) for _ in range(num_hidden_layers))
+        self.temporal_encoder = nn.Sequential(*blocks)
         self.mlp_head = nn.Sequential(
             nn.LayerNorm(embed_dim),
             nn.Linear(embed_dim, mlp_dim),
@@ -144,28 +195,33 @@ class TemporalHead(nn.Module):
 
     def multiply_adds(self, num_frames: int) -> float:
         """Multiply-adds of one clip."""
-        num_tokens = torch.tensor(1.0 + num_frames, dtype=torch.float64)
-        blocks = sum(block_multiply_adds(b, num_tokens, num_tokens, paper=True) for b in self.temporal_encoder)
-        return float(blocks) + sum(linear_multiply_adds(self.mlp_head[i]) for i in (1, 4))
+        record = BlockGrid.of(num_frames, 1, 1).dense_record(0, 1, 1)
+        blocks = sum(vit_block_multiply_adds(block, record, paper=True).item() for block in self.temporal_encoder)
+        return blocks + sum(linear_multiply_adds(self.mlp_head[i]) for i in (1, 4))
 
 
-class XViT(nn.Module):
+class XViT(Backbone):
     """X-ViT.
 
     Args:
         temporal_head: arguments of TemporalHead; None averages the frames' logits instead.
-        before_softmax: without a temporal head: average logits (True) or probabilities (False; these are the output).
+        before_softmax: without a temporal head, average logits (True) or probabilities (False; the output is then
+            probabilities).
         settings: arguments of FrameTransformer.
     """
 
     head_keys = ("consensus.mlp_head.4.", "new_fc.", "base_model.head.")
+    num_prefix_tokens = 1
+    layer_patterns: ClassVar[dict] = {
+        "stem": r"^base_model\.(?:cls_token|pos_embed|temp_embed|patch_embed)",
+        "blocks": [(r"^base_model\.blocks\.(\d+)", None), (r"^base_model\.norm", (99999,))],
+    }
 
-    def __init__(self, *, temporal_head: dict | None, before_softmax: bool = True, **settings) -> None:
+    def __init__(self, *, temporal_head: dict | None, before_softmax: bool = True, **settings: object) -> None:
         super().__init__()
-        num_classes, drop_rate = settings["num_classes"], settings["head_drop_rate"]
-        embed_dim = settings["embed_dim"]
-        # Without dropout the release's backbone ends in a classifier, in front of its temporal head too. That one can
-        # only read as many classes as channels; for other numbers, where the release breaks, there is no classifier.
+        num_classes, drop_rate, embed_dim = (settings[name] for name in ("num_classes", "head_drop_rate", "embed_dim"))
+        # Without dropout the release's backbone ends in a classifier, even before its temporal head. The head needs
+        # embed_dim inputs: for any other number of classes the release breaks, and here there is no classifier.
         classify_frames = drop_rate == 0 and (temporal_head is None or num_classes == embed_dim)
         self.base_model = FrameTransformer(classify_frames=classify_frames, **settings)
         self.consensus = self.new_fc = None
@@ -178,49 +234,31 @@ class XViT(nn.Module):
             nn.init.normal_(self.new_fc.weight, std=0.001)
             nn.init.zeros_(self.new_fc.bias)
         self.num_classes, self.before_softmax = num_classes, before_softmax
+        self.gives_probabilities = self.consensus is None and not before_softmax
 
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Which parameters form a layer, in timm's form, for layer-wise learning rates."""
-        return {
-            "stem": r"^base_model\.(cls_token|pos_embed|temp_embed|patch_embed)",
-            "blocks": [(r"^base_model\.blocks\.(\d+)", None), (r"^base_model\.norm", (99999,))],
-        }
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that are never decayed."""
-        return {f"base_model.{name}" for name in self.base_model.no_weight_decay()} | {"consensus.cls_token"}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Clips [B, 3, T, H, W] -> logits [B, classes]."""
-        return self.forward_tokens(x)[0]
-
-    def forward_tokens(self, x: Tensor) -> tuple[Tensor, list[KeptTokens]]:
-        """Clips [B, 3, T, H, W] -> logits [B, classes] and, for every ATS block in order, the tokens each of the B*T
-        frames kept.
-        """
-        frames, trace = self.base_model.forward_tokens(x)
+    def run(self, x: Tensor) -> tuple[Tensor, Records]:
+        frames, records = self.base_model.run(x)
         frames = frames.unflatten(0, (len(x), x.shape[2]))
         if self.consensus is not None:
-            return self.consensus(frames), trace
+            return self.consensus(frames), records
         logits = frames if self.new_fc is None else self.new_fc(frames)
-        return (logits if self.before_softmax else logits.softmax(dim=-1)).mean(dim=1), trace
+        return (logits if self.before_softmax else logits.softmax(dim=-1)).mean(dim=1), records
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the release, or of an image ViT to start a training from, as this model's.
+        """Weights of the release, or of an image ViT to start training from, for this model.
 
-        Classifiers this network does not have are left out; what an image ViT does not have stays as initialised; both
-        are logged.
+        It drops classifiers that this network does not have and keeps the initial values of weights that an image ViT
+        does not have, and logs both.
         """
         expected = self.state_dict()
         if not any(key.startswith("base_model.") for key in state):
-            state = {
-                key if key.startswith(("consensus.", "new_fc.")) else f"base_model.{key}": value
-                for key, value in state.items()
-            }
+            own = ("consensus.", "new_fc.")
+            state = {key if key.startswith(own) else f"base_model.{key}": value for key, value in state.items()}
         backbone = {key.removeprefix("base_model."): v for key, v in state.items() if key.startswith("base_model.")}
         adapted = {f"base_model.{key}": value for key, value in self.base_model.adapt_state_dict(backbone).items()}
         state = {key: value for key, value in state.items() if not key.startswith("base_model.")} | adapted
-        unused = [key for key in state if key not in expected and key.startswith(CLASSIFIERS)]
+        classifiers = ("new_fc.", "base_model.head.", "base_model.pre_logits.")  # of the release or of image networks
+        unused = [key for key in state if key not in expected and key.startswith(classifiers)]
         if unused:
             logger.info("Not used by this network: %s.", ", ".join(unused))
         state = {key: value for key, value in state.items() if key not in unused}
@@ -230,29 +268,25 @@ class XViT(nn.Module):
             state |= {key: expected[key] for key in fresh}
         return state
 
-    def multiply_adds(self, trace: list[KeptTokens], input_shape: tuple[int, ...], *, paper: bool) -> Tensor:
-        """Multiply-adds of each clip [B] (float64) of a batch of `input_shape`, from the tokens its frames kept; see
-        `ats/flops.py`.
-        """
-        batch_size, _, num_frames, height, width = input_shape
-        model = self.base_model
-        grid = (height // model.patch_size) * (width // model.patch_size)
-        frames = blocks_multiply_adds(
-            model.blocks, trace, 1 + grid, batch_size * num_frames, paper=paper, num_frames=num_frames
-        )
-        per_frame = conv_multiply_adds(model.patch_embed.proj, grid)
-        per_frame += sum(linear_multiply_adds(h) for h in (model.head, self.new_fc) if isinstance(h, nn.Linear))
-        head = 0 if self.consensus is None else self.consensus.multiply_adds(num_frames)
-        return frames.reshape(batch_size, num_frames).sum(dim=1) + num_frames * per_frame + head
+    def block_list(self) -> list[nn.Module]:
+        return self.base_model.block_list()
 
+    def block_grids(self, input_shape: Sequence[int]) -> list[BlockGrid]:
+        return self.base_model.block_grids(input_shape)
 
-# Classifiers that the release keeps, or image networks have, though this network has no use for them.
-CLASSIFIERS = ("new_fc.", "base_model.head.", "base_model.pre_logits.")
+    def sequences_per_sample(self, input_shape: Sequence[int]) -> int:
+        return input_shape[2]
+
+    def stem_multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int]) -> float:
+        per_frame = self.base_model.stem_multiply_adds(trace, input_shape)
+        per_frame += 0 if self.new_fc is None else linear_multiply_adds(self.new_fc)
+        head = 0 if self.consensus is None else self.consensus.multiply_adds(input_shape[2])
+        return input_shape[2] * per_frame + head
 
 
 def xvit_from_cfg(cfg: CfgNode) -> XViT:
-    """MODEL.NAME XViT, described by the keys of VIT (the backbone), XVIT, TEMPORAL_HEAD and ATS."""
-    settings = vit_settings_from_cfg(cfg)
+    """MODEL.NAME XViT, described by the VIT (backbone), XVIT, TEMPORAL_HEAD and ATS keys."""
+    vit = vit_settings_from_cfg(cfg)
     xvit, head = cfg.XVIT, cfg.TEMPORAL_HEAD
     use_head = xvit.CONSENSUS_TYPE == "vit"
     shifted_blocks = [block for block in xvit.LOCATIONS_LIST if xvit.USE_XVIT and block < cfg.VIT.DEPTH]
@@ -269,26 +303,13 @@ def xvit_from_cfg(cfg: CfgNode) -> XViT:
             f"VIT.EMBED_DIM {cfg.VIT.EMBED_DIM} is not a multiple of TEMPORAL_HEAD.NUM_ATTENTION_HEADS "
             f"{head.NUM_ATTENTION_HEADS}."
         )
-    for name, length in (
-        ("XVIT.NUM_SEGMENTS", xvit.NUM_SEGMENTS),
-        ("XVIT.TEMPORAL_EMBED_LEN", xvit.TEMPORAL_EMBED_LEN),
-    ):
-        if length < 1 or cfg.DATA.NUM_FRAMES % length:
-            raise UserError(f"DATA.NUM_FRAMES {cfg.DATA.NUM_FRAMES} is not a multiple of {name} {length}.")
-    temporal_head = {
-        "num_heads": head.NUM_ATTENTION_HEADS,
-        "num_layers": head.NUM_HIDDEN_LAYERS,
-        "mlp_dim": head.MLP_DIM,
-        "hidden_drop_rate": head.HIDDEN_DROPOUT_PROB,
-        "attn_drop_rate": head.ATTENTION_PROBS_DROPOUT_PROB,
-    }
+    for name in ("NUM_SEGMENTS", "TEMPORAL_EMBED_LEN"):
+        if cfg.DATA.NUM_FRAMES % xvit[name]:
+            raise UserError(f"DATA.NUM_FRAMES {cfg.DATA.NUM_FRAMES} is not a multiple of XVIT.{name} {xvit[name]}.")
     return XViT(
-        **settings,
-        num_segments=xvit.NUM_SEGMENTS,
-        shift_div=xvit.SHIFT_DIV,
+        **vit,
+        **settings(xvit, "num_segments", "shift_div", "temporal_embed_len", "before_softmax"),
         shifted_blocks=shifted_blocks,
-        temporal_embed_len=xvit.TEMPORAL_EMBED_LEN,
-        temporal_head=temporal_head if use_head else None,
-        before_softmax=xvit.BEFORE_SOFTMAX,
-        samplers=samplers_from_cfg(cfg, depth=cfg.VIT.DEPTH, num_prefix_tokens=1),
+        temporal_head=settings(head) if use_head else None,
+        reductions=reductions_from_cfg(cfg, depth=cfg.VIT.DEPTH, num_prefix_tokens=1),
     )

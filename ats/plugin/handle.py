@@ -1,44 +1,51 @@
-"""What `ats.patch` needs of every library of models: the state of a patched model, and blocks that change their class.
+"""What `ats.patch` needs of every library of models: the state of a patched model, and classes with ATS.
 
-A model or block becomes its ATS version by its `__class__` alone: the same object, with the same modules, parameters
-and state-dict keys, and becomes itself again the same way. `timm_vit.py` and `transformers_vit.py` are the two
-libraries; each has `MODELS` (host class -> ATS version), `HOSTS` (the other way round), and the functions `refusal`,
-`adopt`, `release`, `default_score`, `num_blocks` and `num_prefix_tokens`, which take a model.
+A model or block gets ATS by a change of its `__class__`: it stays the same object, with the same modules, parameters
+and state-dict keys, and can change back. `timm/model.py` and `transformers/model.py` are the two libraries. Each has
+`VERSIONS` (original class -> ATS version) and functions of a model: `refusal`, `attach`, `default_score`, and
+`network`, the facts for `plan_reductions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from ats.errors import UserError, suggest
-from ats.reduction.sampling import BlockSampler
-from ats.tokens import KeptTokens
+from ats.models.backbone import HasBlocks
+from ats.reduction import Reduction
+from ats.tokens import LAYOUTS, KeptTokens
+
+
+def version_of(original: type[nn.Module], *bases: type, name: str = "", **attributes: object) -> type[nn.Module]:
+    """The ATS version of a class: a subclass of `bases` and the original, with these attributes. It is a global of the
+    module that defines the last of `bases`, so whole models can be pickled. `name`: by default "ATS" + the original's.
+    """
+    name, module = name or f"ATS{original.__name__}", bases[-1].__module__
+    attributes |= {"__module__": module, "__doc__": f"{original.__name__} with ATS.", "original": original}
+    version = type(name, (*bases, original), attributes)
+    setattr(sys.modules[module], name, version)
+    return version
 
 
 @dataclass
 class State:
-    """What a patched model knows beyond its host: settings (those of `ats.patch`) and what gives it others
-    (`apply(model, settings)`, from `ats/plugin/patch.py`), and the trace if it is wanted.
-    """
+    """What a patched model knows beyond its original."""
 
-    settings: dict = field(default_factory=dict)
-    apply: Callable[[nn.Module, dict], None] | None = None
-    layout: str = "packed"  # name in tokens.LAYOUTS
-    trace: bool = False
+    settings: dict = field(default_factory=dict)  # of `ats.patch`
+    apply: Callable[[nn.Module, dict], None] | None = None  # changes the model's settings; from `patch.py`
+    trace: bool = False  # keep the trace of the last batch in `last`
     last: list[KeptTokens] | None = None
-    embedding_costs: dict = field(default_factory=dict)  # see timm_cost.py
+    embedding_costs: dict = field(default_factory=dict)  # input shape -> measured multiply-adds of the patch embedding
 
 
 class Handle:
     """`model.ats`: the settings of `ats.patch`, each of which can be read and set, and the trace.
 
-    Attributes:
-        trace: remember what the blocks keep. Off by default: a trace holds on to memory.
-        last: with `trace`, a `KeptTokens` for each ATS block, of the last batch: `.block`, `.num_tokens` [B] (prefix
-            tokens counted) and `.patches`, the original indices of the patches kept by each image.
+    `trace` True records what the blocks keep. It is off by default, because a trace takes memory.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,11 +53,13 @@ class Handle:
 
     @property
     def last(self) -> list[KeptTokens]:
-        """What the last batch kept, block by block."""
-        state = self._model.ats_state
-        if state.last is None:
+        """With `trace`, what each block with a reduction kept of the last batch: `.block`, `.num_tokens` [B] (prefix
+        tokens counted) and `.patches`, the original indices of the patches kept by each image.
+        """
+        last = self._model.ats_state.last
+        if last is None:
             raise UserError("No batch has been traced: set model.ats.trace = True and run the model on a batch.")
-        return state.last
+        return last
 
     def __getattr__(self, name: str) -> object:
         state = self._model.ats_state
@@ -74,32 +83,58 @@ class Handle:
         return f"ats({', '.join(f'{name}={value!r}' for name, value in self._model.ats_state.settings.items())})"
 
 
-class Patched:
-    """What the ATS versions of all models have in common; never instantiated."""
+class Patched(HasBlocks):
+    """Base of the ATS versions of all models; never instantiated."""
 
+    layouts = LAYOUTS
     ats_state: State
 
     @property
     def ats(self) -> Handle:
-        """The handle to re-tune and to look."""
+        """Change settings and read the trace."""
         return Handle(self)
 
 
-def with_sampler(
-    blocks: nn.Module, samplers: dict[int, BlockSampler], versions: Mapping[type[nn.Module], type[nn.Module]]
-) -> None:
-    """Make a host's `blocks` those of a network with `samplers`: the first block with one and all behind it become
-    their ATS version, those before their own class again. Without samplers all blocks are as they were.
+def refuse_merging(model: nn.Module, reductions: Iterable[Reduction], no_merge: str, no_fuse: str) -> None:
+    """Raise a UserError if a reduction merges or fuses tokens and the model does not allow it, for these reasons."""
+    for reduction in reductions:
+        reason = (reduction.merges and no_merge) or (reduction.makes_fused and no_fuse)
+        if reason:
+            raise UserError(f"sampler {reduction.name} does not work with this {type(model).__name__}: {reason}.")
 
-    Args:
-        versions: host class -> ATS version.
+
+def refusal_of_blocks(blocks: nn.Module, refusal: Callable[[nn.Module], str]) -> str:
+    """Why ATS cannot be put into these blocks; "" if it can."""
+    reasons = (f"block {index} {reason}" for index, block in enumerate(blocks) if (reason := refusal(block)))
+    return next(reasons, "") if len(blocks) else "it has no blocks"
+
+
+def attach_to(
+    parts: Sequence[nn.Module],
+    blocks: nn.Module,
+    reductions: dict[int, Reduction],
+    versions: Mapping[type[nn.Module], type[nn.Module]],
+) -> None:
+    """Make `parts`, which share one state, their ATS versions, and give `blocks` these reductions: the first block that
+    has one and all later blocks become their ATS versions, earlier blocks their originals.
     """
-    hosts = {version: host for host, version in versions.items()}
-    first = min(samplers, default=len(blocks))
+    state = next((part.ats_state for part in parts if hasattr(part, "ats_state")), None) or State()
+    for part in parts:
+        part.__class__ = versions.get(type(part), type(part))
+        part.ats_state = state
+    first = min(reductions, default=len(blocks))
     for index, block in enumerate(blocks):
         if index >= first:
             block.__class__ = versions.get(type(block), type(block))
-            block.sampler = samplers.get(index)
-        elif type(block) in hosts:
-            block.__class__ = hosts[type(block)]
-            del block.sampler
+            block.reduction, block.index = reductions.get(index), index
+        else:
+            restore(block)
+
+
+def restore(module: nn.Module) -> None:
+    """Make an ATS version its original again; other modules do not change."""
+    original = vars(type(module)).get("original")
+    if original is not None:
+        module.__class__ = original
+        for name in ("ats_state", "reduction", "index", "layout"):
+            vars(module).pop(name, None)

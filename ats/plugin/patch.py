@@ -1,167 +1,180 @@
-"""ATS in a model of timm or Hugging Face transformers you already have, with one line:
+"""ATS in your own model of timm or Hugging Face transformers, with one line:
 
     model = timm.create_model("deit3_small_patch16_224", pretrained=True)
     ats.patch(model, blocks=range(3, 12), num_tokens=197)
-    model.ats.num_tokens = 0.7      # re-tune at any time
-    model.ats.trace = True          # then model.ats.last says what the last batch kept
-    ats.unpatch(model)              # as if nothing had been
+    model.ats.num_tokens = 0.7      # change it at any time
+    model.ats.trace = True          # then model.ats.last has what the last batch kept
+    ats.unpatch(model)              # undo
 
-The model stays the same object, with its weights, state-dict keys and methods; `models/timm_vit.py` and
-`models/transformers_vit.py` say what changes inside, docs/PLUGIN.md which models are accepted. What is not understood
-exactly is refused by name rather than computed differently.
+The model stays the same object, with its weights, state-dict keys and methods. `timm/model.py` and
+`transformers/model.py` say what changes inside; docs/PLUGIN.md lists the accepted models. `patch` refuses, by name,
+anything it does not know exactly, rather than compute something else.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
 
 from torch import nn
 
-from ats.errors import UserError
-from ats.plugin.timm import model as timm_vit
-from ats.reduction.plan import plan_samplers
-from ats.reduction.sampling import BlockSampler, TokenReducer
-
-REDUCER_OPTIONS = ("r", "prop_attn", "keep_rate", "fuse_token")
+from ats.errors import UserError, suggest
+from ats.plugin.handle import Patched, restore
+from ats.plugin.timm import model as timm_models
+from ats.reduction import REDUCTIONS, Reduction
+from ats.reduction.base import options_of
+from ats.reduction.plan import plan_reductions, value_of_each_block
 
 
 def patch(
     model: nn.Module,
     *,
-    blocks: Iterable[int],
-    num_tokens: int | float | Iterable[int | float] = 1.0,
+    blocks: Iterable[int] | None = None,
     sampler: str = "inverse_transform",
-    score: str | None = None,
-    rule: str = "official",
-    min_tokens: int = 8,
-    seed: int = 0,
-    r: int | Iterable[int] = 8,
-    prop_attn: bool = True,
-    keep_rate: float | Iterable[float] = 0.7,
-    fuse_token: bool = True,
+    stages: Iterable[Mapping[str, object]] | None = None,
+    **options: object,
 ) -> nn.Module:
-    """Put ATS into `blocks` of a vision transformer of timm or transformers, in place.
+    """Put ATS into `blocks` of a vision transformer of timm or transformers, in place. Returns the same object, with a
+    handle `model.ats` (`handle.Handle`).
 
     Args:
-        score: name in `ats.reduction.sampling.SCORES`; None: the paper's where CLS is read out, else "mean_attention".
-        blocks, num_tokens, sampler, rule, min_tokens, seed: as the config keys ATS.*.
-        r, prop_attn: of sampler "tome", as TOME.*. keep_rate, fuse_token: of sampler "evit", as EVIT.*.
-
-    Returns:
-        The same model object, with a handle `model.ats` (`models.host.Handle`).
+        blocks, sampler: as the config keys ATS.BLOCKS, ATS.SAMPLER.
+        stages: instead, several groups of blocks, each with its own reduction, as ATS.STAGES:
+            `[{"sampler": "tome", "blocks": range(6), "r": 20}, {"blocks": range(6, 12), "num_tokens": 257}]`.
+        options: of the reduction, as its config keys: num_tokens, score, rule, min_tokens, seed (ATS.*), r, prop_attn
+            (TOME.*), keep_rate, fuse_token (EVIT.*), and those of other registered reductions. `score` None (default):
+            the paper's if the head reads CLS, else "mean_attention".
 
     Raises:
-        UserError: the model is not understood (class and reason), it has ATS already, or a setting is out of range.
+        UserError: ATS does not support the model (class and reason), it has ATS already, or a setting is out of range.
     """
     library = library_of(model)
-    if type(model) in library.HOSTS:
+    if isinstance(model, Patched):
         raise UserError(
-            "This model has ATS already: change it by model.ats.num_tokens = ... (or .blocks, .sampler, .score), "
-            "or call ats.unpatch(model) first."
+            "This model has ATS already: change its settings by model.ats.num_tokens = ... (or .blocks, .sampler, "
+            ".score), or call ats.unpatch(model) first."
         )
     reason = _wrapped(model) or library.refusal(model)
     if reason:
         raise UserError(f"ats.patch cannot take {type(model).__name__}: {reason}. See docs/PLUGIN.md.")
-    settings = {
-        "blocks": blocks,
-        "num_tokens": num_tokens,
-        "sampler": sampler,
-        "score": library.default_score(model) if score is None else score,
-        "rule": rule,
-        "min_tokens": min_tokens,
-        "seed": seed,
-        "r": r,
-        "prop_attn": prop_attn,
-        "keep_rate": keep_rate,
-        "fuse_token": fuse_token,
-    }
+    if stages is not None:
+        if blocks is not None or options or sampler != "inverse_transform":
+            raise UserError("Give stages, or blocks with the sampler and options of one reduction, not both.")
+        settings = {"stages": stages}
+    else:
+        settings = {"blocks": blocks, "sampler": sampler} | _defaults(sampler) | options
+        unknown = [name for name in options if name not in _defaults(sampler)]
+        if unknown:
+            names = [*_defaults(sampler), "blocks", "sampler", "stages"]
+            raise UserError(
+                f"ats.patch has no option {unknown[0]}: choose from {', '.join(names)}.{suggest(unknown[0], names)}"
+            )
+        if settings["score"] is None:
+            settings["score"] = library.default_score(model)
     _apply(model, settings)
     return model
 
 
+def _defaults(sampler: str = "inverse_transform") -> dict[str, object]:
+    """Option -> default, of all registered reductions; `sampler`'s default if several share a name."""
+    kinds = [*REDUCTIONS.values(), *([REDUCTIONS[sampler]] if str(sampler) in REDUCTIONS else [])]
+    options = {option.name: option.default for kind in kinds for option in options_of(kind)} | {"score": None}
+    options.pop("share_frames", None)  # images have no frames
+    return options
+
+
+# A signature with all options by name, for help() and editors.
+_parameters = [p for p in inspect.signature(patch).parameters.values() if p.kind is not p.VAR_KEYWORD]
+_parameters += [inspect.Parameter(name, _parameters[-1].KEYWORD_ONLY, default=own) for name, own in _defaults().items()]
+patch.__signature__ = inspect.Signature(_parameters)
+
+
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo `patch`, in place: class, blocks and attributes are those the model had before.
-
-    Returns:
-        The same model object, with the weights it has now.
-
-    Raises:
-        UserError: it is not patched.
+    """Undo `patch`, in place: the same model object, its class, blocks and attributes restored, with the weights it has
+    now. Raises a UserError if it is not patched.
     """
-    library = library_of(model)
-    if type(model) not in library.HOSTS:
-        raise UserError(f"This {type(model).__name__} has no ATS to take out: ats.patch(model, ...) was not called.")
-    library.release(model)
+    if not isinstance(model, Patched):
+        raise UserError(f"This {type(model).__name__} has no ATS to remove: ats.patch(model, ...) was not called.")
+    for module in model.modules():
+        restore(module)
     return model
 
 
 def library_of(model: nn.Module) -> ModuleType:
-    """The module of `ats.models` that knows the library this model is of (`models/host.py`); timm's for any other."""
+    """The module of `ats.plugin` for the model's library (see `handle.py`); by default timm's."""
     if not any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
-        return timm_vit
+        return timm_models
     try:
         return import_module("ats.plugin.transformers.model")
     except ImportError as error:
         import transformers
 
         raise UserError(
-            f"ats.patch does not understand the models of transformers {transformers.__version__} ({error}); it is "
-            "written for 5.23: pip install -U transformers."
+            f"ats.patch does not support the models of transformers {transformers.__version__} ({error}). It needs "
+            "5.23: pip install -U transformers."
         ) from error
 
 
 def _wrapped(model: nn.Module) -> str:
-    """What to patch where this is a wrapper around a model that can have ATS; "" if it is not."""
+    """What to patch instead if this wraps a supported model; "" if it does not."""
     for name in ("module", "_orig_mod", "model"):
         inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module) and type(inner) in (library := library_of(inner)).MODELS | library.HOSTS:
+        if isinstance(inner, Patched) or (isinstance(inner, nn.Module) and type(inner) in library_of(inner).VERSIONS):
             return f"it wraps a {type(inner).__name__}; patch that one: ats.patch(model.{name}, ...)"
     return ""
 
 
 def _apply(model: nn.Module, settings: dict) -> None:
-    """Give the model's blocks the samplers that the settings describe; nothing changes if they are wrong."""
+    """Give the model's blocks the reductions of the settings. Wrong settings change nothing."""
     settings = {name: _plain(value) for name, value in settings.items()}
-    _check_block_list(settings["blocks"])
-    for name, number in (("num_tokens", "a number, a ratio up to 1"), ("r", "a number"), ("keep_rate", "a share")):
-        value = settings[name]
-        if not isinstance(value, (int, float, list)):
-            raise UserError(f"{name} {value!r}: give {number}, or a list with one per block.")
-    for name in ("min_tokens", "seed"):
-        if type(settings[name]) is not int:
-            raise UserError(f"{name} {settings[name]!r}: give a whole number.")
-    library_of(model).adopt(model, _plan(model, settings))
+    library_of(model).attach(model, _plan(model, settings))
     state = model.ats_state
     state.settings, state.apply = settings, _apply
 
 
-def _plan(model: nn.Module, settings: dict) -> dict[int, BlockSampler | TokenReducer]:
+def _plan(model: nn.Module, settings: dict) -> dict[int, Reduction]:
     library = library_of(model)
-    sampling = {name: value for name, value in settings.items() if name not in REDUCER_OPTIONS}
-    return plan_samplers(
-        depth=library.num_blocks(model),
-        num_prefix_tokens=library.num_prefix_tokens(model),
-        reducer_options={name: settings[name] for name in REDUCER_OPTIONS},
-        spell=str,  # by their names here
-        **sampling,
-    )
+    if "stages" in settings:
+        given = settings["stages"]
+        are_stages = isinstance(given, list) and given and all(isinstance(stage, dict) for stage in given)
+        if not are_stages or not all(isinstance(name, str) for stage in given for name in stage):
+            raise UserError(
+                f"stages {given!r}: give a list of dicts, e.g. [{{'sampler': 'tome', 'blocks': range(6)}}]."
+            )
+        stages = [{"sampler": "inverse_transform"} | stage for stage in given]
+        namings = [lambda name, where=f"stages[{index}] ": where + name for index in range(len(stages))]
+    else:
+        kind = REDUCTIONS.get(str(settings["sampler"]))
+        own = [option.name for option in options_of(kind)] if kind else []
+        stages = [{name: value for name, value in settings.items() if name in ("sampler", "blocks", *own)}]
+        namings = [str]
+    for stage, naming in zip(stages, namings, strict=True):
+        blocks, name = stage.get("blocks"), naming("blocks")
+        if not isinstance(blocks, list) or not blocks:
+            what = f"{name} is empty" if blocks == [] else f"{name} {blocks!r}"
+            raise UserError(f"{what}: give the indices of the blocks that sample, e.g. blocks=range(3, 12).")
+        if not all(type(block) is int for block in blocks):
+            raise UserError(f"{name} {blocks}: give whole numbers, e.g. blocks=range(3, 12).")
+        kind = REDUCTIONS.get(stage["sampler"]) if isinstance(stage["sampler"], str) else None
+        if stage.get("score") is None and kind and any(option.name == "score" for option in options_of(kind)):
+            stage["score"] = library.default_score(model)
+    network = library.network(model)
+    planned = plan_reductions(stages, **network, namings=namings)
+    # Options of other reductions apply after a change of the sampler; refuse wrong ones now.
+    unread = {option.name: option for kind in REDUCTIONS.values() for option in options_of(kind)}
+    for name in unread.keys() & settings.keys() - set().union(*stages):
+        value_of_each_block(unread[name], settings[name], settings["blocks"], network["depth"], str)
+    return planned
 
 
 def _plain(value: object) -> object:
-    """Numbers and arrays of NumPy and PyTorch as Python's, whatever else holds values as a list; others as they are."""
+    """NumPy's and PyTorch's numbers and arrays as Python's, other collections as lists, anything else unchanged."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
         return [_plain(item) for item in value]
     return value
-
-
-def _check_block_list(blocks: object) -> None:
-    if not isinstance(blocks, list):
-        raise UserError(f"blocks {blocks!r}: give the indices of the blocks that sample, e.g. blocks=range(3, 12).")
-    if not blocks:
-        raise UserError("blocks is empty: give the indices of the blocks that sample, e.g. blocks=range(3, 12).")
-    if not all(type(block) is int for block in blocks):
-        raise UserError(f"blocks {blocks}: give whole numbers, e.g. blocks=range(3, 12).")

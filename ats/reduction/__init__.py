@@ -1,1 +1,11 @@
-"""How a block loses tokens."""
+"""How a block loses tokens: the paper's sampling, its rivals, and what is registered besides.
+
+A reader of the paper starts with `inverse_transform.py`; a reduction of one's own with `base.py` and docs/EXTENDING.md.
+"""
+
+from ats.reduction import inverse_transform, simple, tome, evit  # isort: skip  # noqa: F401  in the order of --help
+from ats.reduction.base import REDUCTIONS, SCORES, Candidates, Reduction, Step, register
+from ats.reduction.sampler import Sampler
+from ats.reduction.simple import register_sampler
+
+__all__ = ["REDUCTIONS", "SCORES", "Candidates", "Reduction", "Sampler", "Step", "register", "register_sampler"]

@@ -1,135 +1,153 @@
-"""From the settings of ATS to what each block does: which blocks sample, with which K, and whether all that fits.
+"""From settings to what each block does: which blocks lose tokens, by which reduction, and whether all that fits.
 
-Settings come from a config (`ATS.NUM_TOKENS`) or from `ats.patch` (`num_tokens`). Here they have the names they have in
-`ats.patch`; `spell` turns these into what the caller typed, so that messages speak of that.
+Settings come from a config (`ATS.NUM_TOKENS`) or from `ats.patch` (`num_tokens`). Here they have the names that they
+have in `ats.patch`; a `Naming` turns these into what the user typed, for messages.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from ats.errors import UserError, suggest
-from ats.reduction.sampling import REDUCERS, RULES, SAMPLERS, SCORES, BlockSampler, TokenReducer
+from ats.reduction.base import REDUCTIONS, Naming, OptionOf, Reduction, options_of
 
-logger = logging.getLogger(__name__)
-
-Spell = Callable[[str], str]
-
-_SECTIONS = {"r": "TOME", "prop_attn": "TOME", "keep_rate": "EVIT", "fuse_token": "EVIT"}
+Stage = Mapping[str, object]  # "sampler", "blocks" and options of that reduction; options that are left out: defaults
 
 
-def config_key(setting: str) -> str:
-    """The key of a setting in a config: "ATS.NUM_TOKENS" for "num_tokens"."""
-    return f"{_SECTIONS.get(setting, 'ATS')}.{setting.upper()}"
+def config_key(setting: str, sampler: str = "") -> str:
+    """The key of a setting in a config: "ATS.NUM_TOKENS" for "num_tokens", "TOME.R" for "r". Where several reductions
+    have an option of this name, it is `sampler`'s.
+    """
+    kinds = [REDUCTIONS[sampler], *REDUCTIONS.values()] if sampler in REDUCTIONS else REDUCTIONS.values()
+    keys = (option.key for kind in kinds for option in options_of(kind) if option.name == setting)
+    return next(keys, f"ATS.{setting.upper()}")
 
 
-def plan_samplers(
+def plan_reductions(
+    stages: Sequence[Stage],
     *,
     depth: int,
-    blocks: Sequence[int],
-    num_tokens: int | float | Sequence[int | float] = 1.0,
     num_prefix_tokens: int = 1,
-    min_tokens: int = 8,
-    sampler: str = "inverse_transform",
-    score: str = "cls_attention_value_norm",
-    rule: str = "official",
-    seed: int = 0,
-    share_frames: bool = False,
-    reducer_options: Mapping[str, object] | None = None,
-    spell: Spell = config_key,
-) -> dict[int, BlockSampler | TokenReducer]:
-    """A BlockSampler, or what `sampler` names in REDUCERS, for each of the `blocks` of a network with `depth` blocks.
+    has_cls: bool | None = None,
+    namings: Sequence[Naming] = (),
+) -> dict[int, Reduction]:
+    """Block -> its reduction, in the order of the blocks, for a network with `depth` blocks.
 
     Args:
-        num_tokens: K for all blocks, or one entry per block of the network (entries of other blocks are not used). What
-            is above 1 is rounded, and raised to `min_tokens`; a warning says so.
-        reducer_options: of the reducers, which use none of the settings of samplers: `r`, `keep_rate`, ...
-        spell: see above.
+        stages: blocks that share a reduction and its options; a list for an option with one entry per block of the
+            network gives every block its own (entries of other blocks are not used).
+        num_prefix_tokens: tokens that are always kept. has_cls: the first of them is CLS; by default it is.
+        namings: of each stage; by default config keys.
 
     Raises:
-        UserError: a block out of range or twice, K out of range, a list of the wrong length, an unknown name.
+        UserError: an unknown reduction or option, a value out of range, a list of the wrong length, a block that does
+            not exist or is listed twice, or what a reduction's own `check` refuses.
     """
-    for setting, value, options in (
-        ("sampler", sampler, [*SAMPLERS, *REDUCERS]),
-        ("score", score, SCORES),
-        ("rule", rule, RULES),
-    ):
-        if value not in options:
-            raise UserError(f"{spell(setting)} {value}: choose from {', '.join(options)}.{suggest(value, options)}")
-    _check_blocks(blocks, depth, spell)
-    if sampler in REDUCERS:
-        network = {"depth": depth, "num_prefix_tokens": num_prefix_tokens}
-        options = {"options": reducer_options or {}, "spell": spell}
-        return {block: REDUCERS[sampler].plan(block=block, **network, **options) for block in sorted(blocks)}
-    if score != "mean_attention" and num_prefix_tokens == 0:
-        needs = f"{spell('score')} {score} needs a CLS token and this network has none"
-        raise UserError(f"{needs}; use {spell('score')} mean_attention.")
-    least = max(min_tokens, num_prefix_tokens + 2)
-    of_all = {"sampler": sampler, "score": score, "rule": rule, "seed": seed, "share_frames": share_frames}
-    samplers = {
-        block: BlockSampler(block=block, num_tokens=k, min_tokens=least, **of_all)
-        for block, k in _num_tokens_of(blocks, num_tokens, depth, spell).items()
+    network = {"num_prefix_tokens": num_prefix_tokens, "has_cls": num_prefix_tokens > 0 if has_cls is None else has_cls}
+    planned: dict[int, Reduction] = {}
+    for index, stage in enumerate(stages):
+        naming = namings[index] if namings else partial(config_key, sampler=stage.get("sampler", ""))
+        for reduction in _plan_stage(dict(stage), depth, network, naming):
+            if reduction.block in planned:
+                raise UserError(f"{naming('blocks')}: block {reduction.block} is in two stages.")
+            planned[reduction.block] = reduction
+    return dict(sorted(planned.items()))
+
+
+def _plan_stage(stage: dict, depth: int, network: dict, naming: Naming) -> list[Reduction]:
+    sampler, blocks = stage.pop("sampler", "inverse_transform"), stage.pop("blocks")
+    if not isinstance(sampler, str) or sampler not in REDUCTIONS:
+        names = list(REDUCTIONS)
+        raise UserError(f"{naming('sampler')} {sampler}: choose from {', '.join(names)}.{suggest(str(sampler), names)}")
+    kind = REDUCTIONS[sampler]
+    options = {option.name: option for option in options_of(kind)}
+    for name in stage:
+        if name not in options:
+            typed = naming(name)
+            names = [option.upper() if typed.isupper() else option for option in options]
+            raise UserError(
+                f"{typed} is no option of {naming('sampler')} {sampler}: choose from {', '.join(names)}."
+                f"{suggest(typed.rpartition(' ')[2], names)}"
+            )
+    _check_blocks(blocks, depth, naming)
+    values = {
+        name: value_of_each_block(option, stage[name], blocks, depth, naming)
+        for name, option in options.items()
+        if name in stage
     }
-    why = f"{spell('min_tokens')} {least}" if least == min_tokens else f"{num_prefix_tokens} prefix tokens and two more"
-    _say_what_changes(samplers, why, spell)
-    return samplers
+    planned = [
+        kind(block=block, **network, **{name: own[block] for name, own in values.items()}) for block in sorted(blocks)
+    ]
+    if planned:
+        kind.check(planned, naming)
+    return planned
 
 
-def _check_blocks(blocks: Sequence[int], depth: int, spell: Spell) -> None:
+def _check_blocks(blocks: Sequence[int], depth: int, naming: Naming) -> None:
+    if not isinstance(blocks, (list, tuple, range)) or not all(type(block) is int for block in blocks) or not blocks:
+        raise UserError(f"{naming('blocks')} {blocks!r}: give a list of blocks, e.g. [3, 4, 5].")
     for block in blocks:
         if not 0 <= block < depth:
             raise UserError(
-                f"{spell('blocks')} {list(blocks)}: block {block} does not exist, the network has blocks 0 to "
+                f"{naming('blocks')} {list(blocks)}: block {block} does not exist, the network has blocks 0 to "
                 f"{depth - 1}."
             )
     if len(set(blocks)) < len(blocks):
-        raise UserError(f"{spell('blocks')} {list(blocks)}: a block stands twice.")
+        raise UserError(f"{naming('blocks')} {list(blocks)}: a block is listed twice.")
 
 
-def _num_tokens_of(
-    blocks: Sequence[int], num_tokens: int | float | Sequence[int | float], depth: int, spell: Spell
-) -> dict[int, int | float]:
-    """K of each of the blocks, in their order in the network."""
-    per_block = [num_tokens] * depth if isinstance(num_tokens, (int, float)) else num_tokens
-    if len(per_block) != depth:
-        raise UserError(
-            f"{spell('num_tokens')} has {len(per_block)} entries, the network {depth} blocks: give one number, or "
-            f"{depth}."
-        )
-    for block in sorted(blocks):
-        k = per_block[block]
-        is_number = isinstance(k, (int, float)) and not isinstance(k, bool)
-        if not (is_number and 0 < k < math.inf):  # false of NaN
-            raise UserError(
-                f"{spell('num_tokens')} {k!r} (block {block}): give a ratio in (0, 1] or a number of tokens above 1."
-            )
-    return {block: per_block[block] for block in sorted(blocks)}
+def value_of_each_block(
+    option: OptionOf, value: object, blocks: Sequence[int], depth: int, naming: Naming
+) -> dict[int, object]:
+    """Block -> its value of an option.
 
-
-def _say_what_changes(samplers: dict[int, BlockSampler], why: str, spell: Spell) -> None:
-    """One warning for all blocks whose K is not the number of tokens that was given.
-
-    Args:
-        why: where the least K comes from.
+    Raises:
+        UserError: a value that the option does not take, or a list of the wrong length.
     """
-    changed: dict[int | float, list[int]] = {}
-    for block, sampler in samplers.items():
-        if sampler.num_tokens > 1 and sampler.num_tokens != sampler.budget(slots=0):
-            changed.setdefault(sampler.num_tokens, []).append(block)
-    parts = []
-    for k, blocks in changed.items():
-        sampler = samplers[blocks[0]]
-        reason = f"below {why}" if k < sampler.min_tokens else "not a whole number"
-        where = f"blocks {_ranges(blocks)} use" if len(blocks) > 1 else f"block {blocks[0]} uses"
-        parts.append(f"{spell('num_tokens')} {k} is {reason}: {where} {sampler.budget(slots=0)}")
-    if parts:
-        logger.warning("%s.", "; ".join(parts))
+    name = naming(option.name)
+    if isinstance(value, (list, tuple)):
+        if not option.about.per_block:
+            raise UserError(f"{name} {list(value)}: give {_wanted(option)}.")
+        if len(value) != depth:
+            raise UserError(
+                f"{name} has {len(value)} entries, the network {depth} blocks: give one number, or {depth}."
+            )
+    per_block = {block: value[block] if isinstance(value, (list, tuple)) else value for block in sorted(blocks)}
+    for block, own in per_block.items():
+        if option.about.choices:
+            if own not in option.about.choices:
+                choices = [str(choice) for choice in option.about.choices]
+                raise UserError(f"{name} {own}: choose from {', '.join(choices)}.{suggest(str(own), choices)}")
+        elif not _fits(option, own):
+            where = f" (block {block})" if option.about.per_block else ""
+            raise UserError(f"{name} {own!r}{where}: give {_wanted(option)}.")
+        elif bool in _types(option) or (int in _types(option) and float not in _types(option)):
+            per_block[block] = _types(option)[0](own)  # 8.0 as 8, 1 as True
+    return per_block
 
 
-def _ranges(blocks: list[int]) -> str:
-    """Ascending blocks as "1, 3-5"."""
-    starts = [block for block in blocks if block - 1 not in blocks]
-    ends = [block for block in blocks if block + 1 not in blocks]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+def _fits(option: OptionOf, value: object) -> bool:
+    types = _types(option)
+    if isinstance(value, bool) or bool in types:
+        return bool in types and value in (0, 1)
+    if isinstance(value, (int, float)):
+        whole = float in types or (int in types and math.isfinite(value) and value == int(value))
+        return whole and (option.about.within is None or option.about.within.holds(value))
+    return isinstance(value, types)
+
+
+def _types(option: OptionOf) -> tuple[type, ...]:
+    """Types of one block's value; a list would be one for every block."""
+    return tuple(kind for kind in option.about.types or (type(option.default),) if kind is not list)
+
+
+def _wanted(option: OptionOf) -> str:
+    """What to type for an option."""
+    about = option.about
+    if about.give:
+        return about.give
+    types = _types(option)
+    kind = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}.get(types[0], "a value")
+    return f"{kind} {about.within or ''}".rstrip()

@@ -1,69 +1,120 @@
-"""A table of the paper, measured: `tools/reproduce.py`.
+"""The paper's tables, measured: `tools/reproduce.py`. `paper.yaml` has the numbers, and what each row needs.
 
-Every row whose data and weights are there is evaluated once and kept; the others are listed with the file they want.
+Every row whose data and weights are there is evaluated once, and its result kept. The others are listed with the files
+they want.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+import yaml
 
-from ats.checkpoint import load_weights
-from ats.config import CfgNode, load_config
+from ats.config import SHIPPED, CfgNode, load_config
 from ats.datasets import build_loader, input_shape
-from ats.engine.device import select_device
-from ats.engine.ensemble import build_ensemble
-from ats.engine.output_dir import config_sha256
+from ats.engine.output import config_sha256
+from ats.engine.tally import build_ensemble
 from ats.errors import UserError, suggest
 from ats.flops import dense_gflops
 from ats.models import build_model
-from ats.study.budget import fit_num_tokens
-from ats.study.paper import TABLES, PaperRow
-from ats.study.tasks import Runner, Task, file_sha256, measure
+from ats.study.results import ResultStore, file_sha256, load_model, measure, search_num_tokens
 
 logger = logging.getLogger(__name__)
 
+IMAGENET, KINETICS400, KINETICS600 = "imagenet", "kinetics400", "kinetics600"
+# "weights" -> the folder of the checkpoints, under the names in `paper.yaml`; data set -> its folder.
+Folders = dict[str, Path]
+# What a row looks for in the folder of its data set, and what belongs there.
+VIDEOS = ("test.csv", "test.csv and the videos it names")
+DATA_FILES = {IMAGENET: ("val", "val/<class>/*.JPEG"), KINETICS400: VIDEOS, KINETICS600: VIDEOS}
+NUM_IMAGES = 256  # on which K is searched
 FAR = 1.5  # points by which a dense accuracy may differ from the published one
-FAR_WITH_ATS = 10.0  # points below it at which ATS alone is no explanation: the paper loses up to 7.1 at 2.0 GFLOPs
+FAR_WITH_ATS = 10.0  # points below it that ATS alone cannot explain: the paper loses up to 7.1, at 2.0 GFLOPs
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where things are.
+class PaperRow:
+    """A row of a table. Numbers that we do not have are None."""
 
-    Attributes:
-        configs: the repository's folder of configs. weights: folder of the checkpoints, by the names in `paper.py`.
-        data: data set -> its folder, for those that are there.
-        overrides: config keys for every row, [KEY, VALUE, ...].
-    """
+    name: str  # unique in its table
+    top1: float | None = None  # percent
+    gflops: float | None = None  # per image, or over all views of a video
+    top5: float | None = None  # percent
+    config: str = ""  # below `configs/`; "": not built here, only quoted
+    overrides: tuple = ()  # config keys on top of it, (KEY, VALUE, ...)
+    weights: str = ""  # name of the checkpoint
+    origin: str = ""  # where to get it, or the command that makes it
+    dense_top1: float | None = None  # published accuracy of the dense network; with these weights, if they are dense
+    data: str = IMAGENET  # or KINETICS400, KINETICS600
+    at_gflops: float | None = None  # search the K that costs this
+    family: str = ""  # the figure joins the rows of one family
 
-    configs: Path
-    weights: Path | None
-    data: dict[str, Path]
-    overrides: tuple = ()
+    @property
+    def is_dense(self) -> bool:
+        """Whether ATS is off, so that the accuracy is that of the weights."""
+        return self.overrides[:2] == ("ATS.ENABLE", False)
+
+
+def _rows(entry: dict, table: str) -> list[PaperRow]:
+    """The rows that an entry of `paper.yaml` makes."""
+    row = entry | {"data": table if table.startswith("kinetics") else IMAGENET}
+    row["overrides"] = tuple(entry.get("overrides", ()))
+    if "tuned" in row:
+        return _dense_and_ats(row)
+    if "top1_at" not in row:
+        return [PaperRow(**row)]
+    name, budgets = row.pop("name"), row.pop("top1_at")
+    return [
+        PaperRow(f"{name}, {gflops} GFLOPs", top1, gflops, at_gflops=gflops, family=name, **row)
+        for gflops, top1 in budgets.items()
+    ]
+
+
+def _dense_and_ats(row: dict) -> list[PaperRow]:
+    """One network dense, with ATS, and with ATS fine-tuned."""
+    name, dense, tuned = row.pop("name"), row.pop("dense", None), row.pop("tuned")
+    row |= {"family": name, "dense_top1": row.get("dense_top1") or (dense[0] if dense else None)}
+    finetune = f"{row['config'].removesuffix('.yaml').removesuffix('_ATS')}_ATS_finetune"
+    command = f"python tools/run_net.py --cfg configs/{finetune}.yaml TRAIN.CHECKPOINT_FILE_PATH <{row['weights']}> ..."
+    tuned_row = row | {
+        "config": f"{finetune}.yaml",
+        "weights": f"{Path(finetune).name}.safetensors",
+        "origin": f"model.safetensors of: {command}",
+    }
+    dense_rows = [] if dense is None else [PaperRow(name, *dense, **row | {"overrides": ("ATS.ENABLE", False)})]
+    with_ats = {"overrides": ("ATS.ENABLE", True)}
+    return [
+        *dense_rows,
+        PaperRow(f"{name} + ATS, not fine-tuned", **row | with_ats),
+        PaperRow(f"{name} + ATS, fine-tuned", *tuned, **tuned_row | with_ats),
+    ]
+
+
+_CONTENTS = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
+TABLES: dict[str, tuple[PaperRow, ...]] = {
+    table: tuple(row for entry in entries for row in _rows(entry, table))
+    for table, entries in _CONTENTS["tables"].items()
+}
+# Of DeiT-S + ATS: block -> mode, mean, standard deviation and range.
+TOKENS_KEPT: dict[int, list] = _CONTENTS["tokens_kept"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row beside what became of it.
-
-    Attributes:
-        measured: what `tasks.measure` returned. missing: what it wants, where it could not be measured. error: why
-            what is there cannot be used.
-        num_tokens: K that was set, where the row has a budget. warning: about its accuracy.
-    """
+    """A row and its measurement, or why there is none."""
 
     row: PaperRow
-    measured: dict | None = None
-    missing: str = ""
-    num_tokens: int | None = None
-    warning: str = ""
-    error: str = ""
+    measured: dict | None = None  # by `results.measure`
+    missing: str = ""  # the files it wants
+    num_tokens: int | None = None  # the K that was found, if the row has a budget
+    warning: str = ""  # about its accuracy
+    error: str = ""  # why the files that are there cannot be used
 
     @property
     def gflops(self) -> float | None:
@@ -75,11 +126,7 @@ class Outcome:
 
 
 def select_rows(table: str, only: Sequence[str] = ()) -> tuple[PaperRow, ...]:
-    """The rows of a table, or those of them named.
-
-    Raises:
-        UserError: no such table or row; the message has those there are.
-    """
+    """The rows of a table, or only those named. UserError, with the choices, if there is no such table or row."""
     if table not in TABLES:
         raise UserError(f"There is no table {table}: choose from {', '.join(TABLES)}.{suggest(table, TABLES)}")
     rows = {row.name: row for row in TABLES[table]}
@@ -90,151 +137,115 @@ def select_rows(table: str, only: Sequence[str] = ()) -> tuple[PaperRow, ...]:
     return tuple(rows[name] for name in only) if only else TABLES[table]
 
 
-def check_places(rows: Sequence[PaperRow], places: Places) -> None:
-    """Refuse folders that were named and are not there.
-
-    Raises:
-        UserError: with the files that the rows want.
-    """
-    wanted = sorted({row.weights for row in rows if row.config})
-    if places.weights is not None and not places.weights.is_dir():
-        raise UserError(f"--weights {places.weights} is not a folder. It should hold: {', '.join(wanted)}.")
-    for name, folder in places.data.items():
+def check_folders(rows: Sequence[PaperRow], folders: Folders) -> None:
+    """UserError, with the files that the rows want, if a folder does not exist."""
+    weights = ", ".join(sorted({row.weights for row in rows if row.config}))
+    for name, folder in folders.items():
         if not folder.is_dir():
-            raise UserError(f"--{name} {folder} is not a folder. It should hold {_data_wanted(name)}.")
+            wanted = weights if name == "weights" else DATA_FILES[name][1]
+            raise UserError(f"--{name} {folder} is not a folder. It should hold {wanted}.")
 
 
-def _data_wanted(name: str) -> str:
-    return "val/<class>/*.JPEG" if name == "imagenet" else "test.csv and the videos it names"
-
-
-def missing(row: PaperRow, places: Places) -> str:
+def missing(row: PaperRow, folders: Folders) -> str:
     """What a row still wants; "" if it can be measured."""
     if not row.config:
-        return "not built here: the paper's number is only quoted"
+        return "not built here, only quoted from the paper"
+    data_file, data_files = DATA_FILES[row.data]
     wants = []
-    if places.weights is None:
-        wants.append(f"--weights DIR with {row.weights} ({row.origin})")
-    elif not (places.weights / row.weights).is_file():
-        wants.append(f"{places.weights / row.weights} ({row.origin})")
-    folder = places.data.get(row.data)
-    if folder is None:
-        wants.append(f"--{row.data} DIR with {_data_wanted(row.data)}")
-    else:
-        file = folder / ("val" if row.data == "imagenet" else "test.csv")
-        if not file.exists():
-            wants.append(f"{file} ({_data_wanted(row.data)})")
+    for name, file, files, hint in (
+        ("weights", row.weights, f"{row.weights} ({row.origin})", row.origin),
+        (row.data, data_file, data_files, data_files),
+    ):
+        if name not in folders:
+            wants.append(f"--{name} DIR with {files}")
+        elif not (path := folders[name] / file).exists():
+            wants.append(f"{path} ({hint})")
     return "; ".join(wants)
 
 
-def row_config(row: PaperRow, places: Places, *, num_tokens: int | None = None) -> CfgNode:
-    """The configuration a row is evaluated with."""
-    overrides: list = [*row.overrides, *places.overrides]
-    if num_tokens is not None:
-        overrides += ["ATS.NUM_TOKENS", num_tokens]
-    overrides += ["DATA.PATH_TO_DATA_DIR", str(places.data[row.data])] if row.data in places.data else []
-    return load_config(places.configs / row.config, overrides)
+def row_config(row: PaperRow, folders: Folders, overrides: Sequence = (), *, num_tokens: int | None = None) -> CfgNode:
+    """The configuration that a row is evaluated with."""
+    overrides = [*row.overrides, *overrides]
+    overrides += [] if num_tokens is None else ["ATS.NUM_TOKENS", num_tokens]
+    if row.data in folders:
+        overrides += ["DATA.PATH_TO_DATA_DIR", str(folders[row.data])]
+    return load_config(SHIPPED / row.config, overrides)
 
 
-def run_table(rows: Sequence[PaperRow], places: Places, *, folder: Path) -> list[Outcome]:
-    """Measure the rows that can be measured; results are kept in `folder`. Weights or data that do not fit or cannot be
-    read are the `error` of their row.
+def run_table(
+    rows: Sequence[PaperRow], folders: Folders, overrides: Sequence = (), *, results_folder: Path
+) -> list[Outcome]:
+    """Measure the rows that can be measured; the results are kept. Weights or data that do not fit or cannot be read
+    are the `error` of their row.
+
+    Args:
+        overrides: config keys for every row, [KEY, VALUE, ...].
 
     Raises:
-        UserError: an override that is wrong, or a data set without a sample.
+        UserError: an override is wrong, or a data set has no samples.
     """
-    able = [row for row in rows if not missing(row, places)]
-    runner = Runner(folder, total_cost=sum(_cost(row, places) for row in able))
-    outcomes = []
-    for row in rows:
-        wants = missing(row, places)
-        if wants:
-            outcomes.append(Outcome(row, missing=wants))
-            continue
+    jobs = [(row, missing(row, folders)) for row in rows]
+    total_cost = sum(_cost(row_config(row, folders, overrides)) for row, wants in jobs if not wants)
+    results, outcomes = ResultStore(results_folder, total_cost=total_cost), []
+    for row, wants in jobs:
         try:
-            outcomes.append(_run_row(row, places, runner))
+            outcome = Outcome(row, missing=wants) if wants else _run_row(row, folders, overrides, results)
         except (UserError, OSError) as error:
             logger.error("%s: %s", row.name, error)
-            outcomes.append(Outcome(row, error=str(error)))
+            outcome = Outcome(row, error=str(error))
+        outcomes.append(outcome)
     return outcomes
 
 
-def _cost(row: PaperRow, places: Places) -> float:
-    """About how long a row takes, in GFLOPs of its dense network times samples."""
-    cfg = row_config(row, places)
+def _cost(cfg: CfgNode) -> float:
+    """Roughly how long an evaluation takes: GFLOPs of the dense network times samples."""
     with torch.device("meta"):
         model = build_model(cfg)
     return dense_gflops(model, (1, *input_shape(cfg))) * len(build_loader(cfg, "test").dataset)
 
 
-def _run_row(row: PaperRow, places: Places, runner: Runner) -> Outcome:
-    weights = places.weights / row.weights
-    sha256 = file_sha256(weights)
-    num_tokens = None if row.at_gflops is None else _num_tokens(row, places, runner, sha256)
-    cfg = row_config(row, places, num_tokens=num_tokens)
+def _run_row(row: PaperRow, folders: Folders, overrides: Sequence, results: ResultStore) -> Outcome:
+    weights, name = folders["weights"] / row.weights, re.sub(r"[^\w.-]", "_", row.name)
+    cfg, num_tokens = row_config(row, folders, overrides), None
+    if row.at_gflops is not None:
+        inputs = _inputs(cfg, weights) | {"at_gflops": row.at_gflops, "images": NUM_IMAGES}
+        search = partial(_search, cfg, weights, row.at_gflops)
+        num_tokens = results.get(f"num_tokens_{name}", inputs, search, cost=0.0)["num_tokens"]
+        cfg = row_config(row, folders, overrides, num_tokens=num_tokens)
     logger.info("%s%s", row.name, "" if num_tokens is None else f", K = {num_tokens}")
-
-    def run() -> dict:
-        loader, device = build_loader(cfg, "test"), select_device(cfg.DEVICE)
-        ensemble = build_ensemble(cfg, loader.dataset)
-        return measure(_load(cfg, weights).to(device), loader, device=device, ensemble=ensemble)
-
-    task = Task(_file_name(row.name), _inputs(cfg, row, places, sha256), run, _cost(row, places))
-    outcome = Outcome(row, measured=runner.run_one(task), num_tokens=num_tokens)
-    warning = accuracy_warning(row, weights, outcome.measured["top1"])
-    if warning:
+    measured = results.get(name, _inputs(cfg, weights), partial(_evaluate, cfg, weights), cost=_cost(cfg))
+    if warning := accuracy_warning(row, weights, measured["top1"]):
         logger.warning("%s", warning)
-    return replace(outcome, warning=warning)
+    return Outcome(row, measured=measured, num_tokens=num_tokens, warning=warning)
 
 
-def _inputs(cfg: CfgNode, row: PaperRow, places: Places, sha256: str) -> dict:
-    data = str(places.data[row.data].resolve())
-    return {"config": config_sha256(cfg), "weights": sha256, "data": data, "torch": torch.__version__}
+def _search(cfg: CfgNode, weights: Path, gflops: float) -> dict:
+    """K, on images evenly spaced over the set. Looks at no label."""
+    dataset = build_loader(cfg, "test").dataset
+    count = min(NUM_IMAGES, len(dataset))
+    x = torch.stack([dataset[i * len(dataset) // count].x for i in range(count)])
+    return search_num_tokens(load_model(cfg, weights), x, gflops)
 
 
-def _load(cfg: CfgNode, weights: Path) -> nn.Module:
-    model = build_model(cfg)
-    load_weights(model, weights)
-    return model.eval()
+def _evaluate(cfg: CfgNode, weights: Path) -> dict:
+    loader = build_loader(cfg, "test")
+    return measure(load_model(cfg, weights), loader, ensemble=build_ensemble(cfg, loader.dataset))
 
 
-def _num_tokens(row: PaperRow, places: Places, runner: Runner, sha256: str, *, num_images: int = 256) -> int:
-    """K at which the row costs what it should, on images spread evenly over the set, without a look at labels."""
-    cfg = row_config(row, places)
-
-    def run() -> dict:
-        dataset, device = build_loader(cfg, "test").dataset, select_device(cfg.DEVICE)
-        count = min(num_images, len(dataset))
-        x = torch.stack([dataset[i * len(dataset) // count].x for i in range(count)]).to(device)
-        return {"num_tokens": fit_num_tokens(_load(cfg, weights).to(device), x, row.at_gflops)}
-
-    weights = places.weights / row.weights
-    inputs = _inputs(cfg, row, places, sha256) | {"at_gflops": row.at_gflops, "images": num_images}
-    return runner.run_one(Task(f"num_tokens_{_file_name(row.name)}", inputs, run, 0.0))["num_tokens"]
+def _inputs(cfg: CfgNode, weights: Path) -> dict:
+    """What a result depends on."""
+    data = str(Path(cfg.DATA.PATH_TO_DATA_DIR).resolve())
+    return {"config": config_sha256(cfg), "weights": file_sha256(weights), "data": data, "torch": torch.__version__}
 
 
 def accuracy_warning(row: PaperRow, weights: Path, top1: float) -> str:
-    """A warning where an accuracy says that the weights may be another network's; "" where it does not."""
+    """A warning if the accuracy suggests that the weights are another network's; else ""."""
     if row.dense_top1 is None:
         return ""
     low = FAR if row.is_dense else FAR_WITH_ATS
     if row.dense_top1 - low <= top1 <= row.dense_top1 + FAR:
         return ""
     return (
-        f"{row.name}: {top1:.2f} % top-1, but the dense network is published with {row.dense_top1} %: "
+        f"{row.name}: {top1:.2f} % top-1, but the published accuracy of the dense network is {row.dense_top1} %: "
         f"{weights} may be another model, or the data another set."
     )
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in name)
-
-
-def kept_counts(outcome: Outcome) -> dict[int, list[int]]:
-    """Block -> how many sequences kept 0, 1, 2, ... tokens."""
-    return {int(block): counts for block, counts in outcome.measured["token_counts"].items()}
-
-
-def sample_costs(outcome: Outcome) -> Tensor:
-    """GFLOPs of each image, or clip."""
-    return torch.tensor(outcome.measured["costs"])

@@ -1,4 +1,4 @@
-"""Pictures as tensors: what was kept with the rest faded, significance in colours, and sheets of both.
+"""Pictures as tensors: kept patches with the rest faded, significance as colours, and sheets of both.
 
 Shapes: T frames (1 for images), H x W pixels, h x w cells; values in 0..1.
 """
@@ -15,74 +15,57 @@ from torch.utils.data import Dataset
 
 from ats.datasets import Sample
 from ats.errors import UserError
-from ats.tokens import KeptTokens
 from ats.visualize.grids import BlockView, look
 
 logger = logging.getLogger(__name__)
 
-FADED = 0.15  # how much of a dropped patch stays visible on white
-# Significance from none to the highest of a picture; its square root is what is spread over these colours.
+FADED = 0.15  # opacity of a dropped patch on white
+# Colours of `relative_scores` from 0 to 1.
 RAMP = ((20, 22, 48), (88, 44, 131), (196, 60, 94), (245, 146, 65), (253, 242, 190))
-GONE = 0.93  # grey of a patch that had no score, because it had been dropped before
+GONE = 0.93  # grey level of a patch without a score, because an earlier block dropped it
+
+
+def as_pictures(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Network inputs, images [B, 3, H, W] or clips [B, 3, T, H, W], as pictures [B, 3, T, H, W] in 0..1: without the
+    normalisation by `mean` and `std`.
+    """
+    mean, std = (torch.as_tensor(values)[:, None, None, None] for values in (mean, std))
+    return ((x if x.ndim == 5 else x[:, :, None]).cpu() * std + mean).clamp(0, 1)
 
 
 def fade(picture: Tensor, kept: Tensor) -> Tensor:
-    """The picture [3, T, H, W] with everything faded that is not in `kept` [T', h, w] (bool)."""
-    visible = FADED + (1 - FADED) * enlarge(kept.float(), picture.shape[1:])
+    """The picture [..., 3, T, H, W] with every cell faded that is not in `kept` [..., T', h, w] (bool)."""
+    visible = FADED + (1 - FADED) * enlarge(kept.float(), picture.shape[-3:]).unsqueeze(-4)
     return picture * visible + (1 - visible)
 
 
 def heat(scores: Tensor, size: Sequence[int]) -> Tensor:
-    """Significance [T', h, w] in the colours of RAMP as a picture [3, T, H, W] of `size` (T, H, W); NaN is grey."""
-    strength = (scores / scores.nan_to_num().amax().clamp_min(1e-12)).sqrt().nan_to_num() * (len(RAMP) - 1)
+    """Significance [T', h, w] as a picture [3, T, H, W] of `size` (T, H, W), in the colours of RAMP; NaN is grey."""
+    position = relative_scores(scores).nan_to_num() * (len(RAMP) - 1)
     ramp = torch.tensor(RAMP, dtype=torch.float32) / 255
-    low = strength.long().clamp(max=len(RAMP) - 2)
-    share = (strength - low)[..., None]
+    low = position.long().clamp(max=len(RAMP) - 2)
+    share = (position - low)[..., None]
     colours = (ramp[low] * (1 - share) + ramp[low + 1] * share).movedim(-1, 0)
     colours = torch.where(scores.isnan(), GONE, colours)
-    return torch.stack([enlarge(channel, size) for channel in colours])
+    return enlarge(colours, size)
+
+
+def relative_scores(scores: Tensor) -> Tensor:
+    """Square root of score / highest score, which spreads small scores; NaN stays NaN."""
+    return (scores / scores.nan_to_num().amax().clamp_min(1e-12)).sqrt()
 
 
 def enlarge(values: Tensor, size: Sequence[int]) -> Tensor:
-    """[T', h, w] -> [T, H, W], every cell as large as its share of the picture."""
-    return F.interpolate(values[None, None], size=tuple(size), mode="nearest-exact")[0, 0]
-
-
-def kept_patches_image(image: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The image with every patch that is not kept faded.
-
-    Args:
-        image: [3, H, W] in 0..1.
-        patches: indices of the kept patches, row major over `grid` (rows, columns).
-
-    Returns:
-        [3, H, W].
-    """
-    kept = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
-    kept[patches.cpu()] = True
-    return fade(image[:, None], kept.reshape(1, *grid))[:, 0]
-
-
-def kept_patches_clips(clips: Tensor, entry: KeptTokens, grid: tuple[int, int]) -> Tensor:
-    """Clips with every patch that is not kept faded, frame by frame.
-
-    Args:
-        clips: [B, 3, T, H, W] in 0..1.
-        entry: of the trace of a network whose sequences are frames (XViT, divided TimeSformer).
-    """
-    frames = clips.transpose(1, 2).flatten(0, 1)
-    faded = [kept_patches_image(frame, patches, grid) for frame, patches in zip(frames, entry.patches, strict=True)]
-    return torch.stack(faded).unflatten(0, (len(clips), -1)).transpose(1, 2)
+    """Scale cells [..., T', h, w] to pixels [..., T, H, W], nearest neighbour."""
+    pixels = F.interpolate(values.reshape(-1, 1, *values.shape[-3:]), size=tuple(size), mode="nearest-exact")
+    return pixels.reshape(*values.shape[:-3], *size)
 
 
 def sample_sheet(picture: Tensor, blocks: Sequence[BlockView]) -> Tensor:
-    """One sample as one picture without captions, for TensorBoard.
+    """One sample [3, T, H, W] and its views as a single picture [3, height, width] without captions, for TensorBoard.
 
-    Of an image a row: the input, the significance in the first block, what each block kept. Of a clip a row of its
-    frames for each of these, with the first and the last block.
-
-    Args:
-        picture: [3, T, H, W]. blocks: of one sample.
+    For an image, one row: the input, the significance in the first block, the patches each block kept. For a clip, one
+    row of frames for each of these, with the first and last block only.
     """
     is_image = picture.shape[1] == 1
     shown = blocks if is_image else [blocks[0], *blocks[1:][-1:]]
@@ -95,11 +78,10 @@ def sample_sheet(picture: Tensor, blocks: Sequence[BlockView]) -> Tensor:
 def draw_fixed_images(
     model: nn.Module, dataset: Dataset[Sample], num_images: int, *, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor | None:
-    """`sample_sheet`s, one below the other, of samples spread evenly over a data set, always the same ones.
+    """`sample_sheet`s, one below the other, of samples spread evenly over a data set: the same ones every time.
 
-    Args:
-        model: a network with ATS blocks; without there is no picture.
-        mean, std: of the data set's normalisation.
+    Returns:
+        [3, height, width]; None without samples or ATS blocks, or if `look` does not know the network.
     """
     num_images = min(num_images, len(dataset))
     if num_images < 1:
@@ -108,13 +90,12 @@ def draw_fixed_images(
     was_training = model.training
     try:
         _, _, views = look(model.eval(), x.to(next(model.parameters()).device))
-    except UserError as error:  # a network of the user's own
-        logger.info("TensorBoard gets no picture of the tokens that are kept. %s", error)
+    except UserError as error:  # a user-defined network
+        logger.info("TensorBoard gets no picture of the kept tokens. %s", error)
         return None
     finally:
         model.train(was_training)
     if not views:
         return None
-    mean, std = (torch.tensor(values)[:, None, None, None] for values in (mean, std))
-    pictures = ((x if x.ndim == 5 else x[:, :, None]) * std + mean).clamp(0, 1)
+    pictures = as_pictures(x, mean, std)
     return torch.cat([sample_sheet(p, [v.sample(i) for v in views]) for i, p in enumerate(pictures)], dim=1)

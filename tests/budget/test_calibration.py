@@ -17,7 +17,8 @@ from make_digits import make_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 import ats
-from ats.budget.calibration import _Network, num_blocks
+from ats.budget import nearest
+from ats.budget.calibration import Network
 from ats.checkpoint import load_weights
 from ats.cli import calibrate as tool
 from ats.config import get_cfg, load_config
@@ -25,7 +26,7 @@ from ats.datasets.build import build_sample_loader
 from ats.errors import UserError
 from ats.flops import gflops
 from ats.models import build_model
-from ats.reduction.sampling import BlockSampler
+from ats.models.block import ats_blocks
 
 VIT = [
     "VIT.IMG_SIZE",
@@ -61,8 +62,7 @@ def small_timm() -> torch.nn.Module:
 
 def k_of(model: torch.nn.Module) -> list[int | float]:
     """K of the ATS blocks, in the order of the blocks."""
-    samplers = [m.sampler for m in model.modules() if isinstance(getattr(m, "sampler", None), BlockSampler)]
-    return [sampler.num_tokens for sampler in sorted(samplers, key=lambda sampler: sampler.block)]
+    return [block.reduction.num_tokens for block in ats_blocks(model)]
 
 
 # name -> (network, inputs, depth)
@@ -94,7 +94,7 @@ def test_every_network_meets_its_budget(name, accounting):
     assert mean == pytest.approx(found.spread()["mean"], rel=1e-9)
     assert mean == pytest.approx(target, rel=0.02)
     assert found.least < mean < found.most
-    assert found.depth == num_blocks(model) == depth
+    assert found.depth == len(model.block_list()) == depth
     assert tuple(k_of(model)) == found.num_tokens
     assert len(found.per_block) == depth
 
@@ -110,6 +110,56 @@ def test_a_hugging_face_model_meets_its_budget():
     assert kept == pytest.approx(0.6, abs=0.02)
     assert list(model.ats.num_tokens) == found.per_block
     assert len(found.per_block) == len(model.dinov2.encoder.layer if hasattr(model, "dinov2") else model.encoder.layer)
+
+
+@pytest.mark.parametrize(
+    ("keys", "lines"),
+    [
+        (["ATS.SAMPLER", "tome"], {"ATS": {"SAMPLER": "tome"}, "TOME": {"R": list}}),
+        (["ATS.SAMPLER", "evit"], {"ATS": {"SAMPLER": "evit"}, "EVIT": {"KEEP_RATE": list}}),
+        (["ATS.SAMPLER", "topk"], {"ATS": {"SAMPLER": "topk", "NUM_TOKENS": list}}),
+        (["ATS.STAGES", [{"SAMPLER": "tome", "BLOCKS": [0, 1]}, {"BLOCKS": [2, 3]}]], {"ATS": {"STAGES": list}}),
+    ],
+    ids=["tome", "evit", "topk", "tome, then sampling"],
+)
+def test_every_reduction_meets_its_budget(keys, lines, tmp_path):
+    """r, the keep rate, K, or those of two stages; and a config with the lines costs the same."""
+    model, x = small_vit(*keys), images()
+    found = ats.calibrate(model, x, speedup=1.35, progress=False)
+    assert found.dense / found.spread()["mean"] == pytest.approx(1.35, rel=0.01)
+    (tmp_path / "found.yaml").write_text(found.yaml())
+    again = build_model(load_config(tmp_path / "found.yaml", VIT)).double().eval()
+    again.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        pairs = zip(model.forward_tokens(x)[1], again.forward_tokens(x)[1], strict=True)
+        assert all(torch.equal(a.position, b.position) for a, b in pairs)
+    for section, own in lines.items():
+        for key, want in own.items():
+            value = yaml.safe_load(found.yaml())[section][key]
+            assert value == want if isinstance(want, str) else isinstance(value, want)
+
+
+def test_the_yaml_lines_hold_on_top_of_a_config_with_stages(tmp_path):
+    """Stages differ in other options than the amount, and one restates a default that the config changes."""
+    stages = [{"BLOCKS": [1], "RULE": "official", "NUM_TOKENS": 20}, {"BLOCKS": [3], "MIN_TOKENS": 3, "NUM_TOKENS": 9}]
+    own = ["ATS.STAGES", stages, "ATS.RULE", "paper"]
+    model, x = small_vit(*own), images()
+    found = ats.calibrate(model, x, keep=0.6, progress=False)
+    (tmp_path / "found.yaml").write_text(found.yaml(as_stages=True))
+    cfg = load_config(tmp_path / "found.yaml", [*VIT, "ATS.RULE", "paper"])
+    assert [stage["RULE"] for stage in cfg.ATS.STAGES] == ["official", "paper"]
+    assert [stage["MIN_TOKENS"] for stage in cfg.ATS.STAGES] == [8, 3]
+    again = build_model(cfg)
+    assert [block.reduction for block in ats_blocks(again)] == [block.reduction for block in ats_blocks(model)]
+
+
+def test_nearest_takes_one_amount_for_all_blocks_in_or_out_of_reach():
+    model, x = small_vit("ATS.SAMPLER", "topk"), images()
+    reached = nearest(model, x, 0.0015)
+    assert len(set(k_of(model))) == 1
+    cost = gflops(model, model.forward_tokens(x)[1], x.shape).as_run.mean().item()
+    assert cost == pytest.approx(reached)
+    assert nearest(model, x, 1e9) > reached > nearest(model, x, 0)
 
 
 def test_keep_and_speedup_are_what_they_say():
@@ -200,8 +250,6 @@ def test_a_network_without_ats_or_images():
         ats.calibrate(small_vit("ATS.ENABLE", False), images(2), keep=0.5)
     with pytest.raises(UserError, match=r"no ATS block: call ats\.patch"):
         ats.calibrate(small_timm(), images(2), keep=0.5)
-    with pytest.raises(UserError, match="tome and evit have no K"):
-        ats.calibrate(small_vit("ATS.SAMPLER", "tome"), images(2), keep=0.5)
     for nothing in ([], images(0), [images(0)]):
         with pytest.raises(UserError, match=r"There are no images to calibrate with\. Give \[N, 3, H, W\]"):
             ats.calibrate(small_vit(), nothing, keep=0.5)
@@ -250,7 +298,7 @@ def test_digits_meets_its_budget_on_images_held_out(digits, split, accounting):
     if split == "train":
         seen = torch.cat([batch.x for batch in build_sample_loader(cfg, "train", num_samples=256)])
     found = ats.calibrate(model, seen, gflops=0.025, accounting=accounting, progress=False)
-    held_out = _Network(model, [held_out], accounting, progress=False, compare=False).run(found.num_tokens)
+    held_out = Network(model, [held_out], accounting, progress=False, compare=False).run(found.setting)
     assert found.spread()["mean"] == pytest.approx(0.025, rel=0.002)
     assert held_out.gflops.mean().item() == pytest.approx(0.025, rel=0.02)
 

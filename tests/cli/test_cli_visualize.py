@@ -1,4 +1,4 @@
-"""tools/visualize.py: a picture for every file, the numbers of the two networks, and every mistake in one line."""
+"""tools/visualize.py draws every file, prints the numbers of both networks, and reports every mistake in one line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VIDEO = {
 
 
 def with_weights(config: Path, folder: Path, network: Sequence[str] = ()) -> list[str]:
-    """The words of a command line for `config` and the KEY=VALUEs of `network`, with weights from the seed 0."""
+    """A command line for `config` and the KEY=VALUEs of `network`, with weights from seed 0."""
     pairs = [word for pair in network for word in pair.split("=")]
     save_safetensors(folder / "w.safetensors", randomise(build_model(load_config(config, pairs))).state_dict())
     weights = ["TEST.CHECKPOINT_FILE_PATH", str(folder / "w.safetensors"), "DEVICE=cpu"]
@@ -53,7 +53,7 @@ def words(tiny_config, tmp_path):
 
 @pytest.fixture
 def video_words(tmp_path):
-    """One for clips, with a val.csv of two classes."""
+    """A command line for clips, with a val.csv of two classes."""
     for name in ("falling", "rising"):
         encode(tmp_path / "videos" / name / "clip.mp4", 20)
     (tmp_path / "val.csv").write_text("videos/falling/clip.mp4 0\nvideos/rising/clip.mp4 1\n")
@@ -63,7 +63,7 @@ def video_words(tmp_path):
 
 
 def test_images(words, colours, tmp_path, capsys):
-    """A strip and a line for every image of files and folders, also where names are the same."""
+    """A strip and a line for every image, given as a file or in a folder, also if two have the same name."""
     one = colours / "val" / "red" / "0.png"
     assert main([str(one), *words, str(colours / "val" / "blue"), "-o", str(tmp_path / "look")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -77,7 +77,7 @@ def test_images(words, colours, tmp_path, capsys):
     with Image.open(tmp_path / "look" / "0.png") as strip:
         pixels = np.asarray(strip.convert("RGB"))
     assert strip.size[0] > strip.size[1] > 300
-    assert ((pixels[..., 0] > 150) & (pixels[..., 1] < 60)).sum() > 1000  # there is the red square
+    assert ((pixels[..., 0] > 150) & (pixels[..., 1] < 60)).sum() > 1000  # the red square
 
 
 def test_bad_files_do_not_stop_the_others(words, colours, tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_bad_files_do_not_stop_the_others(words, colours, tmp_path, capsys):
 
 
 def test_clips(video_words, tmp_path, capsys):
-    """A strip and an animation of the clip's frames; classes are named after the folders."""
+    """A strip and an animation of the frames; the folders name the classes."""
     assert main([*video_words, str(tmp_path / "videos"), "-o", str(tmp_path / "look")]) == 0
     assert re.search(r"clip\.mp4: dense (falling|rising) ", capsys.readouterr().out)
     names = sorted(path.name for path in (tmp_path / "look").iterdir())
@@ -114,7 +114,7 @@ def test_clips(video_words, tmp_path, capsys):
     ids=["timm", "PSViT"],
 )  # fmt: skip
 def test_other_families(network, tiny_config, colours, tmp_path, capsys):
-    """A strip and a report of networks that are not ViT."""
+    """A strip and a report for networks other than ViT."""
     words = with_weights(tiny_config, tmp_path, network)
     output = ["-o", str(tmp_path / "look"), "--report", str(tmp_path / "page.html")]
     assert main([*words, str(colours / "val" / "red" / "0.png"), *output]) == 0
@@ -124,7 +124,7 @@ def test_other_families(network, tiny_config, colours, tmp_path, capsys):
 
 
 def test_inputs_are_those_of_the_evaluation(words, video_words, tiny_config, colours, tmp_path):
-    """A file is read as the validation data set reads it."""
+    """A file is preprocessed as in the validation data set."""
     cfg = load_config(tiny_config)
     dataset = build_dataset(cfg, "val")
     assert torch.equal(read_input(Path(dataset.path(3)), cfg), dataset[3].x)
@@ -134,7 +134,7 @@ def test_inputs_are_those_of_the_evaluation(words, video_words, tiny_config, col
 
 
 def test_words(tmp_path, monkeypatch):
-    """Files and overrides may be mixed; a file that exists is a file whatever it is called."""
+    """Files and overrides may be mixed; an existing file is never taken for a key."""
     monkeypatch.chdir(tmp_path)
     Path("DEVICE").touch()
     assert split_words(["a.jpg", "ATS.ENABLE", "True", "b", "OUTPUT_DIR=x=y", "DEVICE"]) == (
@@ -146,7 +146,7 @@ def test_words(tmp_path, monkeypatch):
 
 
 def test_readme_commands_parse():
-    """Every option, key and value of the commands in the README is accepted."""
+    """Every option, key and value in the README's commands is accepted."""
     root = Path(__file__).parents[2]
     blocks = re.findall(r"```bash\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
     lines = [
@@ -184,7 +184,7 @@ def make_inputs(folder: Path) -> None:
         (["image.png", "ATS.ENABLE", "False"], "ATS.ENABLE is False: there are no tokens to drop. Add ATS.ENABLE True"),
         (["image.png", "ATS.BLOCKS", "[]"], "ATS.BLOCKS is empty"),
         (["image.png", "TEST.CHECKPOINT_FILE_PATH="], "TEST.CHECKPOINT_FILE_PATH is empty: what untrained weights"),
-        (["image.png", "--classes", "names.txt"], "names.txt has 2 names, but the network MODEL.NUM_CLASSES 4"),
+        (["image.png", "--classes", "names.txt"], "names.txt has 2 names, but MODEL.NUM_CLASSES is 4"),
         (["image.png", "--classes", "absent.txt"], "absent.txt: cannot be read"),
         (["image.png", "AST.ENABLE", "True"], "ATS.ENABLE"),
         (["image.png", "--outptu", "x"], "--outptu"),
@@ -208,9 +208,7 @@ def test_no_config(capsys):
 
 
 def test_class_names(tmp_path):
-    """ImageNet's names for 1,000 classes without data and for folders called by synsets; numbers where nothing is
-    known.
-    """
+    """ImageNet's names for 1,000 classes without data and for folders named by synsets; otherwise numbers."""
     cfg = get_cfg()
     cfg.MODEL.NUM_CLASSES = 1000
     names = class_names(cfg)

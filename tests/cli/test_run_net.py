@@ -15,9 +15,10 @@ import torch
 
 from ats.checkpoint import save_safetensors
 from ats.config import load_config
-from ats.config.defaults import KEYS
+from ats.config.keys import keys, sections
 from ats.errors import UserError
-from ats.models import build_model
+from ats.models import MODELS, build_model
+from ats.models.backbone import Backbone
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "run_net.py"
 
@@ -107,23 +108,71 @@ def test_a_run_that_trains_evaluates_what_it_trained(run_net, tiny_config, tmp_p
     assert f"TEST.CHECKPOINT_FILE_PATH {start} is for runs that do not train; evaluating {trained}." in said
 
 
-def test_help_lists_every_key_and_is_quick(tmp_path):
-    process = run("--help", cwd=tmp_path, python=("-X", "importtime"))
-    assert process.returncode == 0
-    for key in KEYS:
-        assert f"\n{key.name}  (" in process.stdout
-        assert key.help in " ".join(process.stdout.split())
-    assert "| torch\n" not in process.stderr
+def test_help_lists_sections_and_keys_and_is_quick(tmp_path):
+    """No process imports PyTorch, whether it prints the sections, all keys, one section or what is wrong with a key."""
+
+    def said(*words: str, status: int = 0) -> str:
+        process = run(*words, cwd=tmp_path, python=("-X", "importtime"))
+        assert process.returncode == status
+        assert "| torch\n" not in process.stderr
+        return process.stdout + process.stderr
+
+    overview, everything = said("--help"), said("--help", "all")
+    for section in sections():
+        assert f"\n  {section.name or 'OUTPUT_DIR'} " in overview
+    for key in keys().values():
+        assert f"\n{key.name}  (" in everything
+        assert key.help in " ".join(everything.split())
+    some = said("--help", "ATS", "SOLVER")
+    assert "ATS.BLOCKS  (list from 0, " in some
+    assert "SOLVER.BASE_LR  (float from 0, " in some
+    assert "VIT.DEPTH  (" not in some
+    assert "error: --help SOLVR: there is no such section or key. Did you mean SOLVER" in said(
+        "--help", "SOLVR", status=1
+    )
+    assert "error: VIT.DEPTH 0" in said("--cfg", "Digits/DeiT.yaml", "--print-config", "VIT.DEPTH", "0", status=1)
 
 
-def test_print_config_loads_again(run_net, tiny_config, tmp_path, capsys):
-    words = ["--cfg", str(tiny_config), "--print-config", "ATS.BLOCKS", "[2]", "SOLVER.CLIP_GRAD_L2NORM=1"]
-    assert run_net.main(words) == 0
+@pytest.mark.parametrize("whole", [False, True])
+def test_print_config_loads_again(run_net, tiny_config, tmp_path, capsys, whole):
+    words = ["--print-config", *(["all"] if whole else []), "ATS.BLOCKS", "[2]", "SOLVER.CLIP_GRAD_L2NORM=1"]
+    assert run_net.main(["--cfg", str(tiny_config), *words]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     expected = load_config(tiny_config, ["ATS.BLOCKS", "[2]", "SOLVER.CLIP_GRAD_L2NORM", "1"])
     assert load_config(printed) == expected
+    assert ("LABEL_SMOOTH_VALUE" in printed.read_text()) == whole  # at its default
     assert not (tmp_path / "out").exists()
+
+
+def test_print_config_refuses_what_a_run_would(run_net, tiny_config, capsys):
+    """Without data and weights, which it does not read."""
+    for words, text in (
+        (["ATS.BLOCKS", "[3]"], "block 3 does not exist"),
+        (["MODEL.NAME", "VTi"], "MODEL.NAME VTi"),
+        (["ATS.SAMPLER", "topp"], "ATS.SAMPLER topp: choose from"),
+        (["TEST.ENABLE", "False"], "TRAIN.ENABLE and TEST.ENABLE are both False"),
+        (["TRAIN.ENABLE", "1", "SOLVER.OPTIMIZING_METHOD", "adm"], "SOLVER.OPTIMIZING_METHOD adm"),
+        (["TRAIN.ENABLE", "1", "MIXUP.ENABLE", "1", "TRAIN.BATCH_SIZE", "5"], "TRAIN.BATCH_SIZE 5 must be even"),
+        (["MODEL.NAME", "timm/deit3_smal_patch16_224"], "timm has no deit3_smal_patch16_224"),
+    ):
+        assert run_net.main(["--cfg", str(tiny_config), "--print-config", *words]) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert text in printed.err
+    words = ["MODEL.NAME", "timm/deit_tiny_patch16_224", "TIMM.PRETRAINED", "True", "DATA.TEST_CROP_SIZE", "224"]
+    assert run_net.main(["--cfg", str(tiny_config), "--print-config", *words]) == 0  # and downloads nothing
+    assert "PRETRAINED: true" in capsys.readouterr().out
+
+
+def test_print_config_of_a_network_that_reads_values_while_it_is_built(run_net, tiny_config, monkeypatch, capsys):
+    def build(cfg):
+        torch.linspace(0, 1, cfg.VIT.DEPTH).tolist()
+        return Backbone()
+
+    monkeypatch.setitem(MODELS, "Mine", build)
+    assert run_net.main(["--cfg", str(tiny_config), "--print-config", "MODEL.NAME", "Mine"]) == 0
+    assert "NAME: Mine" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -136,7 +185,7 @@ def test_print_config_loads_again(run_net, tiny_config, tmp_path, capsys):
     ],
 )
 def test_overrides_anywhere(run_net, tiny_config, capsys, words):
-    assert run_net.main(["--print-config", *(word.replace("F", str(tiny_config)) for word in words)]) == 0
+    assert run_net.main(["--print-config", "all", *(word.replace("F", str(tiny_config)) for word in words)]) == 0
     printed = capsys.readouterr().out
     assert "RNG_SEED: 3\n" in printed
     assert "NUM_TOKENS: 9\n" in printed
@@ -144,7 +193,7 @@ def test_overrides_anywhere(run_net, tiny_config, capsys, words):
 
 def test_values_may_begin_with_a_dash_or_hold_equals_signs(run_net):
     words = ["A", "-1", "B", "x=y", "C=x=y", "D", "-x"]
-    assert run_net.parse_overrides(words) == ["A", "-1", "B", "x=y", "C", "x=y", "D", "-x"]
+    assert run_net.parse_overrides(words, run_net.make_parser()) == ["A", "-1", "B", "x=y", "C", "x=y", "D", "-x"]
 
 
 def test_slowfast_options_are_explained(run_net, tiny_config, capsys):

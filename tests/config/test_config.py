@@ -9,15 +9,15 @@ import pytest
 import torch
 import yaml
 
-from ats.config import describe, get_cfg, load_config, ranges
-from ats.config.defaults import KEYS
+from ats.config import get_cfg, load_config
+from ats.config.key import Key
+from ats.config.keys import SECTIONS, describe, keys, list_sections, reduction_keys, sections
 from ats.config.legacy import RENAMED
-from ats.config.ranges import LENGTHS, RANGES, is_in_range
-from ats.config.schema import KEY
-from ats.config.unread import NETWORK_SECTIONS, NETWORKS, SAMPLER_KEYS, SAMPLERS, unread_keys
+from ats.config.schema import changed, flatten, nest, unread_keys
 from ats.errors import UserError
 from ats.models import MODELS, build_model
-from ats.reduction import sampling
+from ats.options import COUNT
+from ats.reduction import REDUCTIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +66,7 @@ def test_values_take_the_type_of_their_key(key, text, value):
         (["VIT.DEPTH", "twelve"], "VIT.DEPTH must be int, not 'twelve'"),
         (["VIT.DEPTH", 3.5], "VIT.DEPTH must be int"),
         (["VIT.DEPTH", "[3]"], "VIT.DEPTH must be int"),
+        (["VIT.DEPTH", float("nan")], "VIT.DEPTH must be int, not nan"),
         (["TRAIN.ENABLE", "maybe"], "TRAIN.ENABLE must be True or False, not 'maybe'"),
         (["ATS.BLOCKS", "[a]"], "ATS.BLOCKS must be list"),
         (["SOLVER.BASE_LR", None], "SOLVER.BASE_LR must be float"),
@@ -91,9 +92,9 @@ def test_mistakes_are_explained(pair, text):
         (
             "MVIT.POOL_Q_STRIDE",
             [[0, 1, 2, 0]],
-            "MVIT.POOL_Q_STRIDE [[0, 1, 2, 0]]: give numbers from 1 behind each block",
+            "MVIT.POOL_Q_STRIDE [[0, 1, 2, 0]]: give numbers from 1 after each block",
         ),
-        ("MVIT.DIM_MUL", "[[a, 2]]", "MVIT.DIM_MUL [[a, 2]]: give numbers above 0 behind each block"),
+        ("MVIT.DIM_MUL", "[[a, 2]]", "MVIT.DIM_MUL [[a, 2]]: give numbers above 0 after each block"),
         ("ATS.BLOCKS", [[3, 4]], "ATS.BLOCKS [[3, 4]]: give numbers from 0."),
         ("MVIT.POOL_KVQ_KERNEL", "3", "MVIT.POOL_KVQ_KERNEL 3: give 3 numbers from 1 or None."),
         ("VIT.IMG_SIZE", [56], "VIT.IMG_SIZE [56]: give a number from 1 or 2 numbers from 1."),
@@ -122,16 +123,38 @@ def test_numbers_out_of_range_are_refused(key, value, text):
     assert text in str(error.value)
 
 
-def test_every_number_has_a_range():
-    """That holds its default; the rest are booleans, names, and the free-form TIMM.KWARGS."""
-    for key in KEYS:
-        assert is_in_range(key.name, key.default), key.name
-        values = key.default if isinstance(key.default, list) else [key.default]
-        is_free = key.choices or key.name == "TIMM.KWARGS" or any(isinstance(value, (bool, str)) for value in values)
-        assert (key.name in RANGES) == (not is_free), key.name
-    names = [name for names in ranges._KEYS.values() for name in names.split()]
-    assert len(names) == len(RANGES)
-    assert set(LENGTHS) <= set(RANGES)
+@pytest.mark.parametrize(
+    ("default", "facts", "text"),
+    [
+        (3, {}, "numbers, and only numbers, have a range"),
+        ([], {}, "numbers, and only numbers, have a range"),
+        (None, {"types": (float, type(None))}, "numbers, and only numbers, have a range"),
+        ("a", {"range": COUNT}, "numbers, and only numbers, have a range"),
+        ("a", {"choices": ("b", "c")}, "choose from b, c"),
+        (0, {"range": COUNT}, "give a number from 1"),
+        ([1, 2], {"range": COUNT, "lengths": (3,)}, "give 3 numbers from 1"),
+    ],
+)
+def test_an_entry_that_contradicts_itself_cannot_be_written(default, facts, text):
+    with pytest.raises((AssertionError, UserError), match=text):
+        Key("ATS.MINE", default, "What it means.", **facts)
+
+
+def test_a_list_may_hold_mappings():
+    """Typed on a command line, read from YAML, dumped and read again."""
+    key = Key("ATS.MINE", [], "A list of mappings.", items=(dict,))
+    assert key.convert("[{A: tome, B: [0, 1]}]") == key.convert([{"A": "tome", "B": [0, 1]}])
+    assert key.convert([]) == []
+    assert yaml.safe_load(nest([("ATS.MINE", [{"A": 1}])]).dump()) == {"ATS": {"MINE": [{"A": 1}]}}
+    with pytest.raises(UserError, match=r"ATS\.MINE must be list"):
+        key.convert("[3]")
+
+
+def test_names_are_those_of_their_section():
+    names = [key.name for section in sections() for key in section.keys]
+    assert len(names) == len(set(names)) == len(keys()) > 190
+    assert all(key.section == section.name for section in sections() for key in section.keys)
+    assert len({section.name for section in sections()}) == len(list(sections()))
 
 
 @pytest.mark.parametrize(
@@ -148,23 +171,52 @@ def test_every_number_has_a_range():
         (["ATS.ENABLE", 1, "ATS.SHARE_FRAMES", 1], {"MODEL.NAME ViT": ["ATS.SHARE_FRAMES"]}),
         (["ATS.ENABLE", 1, "ATS.SAMPLER", "topk", "ATS.RULE", "paper"], {"ATS.SAMPLER topk": ["ATS.RULE"]}),
         (["ATS.ENABLE", 1, "ATS.SAMPLER", "yours", "ATS.RULE", "paper"], {}),
-        (["ATS.ENABLE", 0, "ATS.SAMPLER", "topk", "ATS.RULE", "paper"], {}),
+        (["ATS.ENABLE", 1, "ATS.SAMPLER", "yours", "TOME.R", 3], {"ATS.SAMPLER yours": ["TOME.R"]}),
+        (["ATS.ENABLE", 0, "ATS.SAMPLER", "topk", "ATS.RULE", "paper", "TOME.R", 3, "ATS.SHARE_FRAMES", 1], {}),
         (
             ["ATS.ENABLE", 1, "ATS.SAMPLER", "tome", "ATS.SCORE", "mean_attention", "EVIT.KEEP_RATE", 0.5, "TOME.R", 3],
             {"ATS.SAMPLER tome": ["ATS.SCORE", "EVIT.KEEP_RATE"]},
         ),
     ],
 )
-def test_keys_that_are_set_for_something_else(overrides, unread):
+def test_keys_that_are_set_for_something_else(overrides, unread, monkeypatch):
+    monkeypatch.setitem(REDUCTIONS, "yours", REDUCTIONS["inverse_transform"])  # registered later, with its options
     assert unread_keys(load_config(None, overrides)) == unread
 
 
-def test_what_is_said_of_unread_keys_knows_every_network_and_sampler():
-    assert set(MODELS) >= set(NETWORKS) - {"timm/<name>"}  # other tests register networks of their own
-    assert {*sampling.SAMPLERS, *sampling.REDUCERS} >= set(SAMPLERS)
-    assert {name for names in NETWORKS.values() for name in names} == set(NETWORK_SECTIONS)
-    for prefix in (*NETWORK_SECTIONS, *SAMPLER_KEYS):
-        assert any(key.startswith(prefix) for key in KEY), prefix
+def test_keys_name_networks_and_samplers_that_exist():
+    networks = {name for section in SECTIONS for name in section.networks}
+    assert networks == set(MODELS) & networks
+    assert len(networks) == 7  # other tests register networks of their own
+    assert {name for key in keys().values() for name in key.networks} <= networks
+    with torch.device("meta"):
+        build_model(load_config(None, ["VIT.DEPTH", 1, "ATS.BLOCKS", [0]]))  # registers every reduction
+    samplers = {name for key in keys().values() for name in key.samplers}
+    assert set(REDUCTIONS) >= samplers >= {"inverse_transform", "topk", "random"}
+
+
+def test_keys_of_a_reduction_that_registers_later(monkeypatch):
+    """They have defaults, checks, help, a section of their own; and other samplers do not read them."""
+    mine = [
+        Key("MINE.RADIUS", 2, "How far tokens look.", COUNT, samplers=("mine",)),
+        Key("ATS.POWER", 1.0, "Exponent of the score.", COUNT, samplers=("mine",)),
+    ]
+    before = get_cfg()
+    monkeypatch.setitem(REDUCTIONS, "mine", REDUCTIONS["topk"])
+    monkeypatch.setattr("ats.config.keys.reduction_keys", lambda: [*reduction_keys(), *mine])
+    cfg = load_config(None, ["ATS.ENABLE", True, "ATS.SAMPLER", "mine", "MINE.RADIUS", "3", "ATS.POWER", 2])
+    assert (cfg.MINE.RADIUS, cfg.ATS.POWER) == (3, 2.0)
+    assert unread_keys(cfg) == {}
+    assert unread_keys(load_config(None, ["ATS.ENABLE", True, "MINE.RADIUS", 3])) == {
+        "ATS.SAMPLER inverse_transform": ["MINE.RADIUS"]
+    }
+    with pytest.raises(UserError, match=r"MINE\.RADIUS 0: give a number from 1"):
+        load_config(None, ["MINE.RADIUS", 0])
+    assert "MINE                  Options of ATS.SAMPLER mine.\n" in list_sections()
+    assert "MINE.RADIUS  (int from 1, default 2)" in describe(["MINE"])
+    assert "ATS.POWER" in describe(["ATS"])
+    before.merge_from_list(["MINE.RADIUS", 4])  # of a configuration that is older than the key
+    assert before.MINE.RADIUS == 4
 
 
 def test_unread_keys_are_one_line_a_run(caplog):
@@ -196,7 +248,7 @@ def test_base_files_and_overrides(tmp_path):
     [
         ("A: [1", "is not a YAML file"),
         ("- 1\n- 2", "holds list"),
-        ("VIT: {DEPTH: 1, DEPTH: 2}", "key DEPTH stands twice"),
+        ("VIT: {DEPTH: 1, DEPTH: 2}", "key DEPTH appears twice"),
         ("_BASE_: a.yaml", "circle"),
         ("_BASE_: none.yaml", "No config file"),
         ("VIT: {DEPHT: 1}", "Did you mean VIT.DEPTH"),
@@ -254,22 +306,42 @@ def test_the_official_releases_keys(tmp_path, caplog):
 
 
 def test_help_describes_every_key():
-    text = describe()
-    for key in KEYS:
-        assert len(key.help) > 10
-        assert f"{key.name}  (" in text
-    assert len(KEY) == len(KEYS)
-    assert not set(RENAMED) & set(KEY)
+    text = describe(["all"])
+    assert all(f"{name}  (" in text for name in keys())
+    assert not set(RENAMED) & set(keys())
+    assert describe(["SOLVER", "ats", "Device"]).count("\n---- ") == 1  # sections in any case; a single key
+    assert set(re.findall(r"^([A-Z0-9_.]+)  \(", describe(["solver"]), re.MULTILINE)) == {
+        name for name in keys() if name.startswith("SOLVER.")
+    }
+
+
+def test_help_of_an_unknown_section_names_the_nearest_and_all():
+    with pytest.raises(UserError) as error:
+        describe(["SOLVR"])
+    assert "--help SOLVR: there is no such section or key. Did you mean SOLVER" in str(error.value)
+    for section in sections():
+        assert section.name in str(error.value)
+
+
+def test_what_differs_from_the_defaults():
+    cfg = load_config(None, ["VIT.DEPTH", 3, "ATS.NUM_TOKENS", [1.0, 9], "RNG_SEED", 0, "OUTPUT_DIR", "there"])
+    values = {"VIT.DEPTH": 3, "ATS.NUM_TOKENS": [1.0, 9], "OUTPUT_DIR": "there"}
+    assert changed(cfg) == values
+    assert dict(flatten(nest(values.items()))) == values
 
 
 def test_every_key_is_read_somewhere():
-    """A key that nothing reads would be a promise not kept."""
+    """A key that nothing reads would be a promise not kept. Reductions' options are read by a loop over them, a
+    section of a network by its arguments, which have the keys' names in small letters.
+    """
     files = [
         path for folder in ("ats", "tools") for path in (ROOT / folder).rglob("*.py") if path.parent.name != "config"
     ]
     source = "\n".join(path.read_text() for path in files)
     read = set(re.findall(r"\.([A-Z][A-Z0-9_]*)\b", source))
-    assert not [key.name for key in KEYS if not set(key.name.split(".")) <= read]
+    models = "\n".join(path.read_text() for path in (ROOT / "ats" / "models").rglob("*.py"))
+    read |= {name.upper() for name in re.findall(r"\b[a-z][a-z0-9_]*\b", models)}
+    assert not [name for name, key in keys().items() if not key.samplers and not set(name.split(".")) <= read]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)

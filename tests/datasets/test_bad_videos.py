@@ -1,4 +1,4 @@
-"""What a bad video gets, by every kind of badness, in training, validation and testing, with and without workers."""
+"""Every kind of bad video, in training, validation and testing, with and without workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_VIDEOS, BAD = 5, 2
 
 
 def _truncate(path: Path) -> None:
-    """Cut where a frame ends, so that all frames that are left decode."""
+    """Cut at the end of a frame, so that all remaining frames decode."""
     encode(path, noise(40), container_options={"movflags": "faststart"})
     with av.open(str(path)) as container:
         start = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[25]
@@ -36,7 +36,7 @@ def _damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-# kind -> (what makes such a file, the reason that is given)
+# kind -> (makes such a file, reason in the error)
 KINDS = {
     "missing": (lambda path: path.unlink(), "there is no such file"),
     "empty": (lambda path: path.write_bytes(b""), "Invalid data"),
@@ -55,7 +55,7 @@ def folder(tmp_path) -> Path:
         encode(tmp_path / f"{i}.mp4", 20)
     listing = "".join(f"{i}.mp4 {i % 2}\n" for i in range(NUM_VIDEOS))
     for split in ("train", "val", "test"):
-        (tmp_path / f"{split}.csv").write_text("\n" + listing)  # an empty first line: video i stands in line i + 2
+        (tmp_path / f"{split}.csv").write_text("\n" + listing)  # an empty first line, so video i is on line i + 2
     return tmp_path
 
 
@@ -79,7 +79,7 @@ def spoil(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize(("kind", "num_workers"), CASES)
 def test_training_replaces_reports_and_counts(folder, kind, num_workers, caplog):
-    """The run goes on, names the path once, and stops with DATA.MAX_BAD_FRACTION 0; validation reads what is whole."""
+    """Training continues and names the path once; with DATA.MAX_BAD_FRACTION 0 it stops. Validation has good files."""
     path = spoil(folder, kind)
     (folder / "val.csv").write_text("0.mp4 0\n1.mp4 1\n")
     train(make_cfg(folder, "DATA_LOADER.NUM_WORKERS", num_workers))
@@ -91,7 +91,7 @@ def test_training_replaces_reports_and_counts(folder, kind, num_workers, caplog)
 
 
 @pytest.mark.parametrize(("kind", "num_workers"), CASES)
-def test_testing_names_it_or_leaves_it_out_and_counts(folder, kind, num_workers):
+def test_testing_names_it_or_skips_and_counts_it(folder, kind, num_workers):
     path, workers = spoil(folder, kind), ["DATA_LOADER.NUM_WORKERS", num_workers]
     save_safetensors(folder / "w.safetensors", build_model(make_cfg(folder)).state_dict())
     weights = ["TEST.CHECKPOINT_FILE_PATH", folder / "w.safetensors", *workers]
@@ -126,12 +126,12 @@ def test_nothing_can_be_read(folder):
     weights = ["TEST.CHECKPOINT_FILE_PATH", folder / "w.safetensors", "TEST.ON_BAD_VIDEO", "skip"]
     with pytest.raises(UserError, match="nothing to evaluate: no video can be read"):
         evaluate_weights(make_cfg(folder, *weights))
-    with pytest.raises(UserError, match=r"\d\.mp4 cannot be read, and nor can the 15 files tried in its place"):
+    with pytest.raises(UserError, match=r"\d\.mp4 cannot be read, and neither can the 15 files tried in its place"):
         train(make_cfg(folder))
 
 
 def test_shorter_than_the_clip_is_not_bad(folder):
-    """SlowFast's rule, and the metric published with it: the last frame stands in for those that are not there."""
+    """SlowFast's rule, which published metrics rely on: the last frame repeats in place of missing ones."""
     encode(folder / f"{BAD}.mp4", 3)
     for split in ("train", "val", "test"):
         dataset = build_dataset(make_cfg(folder), split)

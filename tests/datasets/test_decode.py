@@ -1,4 +1,4 @@
-"""ats.datasets.decode: which frames come out, from which files, and what damaged ones get."""
+"""ats.datasets.decode: the right frames for every kind of file, and errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from clips import encode, noise, numbered_frame, read_numbers
 
-from ats.datasets.decode import Video, clip_size, clip_start, frame_indices
+from ats.datasets.decode import ClipSampling, Video
 from ats.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures" / "video_data_path" / "case.json").read_text())
@@ -29,29 +29,20 @@ def test_temporal_sampling_is_slowfasts():
     """All 232 rows of the golden case, to the frame."""
     rows = GOLDEN["temporal_sampling"]["rows"]
     for row in rows:
-        size = clip_size(
-            row["fps"],
-            num_frames=row["num_frames"],
-            sampling_rate=row["sampling_rate"],
-            target_fps=row["target_fps"],
+        sampling = ClipSampling(
+            row["num_frames"], row["sampling_rate"], row["target_fps"], use_offset_sampling=row["use_offset"]
         )
-        start = clip_start(
-            row["video_frames"],
-            size,
-            view=row["clip_idx"],
-            num_views=row["num_clips"],
-            use_offset_sampling=row["use_offset"],
-        )
+        size = sampling.size(row["fps"])
+        start = sampling.start(row["video_frames"], size, clip=row["clip_idx"], num_clips=row["num_clips"])
         assert size == pytest.approx(row["clip_size"], abs=1e-6)
         assert (start, start + size - 1) == pytest.approx((row["start"], row["end"]), abs=1e-6)
-        indices = frame_indices(start, size, num_frames=row["num_frames"], num_video_frames=row["video_frames"])
-        assert indices == row["frame_indices"]
+        assert sampling.indices(row["video_frames"], size, start) == row["frame_indices"]
     assert len(rows) == 232
 
 
 @pytest.mark.parametrize(("codec", "suffix"), FORMATS)
 def test_seeking_finds_the_frames_of_decoding_everything(tmp_path, codec, suffix):
-    """By number and pixel by pixel, from one key frame or over several."""
+    """Compares frame numbers and pixels, within one group of pictures and across several."""
     path = encode(tmp_path / f"clip.{suffix}", codec=codec)
     every = decode_everything(path)
     assert read_numbers(every) == list(range(60))
@@ -60,7 +51,7 @@ def test_seeking_finds_the_frames_of_decoding_everything(tmp_path, codec, suffix
         for indices in SETS:
             frames = video.read(indices)
             assert np.array_equal(frames, every[indices])
-        assert len(video._key_pts) > 1  # otherwise nothing was sought
+        assert len(video._key_pts) > 1  # otherwise nothing was skipped by seeking
 
 
 @pytest.mark.parametrize(
@@ -82,7 +73,7 @@ def test_h264_structures(tmp_path, options):
 
 
 def test_open_groups_of_hevc(tmp_path):
-    """Frames shown before a key frame may need the group before it."""
+    """Frames displayed before a key frame may depend on the previous group."""
     options = {"x265-params": "open-gop=1:bframes=4:keyint=10:min-keyint=10:scenecut=0:log-level=none"}
     path = encode(tmp_path / "clip.mp4", noise(60), codec="hevc", options=options)
     every = decode_everything(path)
@@ -92,7 +83,7 @@ def test_open_groups_of_hevc(tmp_path):
 
 
 def test_only_the_clip_is_decoded(tmp_path, monkeypatch):
-    """Two frames near the end of a long video cost a group of pictures, not the video."""
+    """Reading two frames near the end of a long video decodes one group of pictures, not the whole video."""
     path = encode(tmp_path / "clip.mp4", 250, gop_size=25)
     shown = []
     with Video(path) as video:
@@ -102,8 +93,8 @@ def test_only_the_clip_is_decoded(tmp_path, monkeypatch):
     assert len(shown) <= 25
 
 
-def test_avi_is_counted(tmp_path):
-    """Its packets have no time stamps to go by."""
+def test_avi_frames_are_counted(tmp_path):
+    """Its packets have no usable time stamps."""
     path = encode(tmp_path / "clip.avi")
     with Video(path) as video:
         assert video._pts is None
@@ -114,7 +105,7 @@ def test_avi_is_counted(tmp_path):
 
 @pytest.mark.parametrize(("codec", "suffix"), [("h264", "mp4"), ("h264", "mkv"), ("vp9", "webm")])
 def test_variable_frame_rate(tmp_path, codec, suffix):
-    """Frames are counted, as SlowFast counts them; the rate is the average whatever the header says."""
+    """Frames are counted as in SlowFast; the rate is the average, whatever the header says."""
     milliseconds = np.cumsum(np.random.default_rng(0).integers(15, 80, 60)).tolist()
     path = encode(tmp_path / f"clip.{suffix}", codec=codec, milliseconds=milliseconds)
     with Video(path) as video:
@@ -126,7 +117,7 @@ def test_variable_frame_rate(tmp_path, codec, suffix):
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotated_video_is_turned(tmp_path, rotation):
-    """The header's rotation is to the left: 90 puts the top left corner at the bottom left."""
+    """The header's rotation is counter-clockwise: 90 moves the top left corner to the bottom left."""
     frame = np.zeros((48, 64, 3), np.uint8)
     frame[:16, :16] = 255
     path = encode(tmp_path / "clip.mp4", [frame] * 3, rotation=rotation)
@@ -139,7 +130,7 @@ def test_rotated_video_is_turned(tmp_path, rotation):
 
 
 def test_header_without_counts_and_durations(tmp_path):
-    """Recordings that were streamed have neither a number of frames nor a length in their header."""
+    """Headers of streamed recordings have neither a number of frames nor a duration."""
     for suffix, options in (("mp4", {"movflags": "frag_keyframe+empty_moov"}), ("mkv", {"live": "1"})):
         path = encode(tmp_path / f"clip.{suffix}", container_options=options)
         with av.open(str(path)) as container:
@@ -149,7 +140,7 @@ def test_header_without_counts_and_durations(tmp_path):
             assert read_numbers(video.read([7, 33, 59])) == [7, 33, 59]
 
 
-def test_frames_that_are_not_there(tmp_path):
+def test_missing_frames(tmp_path):
     with Video(encode(tmp_path / "clip.mp4", 5)) as video:
         assert read_numbers(video.read([4, 4, 0])) == [4, 4, 0]
         for indices in ([5], [-1], []):
@@ -185,7 +176,7 @@ def read_all(path: Path) -> None:
     ids=["mp4", "mp4 faststart", "mkv", "webm"],
 )
 def test_truncated_files(tmp_path, codec, suffix, options, share):
-    """Nowhere is the rest taken for the whole."""
+    """A truncated file is never taken for a complete one."""
     path = encode(tmp_path / f"clip.{suffix}", noise(30), codec=codec, container_options=options)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
@@ -206,7 +197,7 @@ def test_truncated_files(tmp_path, codec, suffix, options, share):
     ids=["mp4 faststart", "mp4 fragments", "mov", "mkv", "webm", "avi"],
 )
 def test_truncated_between_two_frames(tmp_path, codec, suffix, options):
-    """Cut where a frame ends (as a cut in the sound would be), every frame that is left is whole; the file is not."""
+    """Cut at the end of a frame (or in the sound): every remaining frame decodes, but the file is incomplete."""
     path = encode(tmp_path / f"clip.{suffix}", noise(30), codec=codec, container_options=options)
     read_all(path)
     with av.open(str(path)) as container:
@@ -216,7 +207,7 @@ def test_truncated_between_two_frames(tmp_path, codec, suffix, options):
         path.write_bytes(content[:start])
         with pytest.raises(UserError, match="it is cut off or damaged"):
             read_all(path)
-    path.write_bytes(content + b"appended by somebody")  # does no harm
+    path.write_bytes(content + b"appended by somebody")  # is harmless
     read_all(path)
 
 
@@ -227,7 +218,7 @@ def test_damage_in_the_middle(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"Cannot read the video {path}: "):
         read_all(path)
-    with Video(path) as video:  # what is whole can be read
+    with Video(path) as video:  # undamaged frames can be read
         video.read([0, 3])
 
 
@@ -238,7 +229,7 @@ def test_huge_frames_are_refused(tmp_path, monkeypatch):
         Video(path)
 
 
-def test_files_that_are_no_videos(tmp_path):
+def test_files_that_are_not_videos(tmp_path):
     def reason(path: Path | str) -> str:
         with pytest.raises(UserError, match=f"Cannot read the video {path}: ") as caught:
             read_all(path)
@@ -255,7 +246,7 @@ def test_files_that_are_no_videos(tmp_path):
 
 
 def test_encoding_leaves_the_priority_of_the_process(tmp_path):
-    """libsvtav1 makes a root process real-time; clips made by it must not."""
+    """libsvtav1 makes a root process real-time; encoding test clips must not."""
     before = os.sched_getscheduler(0)
     encode(tmp_path / "v.mp4", 4, codec="av1")
     assert os.sched_getscheduler(0) == before

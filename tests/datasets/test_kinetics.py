@@ -1,29 +1,23 @@
-"""ats.datasets.kinetics, the clip transforms and tools/prepare_kinetics.py."""
+"""ats.datasets.kinetics: the frames of a sample, csv files and their errors, bad videos."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from clips import encode, noise, read_numbers
-from test_datasets import load_tool
 
 from ats.config import load_config
-from ats.datasets import Draw, build_dataset, build_loader
+from ats.datasets import Draw, build_dataset, build_loader, kinetics
 from ats.datasets import build as build_module
 from ats.datasets.kinetics import read_csv
-from ats.datasets.transforms import mended_posterize
-from ats.datasets.video_transforms import eval_clip_transform, normalise, resize_short_side, train_clip_transform
+from ats.datasets.transforms import eval_clip_transform
 from ats.errors import UserError
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "video_data_path"
-GOLDEN = json.loads((FOLDER / "case.json").read_text())
 SIZE = 32
 
 
@@ -63,7 +57,7 @@ def make_cfg(root: Path, *overrides: object):
 
 
 def shown(dataset, index: int | Draw) -> list[int]:
-    """Numbers of the frames that a data set takes for a sample, before any transform."""
+    """Numbers of the frames that a data set reads for a sample, before any transform."""
     taken = []
     original, dataset.transforms = dataset.transforms, [lambda frames: taken.append(frames)] * len(dataset.transforms)
     dataset[index]
@@ -75,7 +69,7 @@ def shown(dataset, index: int | Draw) -> list[int]:
 
 
 def test_test_clips_are_views_times_crops(shared):
-    """60 frames, clips of 16: free 44; two views begin at 0 and 22, or with offset sampling at 0 and 44."""
+    """60 frames, clips of 16, so 44 free; two clips start at 0 and 22, or with offset sampling at 0 and 44."""
     dataset = build_dataset(make_cfg(shared), "test")
     assert (len(dataset), dataset.num_videos, dataset.num_views) == (36, 6, 6)
     first, second = [0, 5, 10, 15], [22, 27, 32, 37]
@@ -88,11 +82,12 @@ def test_test_clips_are_views_times_crops(shared):
     assert [shown(dataset, i) for i in range(2)] == [first, [44, 49, 54, 59]]
 
 
-def test_crops_of_a_view_are_decoded_once(shared, monkeypatch):
+def test_crops_of_a_clip_share_one_decoding(shared, monkeypatch):
     dataset = build_dataset(make_cfg(shared), "test")
-    opened = []
-    original = dataset._decode
-    monkeypatch.setattr(dataset, "_decode", lambda path, **kwargs: opened.append(path) or original(path, **kwargs))
+    opened, original = [], kinetics.read_clip
+    monkeypatch.setattr(
+        kinetics, "read_clip", lambda path, *a, **kwargs: opened.append(path) or original(path, *a, **kwargs)
+    )
     crops = [dataset[i].x for i in range(6)]
     assert len(opened) == 2
     fresh = build_dataset(make_cfg(shared), "test")
@@ -113,7 +108,7 @@ def test_validation_is_the_middle_of_each_video(shared):
 
 
 def test_training_clip_is_a_function_of_the_seed(shared):
-    """Other seeds give other places, all of them in the video, and global generators are left alone."""
+    """Different seeds give different places, all inside the video; the global generators do not change."""
     dataset = build_dataset(make_cfg(shared), "train")
     assert len(dataset) == 6
     state = random.getstate()
@@ -129,7 +124,7 @@ def test_training_clip_is_a_function_of_the_seed(shared):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_batches_do_not_depend_on_workers(shared, split, monkeypatch):
-    monkeypatch.setattr(build_module, "_num_cores", lambda: 2)
+    monkeypatch.setattr(build_module, "num_cores", lambda: 2)
     cfg = ["AUG.ENABLE", True, "AUG.AA_TYPE", "rand-m7-n4-mstd0.5-inc1", "DATA.TRAIN_JITTER_SCALES_RELATIVE", [0.3, 1]]
     epochs = [
         list(build_loader(make_cfg(shared, *cfg, "DATA_LOADER.NUM_WORKERS", workers), split)) for workers in (0, 1, 2)
@@ -141,24 +136,8 @@ def test_batches_do_not_depend_on_workers(shared, split, monkeypatch):
     assert sum(len(batch.x) for batch in epochs[0]) == (6 if split == "train" else 36)
 
 
-# ----------------------------------------------------------------------------------------------------------- transforms
-
-
-@pytest.mark.parametrize("name", GOLDEN["spatial"]["cases"])
-@pytest.mark.parametrize("crop", [0, 1, 2])
-def test_test_crops_are_slowfasts(name, crop):
-    case, arrays = GOLDEN["spatial"]["cases"][name], np.load(FOLDER / "arrays.npz")
-    frames = arrays[f"{name}.video_uint8_THWC"]
-    settings = {"mean": case["mean"], "std": case["std"]}
-    clip = eval_clip_transform(case["crop"], short_side=case["short_side"], crop=crop, **settings)(frames)
-    expected = torch.from_numpy(arrays[f"{name}.crop{crop}_CTHW"])
-    torch.testing.assert_close(clip, expected, rtol=0, atol=1e-5)
-    resized = resize_short_side(normalise(frames, **settings), case["short_side"])
-    assert list(resized.shape[2:]) == case["per_crop"][crop]["resized_hw"]
-
-
 def test_short_side_of_tests(shared):
-    """With three crops that of the crop, with one the first of DATA.TRAIN_JITTER_SCALES, which must be large enough."""
+    """The crop size with three crops; with one, the first of DATA.TRAIN_JITTER_SCALES, which must be large enough."""
     one = ["TEST.NUM_SPATIAL_CROPS", 1, "DATA.TRAIN_JITTER_SCALES"]
     frames = noise(4)
     [transform] = build_dataset(make_cfg(shared, *one, [40, 44]), "test").transforms
@@ -167,95 +146,6 @@ def test_short_side_of_tests(shared):
     assert len(build_dataset(make_cfg(shared, "DATA.TRAIN_JITTER_SCALES", [20, 24]), "test").transforms) == 3
     with pytest.raises(UserError, match=r"20 pixels.*TEST_CROP_SIZE 32"):
         build_dataset(make_cfg(shared, *one, [20, 24]), "test")
-
-
-FAMILIES = {
-    "TimeSformer": {"jitter_scales": (36, 44)},
-    "MViT": {"scale": (0.08, 1), "auto_augment": "rand-m7-n4-mstd0.5-inc1", "erase_prob": 1.0},
-    "XViT": {"multi_scales": (1, 0.875, 0.75, 0.66), "auto_augment": "v0"},
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_draw_for_all_frames(family):
-    """A clip of one frame repeated stays one; other seeds give other clips."""
-    frames = np.repeat(np.stack(noise(1)), 5, axis=0)
-    transform = train_clip_transform(SIZE, **FAMILIES[family] | {"erase_mode": "const"})
-    clips = []
-    for seed in range(8):
-        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)  # noqa: NPY002
-        clips.append(transform(frames))
-        assert clips[-1].shape == (3, 5, SIZE, SIZE)
-        assert clips[-1].is_contiguous()
-        assert torch.equal(clips[-1], clips[-1][:, :1].expand(3, 5, SIZE, SIZE))
-    assert not any(torch.equal(clips[0], other) for other in clips[1:])
-
-
-def test_erased_rectangle_is_the_same_in_all_frames():
-    """Its noise is not, as in SlowFast."""
-    transform = train_clip_transform(SIZE, scale=(1, 1), ratio=(1, 1), flip=False, erase_prob=1.0)
-    frames = np.zeros((5, SIZE, SIZE, 3), np.uint8)
-    clip = transform(frames)
-    erased = (clip - normalise(frames)).abs().amax(0) > 0
-    assert 0 < erased[0].sum() < SIZE * SIZE
-    assert (erased == erased[0]).all()
-    assert not torch.equal(clip[:, 0], clip[:, 1])
-
-
-def test_crops_cut_what_they_say():
-    """Each pixel of the frames holds its place, so that a crop shows where it is from."""
-    y, x = np.mgrid[:48, :64].astype(np.uint8)
-    frames = np.stack([y, x, np.zeros_like(x)], axis=-1)[None]
-    plain = {"mean": (0, 0, 0), "std": (1 / 255,) * 3, "flip": False}
-    jitter = train_clip_transform(SIZE, jitter_scales=(48, 48), **plain)
-    for _ in range(10):
-        clip = jitter(frames)
-        torch.testing.assert_close(clip[0, 0], clip[0, 0, :1, :1] + torch.arange(32.0)[:, None].expand(32, 32))
-        torch.testing.assert_close(clip[1, 0], clip[1, 0, :1, :1] + torch.arange(32.0).expand(32, 32))
-    multi = train_clip_transform(24, multi_scales=(1, 0.5), **plain)
-    sides = {round(float(clip[0, 0, -1, 0] - clip[0, 0, 0, 0])) for clip in (multi(frames) for _ in range(40))}
-    assert all(min(abs(side - full) for full in (22, 47)) <= 2 for side in sides)
-    assert max(sides) - min(sides) > 20
-    flips = [
-        float(train_clip_transform(SIZE, jitter_scales=(48, 48))(frames)[1, 0, 0].diff()[0]) > 0 for _ in range(20)
-    ]
-    assert 0 < sum(flips) < 20
-
-
-def test_augmentation_is_timms():
-    """Frame by frame what timm's policy does with the same random numbers."""
-    from PIL import Image
-    from timm.data.auto_augment import rand_augment_transform
-
-    frames = np.stack(noise(3, height=32, width=32))
-    policy = "rand-m7-n4-mstd0.5-inc1"
-    transform = train_clip_transform(
-        32, scale=(1, 1), ratio=(1, 1), flip=False, auto_augment=policy, mean=(0, 0, 0), std=(1 / 255,) * 3
-    )
-    with mended_posterize():
-        timms = rand_augment_transform(policy, {"translate_const": 14, "interpolation": Image.Resampling.BICUBIC})
-    for seed in range(5):
-        random.seed(seed), np.random.seed(seed)  # noqa: NPY002
-        clip = transform(frames)
-        for t in range(3):
-            random.seed(seed), np.random.seed(seed)  # noqa: NPY002
-            expected = np.asarray(timms(Image.fromarray(frames[t])))
-            np.testing.assert_allclose(clip[:, t].permute(1, 2, 0).numpy(), expected, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ({"jitter_scales": (20, 40)}, r"TRAIN_JITTER_SCALES must be.*32 <= low <= high"),
-        ({"jitter_scales": (40,)}, r"TRAIN_JITTER_SCALES must be"),
-        ({"scale": (0.5, 0.2)}, r"TRAIN_JITTER_SCALES_RELATIVE"),
-        ({"multi_scales": (1.5,)}, r"TRAIN_MULTI_SCALE_CROP"),
-        ({"scale": (0.5, 1), "auto_augment": "rand-x9"}, r"AUG\.AA_TYPE 'rand-x9'"),
-    ],
-)
-def test_transform_settings_that_cannot_be(settings, match):
-    with pytest.raises(UserError, match=match):
-        train_clip_transform(SIZE, **settings)
 
 
 # ------------------------------------------------------------------------------------------------------------------ csv
@@ -291,7 +181,7 @@ def test_lines_are_split_at_the_last_separator(tmp_path, separator, text, paths)
         ("a.mp4 1.0\n", r"line 1: "),
         (" 7\n", r"line 1: "),
         ("a.mp4 3\n", r"line 1: label 3 is not below MODEL\.NUM_CLASSES 3"),
-        ("", r"test\.csv is empty: it needs a line"),
+        ("", r"test\.csv is empty: it needs one line"),
         ("\n \n", r"test\.csv is empty"),
     ],
 )
@@ -316,7 +206,7 @@ def test_missing_file_names_its_line(shared, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["../v.mp4", "/etc/v.mp4", "a/../../v.mp4", "..", "./../v.mp4"])
-def test_paths_stay_below_their_prefix(tmp_path, path):
+def test_paths_stay_below_the_prefix(tmp_path, path):
     write(tmp_path, f"a/../ok.mp4 0\n{path} 0\n")
     prefix = ["DATA.PATH_PREFIX", tmp_path / "videos"]
     with pytest.raises(UserError, match=r"test\.csv, line 2: .* leads out of DATA\.PATH_PREFIX"):
@@ -332,7 +222,7 @@ def test_paths_stay_below_their_prefix(tmp_path, path):
 
 @pytest.fixture
 def damaged(shared, tmp_path) -> Path:
-    """The six videos, one of them cut off."""
+    """The six videos, one of them truncated."""
     (tmp_path / "class one").mkdir()
     for path in (shared / "class one").iterdir():
         content = path.read_bytes()
@@ -367,74 +257,3 @@ def test_bad_video_in_testing(damaged, num_workers):
     bad = [i for batch in batches for i, path in zip(batch.index.tolist(), batch.bad, strict=True) if path]
     assert bad == list(range(18, 24))
     assert all(batch.x[[not path for path in batch.bad]].isfinite().all() for batch in batches)
-
-
-# ---------------------------------------------------------------------------------------------------------- preparation
-
-
-@pytest.fixture
-def raw(tmp_path) -> Path:
-    """Two classes: numbered, rotated, large and broken videos."""
-    folder = tmp_path / "raw"
-    encode(folder / "train" / "zebra" / "a.mp4", noise(6, height=96, width=128))
-    encode(folder / "train" / "a horse" / "b c.webm", 20, codec="vp9")
-    encode(folder / "val" / "zebra" / "d.mp4", noise(6, height=96, width=160), rotation=90)
-    (folder / "val" / "zebra" / "broken.mp4").write_bytes(b"nothing")
-    (folder / "val" / "zebra" / "notes.txt").write_text("")
-    return folder
-
-
-def test_prepare_kinetics(raw, capsys):
-    """Sorted classes, relative paths, bad files listed; a second run changes nothing and checks only the bad one."""
-    tool = load_tool("prepare_kinetics")
-    arguments = ["--videos", str(raw), "--separator", ",", "--workers", "1"]
-    assert tool.main(arguments) == 0
-    assert (raw / "train.csv").read_text() == "train/a horse/b c.webm,0\ntrain/zebra/a.mp4,1\n"
-    assert (raw / "test.csv").read_text() == (raw / "val.csv").read_text() == "val/zebra/d.mp4,1\n"
-    assert "broken.mp4\tCannot read the video" in (raw / "bad_files.txt").read_text()
-    assert "1 files cannot be read and are left out" in capsys.readouterr().out
-    before = {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
-    assert tool.main(arguments) == 0
-    assert before == {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
-    assert "1/1" in capsys.readouterr().err
-    cfg = make_cfg(raw, "DATA.PATH_LABEL_SEPARATOR", ",", "MODEL.NUM_CLASSES", 2)
-    assert [len(build_dataset(cfg, split)) for split in ("train", "val", "test")] == [2, 1, 6]
-
-
-def test_prepare_kinetics_shrinks(raw, tmp_path, monkeypatch):
-    """Short side 48, upright, same frames; what is small already is copied; the originals stay."""
-    tool, output = load_tool("prepare_kinetics"), tmp_path / "small"
-    monkeypatch.setitem(sys.modules, "prepare_kinetics", tool)  # where its worker processes find it
-    sizes = {path: path.stat().st_size for path in raw.rglob("*.*")}
-    counts = tool.prepare_kinetics(raw, output, short_side=48, num_workers=2)
-    assert counts == {"train": 2, "val": 1, "test": 1, "bad": 1}
-    assert {path: path.stat().st_size for path in raw.rglob("*.*")} == sizes
-    shapes = {}
-    for name in ("train/zebra/a.mp4", "train/a horse/b c.webm", "val/zebra/d.mp4"):
-        with tool.Video(output / name) as video:
-            shapes[name] = (video.num_frames, *video.read([0]).shape[1:3])
-            if name.endswith("webm"):
-                assert read_numbers(video.read([0, 7, 19])) == [0, 7, 19]
-    assert list(shapes.values()) == [(6, 48, 64), (20, 48, 64), (6, 80, 48)]
-    stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*.mp4")}
-    assert tool.prepare_kinetics(raw, output, short_side=48, num_workers=1) == counts
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.mp4")} == stamps
-    assert not [*output.rglob("*.partial"), *output.rglob("*.tmp")]
-
-
-def test_prepare_kinetics_names_what_is_wrong(raw, tmp_path, capsys):
-    tool = load_tool("prepare_kinetics")
-
-    def error(*arguments) -> str:
-        assert tool.main(["--workers", "1", *map(str, arguments)]) == 1
-        return capsys.readouterr().err
-
-    assert "has no train/<class>" in error("--videos", tmp_path / "none")
-    assert "type --output FOLDER" in error("--videos", raw, "--short-side", 48)
-    assert "--short-side 47 must be an even" in error("--videos", raw, "--output", tmp_path / "o", "--short-side", 47)
-    (raw / "val" / "lion").mkdir()
-    assert "val has classes that train/ has not: lion" in error("--videos", raw)
-    (tmp_path / "flat" / "train" / "cat").mkdir(parents=True)
-    assert "hold no videos (.mp4" in error("--videos", tmp_path / "flat")
-    (tmp_path / "flat" / "train" / "cat" / "a.mp4").write_text("")
-    assert "None of the 1 videos can be read" in error("--videos", tmp_path / "flat")

@@ -1,4 +1,4 @@
-"""Reading weights: strict, safe, and with messages that help."""
+"""Weights are read strictly and safely, with helpful messages."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_safetensors(tmp_path, weights):
 
 
 def test_safetensors_by_another_name(tmp_path, weights):
-    """A file is what it holds: renamed to .pth it is read all the same, and not called a pickle that runs code."""
+    """A safetensors file renamed to .pth is read all the same, not refused as a pickle that runs code."""
     save_file(weights, tmp_path / "weights.safetensors")
     (tmp_path / "weights.safetensors").rename(tmp_path / "weights.pth")
     assert load_checkpoint(tmp_path / "weights.pth").keys() == weights.keys()
 
 
-def test_another_architecture_is_told_by_groups_of_keys(weights):
+def test_another_architecture_is_reported_by_groups_of_keys(weights):
     with pytest.raises(UserError) as error:
         load_weights(vit(depth=4, distilled=True), weights)
     text = str(error.value)
@@ -146,7 +146,7 @@ def test_missing_file_and_wrong_contents(tmp_path):
 
 
 def test_saving_is_all_or_nothing(tmp_path):
-    """A save that fails half-way leaves the old file as it was and no temporary file behind."""
+    """A save that fails halfway leaves the old file intact and no temporary file."""
     path = tmp_path / "a.pyth"
     save_checkpoint(path, {"epoch": 1})
     with pytest.raises(AttributeError):

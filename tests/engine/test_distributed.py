@@ -1,4 +1,4 @@
-"""Several processes: the same losses, weights and results as one; what happens to the others when one is lost."""
+"""Several processes give the losses, weights and results of one; if one is lost, the others stop."""
 
 from __future__ import annotations
 
@@ -16,42 +16,37 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Run, run_net, run_net_well
+from runs import read_log
 
 from ats.checkpoint import load_checkpoint
-from ats.datasets.sampler import TrainSampler
-from ats.engine.distributed import process_group, rank
-from ats.engine.ensemble import Ensemble
+from ats.datasets.loader import TrainBatchSampler
+from ats.engine.device import process_group, rank
+from ats.engine.tally import Ensemble, Tally
 from ats.errors import UserError
-
-TIMINGS = ("images_per_second", "data_wait_share", "wall_seconds", "versions", "config_sha256")
-
-
-def read_log(output_dir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
 def numbers(line: dict) -> dict:
-    """The numbers of a line of the log that may differ by round-off."""
+    """The numbers in a line of the log that may differ by round-off."""
     values = line | {f"block {block}": mean for block, mean in line["tokens_per_block"].items()}
     return {key: value for key, value in values.items() if isinstance(value, float)}
 
 
 def read_result(output_dir: Path) -> dict:
     result = json.loads((output_dir / "result.json").read_text())
-    return {key: value for key, value in result.items() if key not in TIMINGS}
+    changing = ("images_per_second", "wall_seconds", "versions", "config_sha256")
+    return {key: value for key, value in result.items() if key not in changing}
 
 
 @given(batch=st.integers(2, 20), world_size=st.integers(1, 5), seed=st.integers(0, 9))
 @settings(max_examples=100)
 def test_shares_of_pairs(batch, world_size, seed):
-    """Over the processes every draw of a batch comes once, and what mixup mixes (i and B - 1 - i) stays together."""
+    """Each sample of a batch goes to one process, and samples that mixup mixes (i and B - 1 - i) to the same one."""
     if batch < 2 * world_size:
         return
-    whole = next(iter(TrainSampler(batch, batch_size=batch, seed=seed)))
+    whole = next(iter(TrainBatchSampler(batch, batch_size=batch, seed=seed)))
     partner = dict(zip(whole, reversed(whole), strict=True))
     shares = [
-        next(iter(TrainSampler(batch, batch_size=batch, seed=seed, rank=rank, world_size=world_size, pairs=True)))
+        next(iter(TrainBatchSampler(batch, batch_size=batch, seed=seed, rank=rank, world_size=world_size, pairs=True)))
         for rank in range(world_size)
     ]
     assert sorted(chain(*shares)) == sorted(whole)
@@ -61,15 +56,15 @@ def test_shares_of_pairs(batch, world_size, seed):
 
 @pytest.mark.parametrize("mixup", [False, True])
 def test_two_processes_equal_one(tiny_config, tmp_path, mixup):
-    """20 steps with augmentation on: losses, weights and result.json do not depend on how the batch is split.
+    """20 steps with augmentation: losses, weights and result.json do not depend on how the batch is split.
 
-    Without mixup 15 samples on 2 processes, 7 and 8; with it 16 on 2 processes in 3 passes. 32 validation images in
-    batches of 11 are 5 + 6, 5 + 6, 5 + 5.
+    Two processes split 15 samples into 7 and 8; with mixup, 16 samples in 3 passes. They split 32 validation images,
+    in batches of 11, into 5 + 6, 5 + 6 and 5 + 5.
     """
     changes = ["TRAIN.ENABLE", "True", "SOLVER.MAX_EPOCH", "5", "TRAIN.EVAL_PERIOD", "3", "LOG_PERIOD", "1"]
     changes += ["AUG.ENABLE", "True", "AUG.NUM_SAMPLE", "2", "SOLVER.CLIP_GRAD_L2NORM", "1", "EMA.ENABLE", "True"]
     changes += ["TRAIN.BATCH_SIZE", "16" if mixup else "15", "MIXUP.ENABLE", str(mixup), "TEST.BATCH_SIZE", "11"]
-    # The gradient of the keys' bias is nothing but round-off, and AdamW makes a step of it.
+    # The gradient of the keys' bias is pure round-off, but AdamW takes full steps along it: leave the bias out.
     changes += ["EMA.DECAY", "0.5", "VIT.QKV_BIAS", "False"]
     argv = ["--cfg", tiny_config, *changes, "OUTPUT_DIR"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -77,14 +72,14 @@ def test_two_processes_equal_one(tiny_config, tmp_path, mixup):
     process = run_net_well(two, [*argv, two, "TRAIN.GRAD_ACCUM_STEPS", "3" if mixup else "1"], num_processes=2)
     assert "Traceback" not in process.console()
     assert "2 with 0 data workers" in process.console(0)
-    assert process.console(1) == ""  # the first process speaks for both
+    assert process.console(1) == ""  # only the first process prints
     log, other_log = read_log(one), read_log(two)
     assert sum(line["event"] == "train" for line in log) == 20
     losses = [line["loss"] for line in log if line["event"] == "train"]
     assert max(losses) - min(losses) > 0.1
     for line, other in zip(log, other_log, strict=True):
         assert other.keys() == line.keys()
-        assert numbers(other) == pytest.approx(numbers(line), abs=1e-5, rel=1e-4)  # the gradient's norm is about 3
+        assert numbers(other) == pytest.approx(numbers(line), abs=1e-5, rel=1e-4)  # the gradient norm is about 3
         if line["event"] == "train":
             assert other["loss"] == pytest.approx(line["loss"], abs=1e-5, rel=0)
     weights, other_weights = (load_checkpoint(out / "model.safetensors") for out in (one, two))
@@ -105,7 +100,7 @@ def _exchange() -> None:
             whole = _ensemble(torch.arange(12), method)
             if rank() < 2:
                 ensemble = _ensemble(torch.arange(rank(), 12, 2), method)
-            else:  # this process has no clip at all
+            else:  # this process has no clips
                 ensemble = Ensemble(num_videos=4, num_views=3, method=method)
             if rank() == 1:
                 ensemble.skipped[3] = True
@@ -116,28 +111,26 @@ def _exchange() -> None:
 
 
 def test_views_of_a_video_on_three_processes(tmp_path):
-    """Clips of every video on two processes and none on the third: all get the scores of a single one."""
+    """Two processes share the clips of every video and a third has none: all get the scores of a single process."""
     run = Run(tmp_path, _exchange, num_processes=3)
     assert run.wait() == [0, 0, 0], run.console()
 
 
 def test_samples_evaluated_twice_are_noticed(tmp_path):
-    """A loader that was not told of the other processes would count every sample twice."""
+    """A loader that ignores the other processes would count every sample twice."""
     run = Run(tmp_path, _evaluate_everything, num_processes=2)
     assert run.wait() == [1, 1]
     assert run.console().count("RuntimeError: Samples were evaluated twice") == 2
 
 
 def _evaluate_everything() -> None:
-    from ats.engine.tally import Tally
-
     with process_group("cpu"):
         tally = Tally(rows=[torch.zeros(1, 6, dtype=torch.float64)])
-        Tally.of_all_processes(tally).result(ensemble=None, wall_seconds=1, params_m=1, device="cpu")
+        tally.result(ensemble=None, start=0, params_m=1, device="cpu")
 
 
 def test_a_lost_process_stops_the_other(tiny_config, tmp_path):
-    """SIGKILL to one of two processes: the other one stops by itself, within a minute, with a message."""
+    """SIGKILL to one of two processes: the other one stops within a minute, with a message."""
     argv = ["--cfg", tiny_config, "TRAIN.ENABLE", "True", "SOLVER.MAX_EPOCH", "1000", "LOG_PERIOD", "1"]
     run = run_net(tmp_path / "run", argv, num_processes=2)
     run.wait_for("epoch 2/1000 step 1/")
@@ -150,8 +143,8 @@ def test_a_lost_process_stops_the_other(tiny_config, tmp_path):
 
 
 def test_signal_to_one_process_stops_both_at_the_same_step(tiny_config, tmp_path):
-    """SIGTERM to the second of two processes: both write and end at the same step, and go on from there; the result
-    is the uninterrupted run's to the bit.
+    """SIGTERM to the second of two processes: both save and end at the same step, and resume to the uninterrupted run's
+    result, bit for bit.
     """
     argv = ["--cfg", tiny_config, "TRAIN.ENABLE", "True", "SOLVER.MAX_EPOCH", "6", "LOG_PERIOD", "3"]
     argv += ["MIXUP.ENABLE", "True", "VIT.DROP_PATH_RATE", "0.2", "TRAIN.EVAL_PERIOD", "5", "OUTPUT_DIR"]
@@ -170,7 +163,7 @@ def test_signal_to_one_process_stops_both_at_the_same_step(tiny_config, tmp_path
 
 
 def test_torchrun(tiny_config, tmp_path):
-    """The real thing: `torchrun --nproc_per_node=2` trains and tests; one process speaks."""
+    """`torchrun --nproc_per_node=2` itself trains and tests; only one process prints."""
     script = Path(__file__).parents[2] / "tools" / "run_net.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     command += ["--cfg", str(tiny_config), "TRAIN.ENABLE", "True", "SOLVER.MAX_EPOCH", "1"]

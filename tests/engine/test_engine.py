@@ -1,4 +1,4 @@
-"""The training loop and the evaluation: schedules, steps, resuming, faults, results."""
+"""Training loop and evaluation: schedules, steps, resuming, faults, results."""
 
 from __future__ import annotations
 
@@ -11,61 +11,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import assert_same, read_log
 from torch import nn
 
 from ats.checkpoint import load_checkpoint, save_safetensors
+from ats.cli.run_net import run
 from ats.config import CfgNode, get_cfg, load_config
 from ats.datasets import Sample, build_loader
 from ats.engine import checkpointing, evaluate, train
-from ats.engine.device import seed_everything, select_device
-from ats.engine.distributed import data_parallel
-from ats.engine.logging import log_to_file, setup_logging
-from ats.engine.meters import BadFiles
-from ats.engine.optim import build_optimizer, clip_gradients, lr_at, set_lr
-from ats.engine.output_dir import config_sha256
-from ats.engine.train_log import TrainLog
+from ats.engine.device import data_parallel, seed_everything, select_device
+from ats.engine.output import config_sha256, log_to_file, setup_logging
+from ats.engine.step import Recipe, StepStats, build_optimizer, clip_gradients, lr_schedule, set_lr
+from ats.engine.train_log import BadFiles, TrainLog
 from ats.errors import UserError
 from ats.models import build_model
 
 CPU = torch.device("cpu")
-RECIPE = ("SOLVER.OPTIMIZING_METHOD", "sgd", "SOLVER.BASE_LR", "0.1")
-
+SGD = ("SOLVER.OPTIMIZING_METHOD", "sgd", "SOLVER.BASE_LR", "0.1")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def make_cfg(tiny_config: Path, tmp_path: Path):
-    """`make_cfg("KEY", "VALUE", ..., out="name")`: the tiny config with changes, its OUTPUT_DIR of that name."""
-
-    def make(*overrides: str, out: str = "out") -> CfgNode:
-        return load_config(tiny_config, ["OUTPUT_DIR", str(tmp_path / out), *overrides])
-
-    return make
-
-
-def read_log(output_dir: str, *, without: tuple[str, ...] = ("images_per_second", "data_wait_share")) -> list[dict]:
-    lines = [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in without} for line in lines]
-
-
-def assert_same(a: object, b: object) -> None:
-    """Equal to the bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for left, right in zip(a, b, strict=True):
-            assert_same(left, right)
-    else:
-        assert a == b
-
-
 # ---- optimizer and schedule
+
+
+def schedule_of(**solver):
+    """The schedule of these keys of SOLVER; the other learning rates are 1 (BASE_LR) and 0."""
+    cfg = get_cfg()
+    cfg.SOLVER.update({"BASE_LR": 1.0, "COSINE_END_LR": 0.0, "WARMUP_START_LR": 0.0} | solver)
+    return lr_schedule(cfg)
 
 
 @pytest.mark.parametrize(
@@ -74,33 +48,27 @@ def assert_same(a: object, b: object) -> None:
         (0, True, 0.1),
         (1, True, 0.1 + 0.9 / 4),
         (4, True, 1.0),
-        (7, True, 0.2 + 0.8 * 0.5),  # half way from 4 to 10
+        (7, True, 0.2 + 0.8 * 0.5),  # halfway from 4 to 10
         (10, True, 0.2),
-        (5, False, 0.2 + 0.8 * 0.5),  # half way from 0 to 10
+        (5, False, 0.2 + 0.8 * 0.5),  # halfway from 0 to 10
         (7.5, False, 0.2 + 0.8 * (1 - math.sqrt(0.5)) / 2),  # cos(3/4 pi)
-        (2, False, (0.1 + 0.2 + 0.4 * (1 + math.cos(0.4 * math.pi))) / 2),  # half way to the cosine's value at 4
+        (2, False, (0.1 + 0.2 + 0.4 * (1 + math.cos(0.4 * math.pi))) / 2),  # halfway to the cosine's value at 4
     ],
 )
 def test_lr_cosine(progress, after_warmup, expected):
-    lr = lr_at(
-        progress,
-        base_lr=1.0,
-        num_epochs=10,
-        end_lr=0.2,
-        warmup_epochs=4,
-        warmup_start_lr=0.1,
-        cosine_after_warmup=after_warmup,
+    schedule = schedule_of(
+        MAX_EPOCH=10, COSINE_END_LR=0.2, WARMUP_EPOCHS=4, WARMUP_START_LR=0.1, COSINE_AFTER_WARMUP=after_warmup
     )
-    assert lr == pytest.approx(expected, rel=1e-12)
+    assert schedule(progress) == pytest.approx(expected, rel=1e-12)
 
 
 def test_lr_constant_and_warmup_longer_than_training():
-    assert lr_at(7, base_lr=1.0, num_epochs=10, warmup_epochs=2, policy="constant") == 1.0
-    assert lr_at(1, base_lr=1.0, num_epochs=10, warmup_epochs=2, policy="constant") == 0.5
-    assert lr_at(1, base_lr=1.0, num_epochs=2, warmup_epochs=4) == 0.25
+    constant = schedule_of(MAX_EPOCH=10, WARMUP_EPOCHS=2, LR_POLICY="constant")
+    assert (constant(7), constant(1)) == (1.0, 0.5)
+    assert schedule_of(MAX_EPOCH=2, WARMUP_EPOCHS=4)(1) == 0.25
 
 
-def test_weight_decay_spares_norms_biases_positions_and_prefix(make_cfg):
+def test_no_weight_decay_on_norms_biases_positions_and_prefix(make_cfg):
     model = build_model(make_cfg())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
@@ -134,14 +102,14 @@ def test_layer_decay(make_cfg):
         build_optimizer(nn.Linear(2, 2), cfg)
 
 
-def test_unknown_optimizer_names_the_nearest(make_cfg):
+def test_unknown_optimizer_suggests_the_closest(make_cfg):
     with pytest.raises(UserError, match=r"adamww.*Did you mean.*adamw"):
         build_optimizer(nn.Linear(2, 2), make_cfg("SOLVER.OPTIMIZING_METHOD", "adamww"))
 
 
-def test_a_setting_that_an_optimizer_refuses_is_not_blamed_on_its_name():
+def test_a_bad_optimizer_setting_is_not_blamed_on_the_name():
     cfg = get_cfg()
-    cfg.SOLVER.BASE_LR = -1.0  # past the check of ranges
+    cfg.SOLVER.BASE_LR = -1.0  # bypasses the range check
     with pytest.raises(UserError, match="settings of SOLVER: Invalid learning rate") as error:
         build_optimizer(nn.Linear(2, 2), cfg)
     assert "Did you mean" not in str(error.value)
@@ -167,14 +135,12 @@ def test_clip_gradients():
 
 
 def make_step(cfg: CfgNode):
-    """Model, and a function that makes one step on a batch."""
+    """The training state, and a function that makes a step on a batch."""
     state = train.build_state(cfg, CPU)
-    recipe = train.Recipe.from_cfg(cfg)
-
-    forward = data_parallel(state.model)
+    recipe, forward = Recipe(cfg), data_parallel(state.model)
 
     def step(x, target):
-        return train.train_step(forward, x, target, optimizer=state.optimizer, scaler=state.scaler, recipe=recipe)
+        return train.train_step(forward, x, target, state, recipe)
 
     return state, step
 
@@ -185,10 +151,10 @@ def random_batch(size: int = 10):
 
 
 @pytest.mark.parametrize("num_chunks", [2, 4, 10])  # 4 chunks of 10 samples: 3, 3, 3, 1
-def test_accumulated_step_equals_the_whole(make_cfg, num_chunks):
-    whole, step = make_step(make_cfg(*RECIPE))
+def test_accumulated_step_equals_a_single_pass(make_cfg, num_chunks):
+    whole, step = make_step(make_cfg(*SGD))
     stats = step(*random_batch())
-    chunked, step = make_step(make_cfg(*RECIPE, "TRAIN.GRAD_ACCUM_STEPS", str(num_chunks)))
+    chunked, step = make_step(make_cfg(*SGD, "TRAIN.GRAD_ACCUM_STEPS", str(num_chunks)))
     chunked_stats = step(*random_batch())
     assert chunked_stats.loss == pytest.approx(stats.loss, abs=1e-6)
     assert chunked_stats.grad_norm == pytest.approx(stats.grad_norm, rel=1e-5)
@@ -198,8 +164,8 @@ def test_accumulated_step_equals_the_whole(make_cfg, num_chunks):
 
 
 def test_accumulation_in_training_with_mixup(make_cfg):
-    """Samples are mixed before the batch is cut, so the number of passes changes nothing."""
-    changes = (*RECIPE, "MIXUP.ENABLE", "True", "SOLVER.MAX_EPOCH", "1", "TRAIN.EVAL_PERIOD", "0")
+    """Samples are mixed before the batch is cut into chunks, so the number of chunks has no effect."""
+    changes = (*SGD, "MIXUP.ENABLE", "True", "SOLVER.MAX_EPOCH", "1", "TRAIN.EVAL_PERIOD", "0")
     whole = load_checkpoint(train.train(make_cfg(*changes)))
     chunked = load_checkpoint(train.train(make_cfg(*changes, "TRAIN.GRAD_ACCUM_STEPS", "3", out="chunked")))
     for key in whole:
@@ -231,7 +197,7 @@ def test_float16_skips_a_step_with_infinite_gradient(make_cfg):
     assert_same(before, list(state.model.parameters()))
 
 
-def test_non_finite_step_leaves_the_weights_alone(make_cfg):
+def test_non_finite_step_does_not_change_the_weights(make_cfg):
     state, step = make_step(make_cfg())
     before = [p.clone() for p in state.model.parameters()]
     x, label = random_batch()
@@ -245,7 +211,7 @@ def test_non_finite_step_leaves_the_weights_alone(make_cfg):
 
 
 def test_resume_is_bit_identical(make_cfg):
-    """Two epochs in one go, and the second one from the checkpoint of the first, with everything random switched on."""
+    """Two epochs in one run equal a second epoch resumed from the first, with everything random switched on."""
     changes = ["EMA.ENABLE", "True", "EMA.DECAY", "0.9", "MIXUP.ENABLE", "True"]
     changes += ["AUG.ENABLE", "True", "AUG.AA_TYPE", "", "AUG.NUM_SAMPLE", "2"]
     changes += ["VIT.DROP_PATH_RATE", "0.2", "VIT.DROP_RATE", "0.1", "SOLVER.CLIP_GRAD_L2NORM", "1"]
@@ -259,7 +225,7 @@ def test_resume_is_bit_identical(make_cfg):
     killed_in_epoch_2 = '{"event": "train", "epoch": 2, "step": 2, "loss": 7}\n{"event": "tra'
     (target / "log.jsonl").write_text("\n".join([*first_epoch, killed_in_epoch_2]))
 
-    np.random.seed(99)  # noqa: NPY002 - whatever the generators held before must not matter
+    np.random.seed(99)  # noqa: NPY002 - the state of the global generators must not matter
     torch.manual_seed(99)
     train.train(resumed)
     name = "checkpoints/checkpoint_epoch_00002.pyth"
@@ -310,7 +276,7 @@ def test_damaged_checkpoint_is_named_and_skipped(make_cfg, caplog):
 
 
 def test_another_config_in_the_same_folder_is_refused_unless_forced(make_cfg):
-    """What differs is named, config.yaml stays; --force goes on, but not into a network that does not fit."""
+    """The settings that differ are listed and config.yaml stays. --force resumes, unless the weights do not fit."""
     first = make_cfg("SOLVER.MAX_EPOCH", "1")
     train.train(first)
     refused = r"Cannot resume from .*checkpoint_epoch_00001.*\n  SOLVER.MAX_EPOCH: 1 there, 2 now\n.*another OUTPUT_DIR"
@@ -323,12 +289,12 @@ def test_another_config_in_the_same_folder_is_refused_unless_forced(make_cfg):
         train.train(make_cfg("SOLVER.ZERO_WD_1D_PARAM", "False"), force=True)
     train.train(make_cfg(), force=True)
     assert [line["epoch"] for line in read_log(first.OUTPUT_DIR) if line["event"] == "val"] == [1, 2]
-    how_it_is_run = ("LOG_PERIOD", "1", "TRAIN.CHECKPOINT_STEPS", "2", "TRAIN.GRAD_ACCUM_STEPS", "2")
-    train.train(make_cfg(*how_it_is_run))
+    machine_settings = ("LOG_PERIOD", "1", "TRAIN.CHECKPOINT_STEPS", "2", "TRAIN.GRAD_ACCUM_STEPS", "2")
+    train.train(make_cfg(*machine_settings))
 
 
 def test_starting_over_in_a_folder_with_checkpoints(make_cfg):
-    """Without AUTO_RESUME the old checkpoints would later win over the new ones: refused, or deleted by --force."""
+    """Without AUTO_RESUME, old checkpoints that a later run could resume from are refused, or deleted by --force."""
     train.train(make_cfg())
     again = make_cfg("TRAIN.AUTO_RESUME", "False", "SOLVER.MAX_EPOCH", "1")
     with pytest.raises(UserError, match="holds 2 checkpoints of an earlier training"):
@@ -356,13 +322,13 @@ def test_non_finite_loss_stops_with_a_message(make_cfg, tmp_path):
 
 def test_bad_files_are_named_once_and_limited(caplog):
     bad_files = BadFiles(max_fraction=0.02, grace=100)
-    bad_files.add(["a.png", "", "a.png", ""])
+    bad_files.add(["a.png", "", "a.png", ""], num_read=4, num_bad=2)
     assert [record.getMessage().split()[0] for record in caplog.records] == ["a.png"]
     with pytest.raises(UserError, match=r"3 of the 8 .*MAX_BAD_FRACTION 0.02(?s:.*)a.png\n  b.png"):
-        bad_files.add(["", "b.png", "", ""])
+        bad_files.add(["", "b.png", "", ""], num_read=4, num_bad=1)
     bad_files = BadFiles(max_fraction=0.02, grace=100)
     for _ in range(100):
-        bad_files.add(["bad.png", *[""] * 99])  # 1 %: any number of them
+        bad_files.add(["bad.png", *[""] * 99], num_read=100, num_bad=1)  # 1 % is allowed, however many they are
 
 
 def test_training_with_broken_files(make_cfg, colours, tmp_path, caplog):
@@ -385,12 +351,12 @@ def test_training_with_broken_files(make_cfg, colours, tmp_path, caplog):
         (("TRAIN.GRAD_ACCUM_STEPS", "0"), "TRAIN.GRAD_ACCUM_STEPS 0"),
     ],
 )
-def test_settings_that_exclude_each_other(make_cfg, changes, match):
+def test_settings_that_contradict_each_other(make_cfg, changes, match):
     with pytest.raises(UserError, match=match):
-        train.Recipe.from_cfg(make_cfg(*changes))
+        Recipe(make_cfg(*changes))
 
 
-def test_head_reset_for_other_classes(make_cfg, tmp_path):
+def test_new_head_for_other_classes(make_cfg, tmp_path):
     dense = build_model(make_cfg("MODEL.NUM_CLASSES", "7", "ATS.ENABLE", "False"))
     save_safetensors(tmp_path / "dense.safetensors", dense.state_dict())
     changes = ("TRAIN.CHECKPOINT_FILE_PATH", str(tmp_path / "dense.safetensors"))
@@ -417,10 +383,12 @@ def test_out_of_memory_says_what_to_do(make_cfg, monkeypatch):
 
 
 def test_tensorboard(make_cfg):
+    """Scalars per line of the log; per evaluation, a histogram of token counts and a picture of the kept tokens."""
     pytest.importorskip("tensorboard")
-    """Scalars per line of the log; per evaluation a histogram of token counts and a picture of what is kept."""
-    cfg = make_cfg("TENSORBOARD.ENABLE", "True", "SOLVER.MAX_EPOCH", "1")
-    train.train(cfg)
+    cfg = make_cfg(
+        "TENSORBOARD.ENABLE", "True", "SOLVER.MAX_EPOCH", "1", "TRAIN.ENABLE", "True", "TEST.ENABLE", "False"
+    )
+    run(cfg)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(Path(cfg.OUTPUT_DIR) / "tensorboard")).Reload()
@@ -461,8 +429,8 @@ def test_evaluation_does_not_depend_on_batches(make_cfg):
     assert all(8 <= mean <= 17 for mean in results[0].tokens_per_block.values())
 
 
-class _Answers(nn.Module):
-    """Gives the logits it was told to, and costs nothing."""
+class _FixedLogits(nn.Module):
+    """Returns given logits and claims to cost 2 GFLOPs."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -480,7 +448,7 @@ def test_evaluation_counts(caplog):
     nan = float("nan")
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [nan, 9.0, 1.0], [1.0, 2.0, float("inf")]])
     batch = Sample(torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 1, 2]), torch.arange(4), [""] * 4)
-    model = _Answers(logits).train()
+    model = _FixedLogits(logits).train()
     result = evaluate.evaluate(model, [batch], device=CPU)
     assert model.training
     assert (result.top1, result.top5, result.num_nonfinite) == (25.0, 50.0, 2)
@@ -493,7 +461,7 @@ def test_evaluation_counts(caplog):
 
 
 def test_training_without_validation_data(make_cfg, colours, tmp_path):
-    """Possible where nothing will be evaluated; otherwise the two keys are named before anything is trained."""
+    """Allowed if nothing is evaluated; otherwise the two keys to set are named before training starts."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train").symlink_to(colours / "train")
     changes = ["DATA.PATH_TO_DATA_DIR", str(tmp_path / "data"), "SOLVER.MAX_EPOCH", "1", "TRAIN.EVAL_PERIOD", "0"]
@@ -519,16 +487,16 @@ def test_result_file(make_cfg, tmp_path, capsys):
     assert table.strip() in (Path(cfg.OUTPUT_DIR) / "log.txt").read_text()
 
 
-def test_config_hash_knows_what_matters(make_cfg):
+def test_config_hash_covers_what_changes_results(make_cfg):
     reference = config_sha256(make_cfg())
     assert config_sha256(make_cfg("DATA_LOADER.NUM_WORKERS", "3", out="elsewhere")) == reference
     assert config_sha256(make_cfg("ATS.NUM_TOKENS", "9")) != reference
 
 
-# ---- the surroundings
+# ---- device, seeds, logging
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU, and there is one")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
 def test_cuda_without_gpu():
     with pytest.raises(UserError, match="DEVICE cpu"):
         select_device("cuda")
@@ -544,7 +512,7 @@ def test_seed_everything_depends_on_the_whole_key():
     assert len({draw(1, 2, 3), draw(1, 3, 2), draw(2, 2, 3), draw(-1, 2, 3)}) == 4
 
 
-def test_log_file_has_what_was_said_before_it_was_known(tmp_path, capsys):
+def test_log_file_has_the_messages_from_before_it_was_opened(tmp_path, capsys):
     setup_logging()
     logger = logging.getLogger("ats.somewhere")
     logger.info("early")
@@ -563,13 +531,14 @@ def test_log_file_has_what_was_said_before_it_was_known(tmp_path, capsys):
     assert "into" not in console
 
 
-def test_bar_on_a_terminal_replaces_the_lines(tmp_path, monkeypatch, capsys):
+def test_bar_replaces_the_lines_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     setup_logging()
     log_to_file(tmp_path / "log.txt")
-    log = TrainLog(tmp_path, num_epochs=1, num_steps=2, period=1)
-    for step in range(2):
-        log.step(0, step, train.StepStats(1.5, 0.5, {3: 20.0}), lr=0.1, num_images=8)
+    cfg = load_config(None, ["SOLVER.MAX_EPOCH", "1", "LOG_PERIOD", "1"])
+    log = TrainLog(tmp_path, cfg, num_steps=2, device=CPU, steps_done=0, window={})
+    for _ in range(2):
+        log.step(StepStats(1.5, 0.5, {3: 20.0}), lr=0.1, num_images=8)
     log.close()
     console = capsys.readouterr().err
     assert "2/2" in console

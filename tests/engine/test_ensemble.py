@@ -1,4 +1,4 @@
-"""Multi-view testing and the step schedule: the golden case, the counting, and result.json."""
+"""Multi-view testing (golden case, counting, result.json) and the learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ats import models
 from ats.checkpoint import save_safetensors
 from ats.config import get_cfg, load_config
 from ats.datasets import Sample
-from ats.engine.ensemble import Ensemble, build_ensemble
 from ats.engine.evaluate import evaluate, evaluate_weights
-from ats.engine.optim import lr_at, lr_schedule
+from ats.engine.step import lr_schedule
+from ats.engine.tally import Ensemble, build_ensemble
 from ats.engine.train import train
 from ats.errors import UserError
 
@@ -26,7 +26,7 @@ GOLDEN = json.loads((FOLDER / "case.json").read_text())
 
 
 def test_golden_meter():
-    """SlowFast's TestMeter: scores, counts and accuracy, clips in its order of arrival."""
+    """SlowFast's TestMeter: scores, counts and accuracy, with clips in its order of arrival."""
     case = GOLDEN["meter"]
     arrays = {name: np.load(FOLDER / "arrays.npz")[f"meter.{name}"] for name in ("preds", "labels", "video_preds")}
     order = torch.from_numpy(np.load(FOLDER / "arrays.npz")["meter.clip_ids_in_arrival_order"])
@@ -40,14 +40,14 @@ def test_golden_meter():
     assert [f"{value:.2f}" for value in ensemble.accuracy()] == [case["top1_acc"], case["top5_acc"]]
 
 
-@pytest.mark.parametrize("of", ["logits", "softmax"])
+@pytest.mark.parametrize("clip_score", ["logits", "softmax"])
 @pytest.mark.parametrize("method", ["sum", "max"])
-def test_scores_by_hand_in_any_order(method, of):
+def test_scores_by_hand_in_any_order(method, clip_score):
     logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    scores = (logits.double().softmax(1) if of == "softmax" else logits.double()).view(4, 3, 5)
+    scores = (logits.double().softmax(1) if clip_score == "softmax" else logits.double()).view(4, 3, 5)
     expected = scores.sum(1) if method == "sum" else scores.amax(1)
     for order in (torch.arange(12), torch.arange(12).flip(0)):
-        ensemble = Ensemble(num_videos=4, num_views=3, method=method, of=of)
+        ensemble = Ensemble(num_videos=4, num_views=3, method=method, clip_score=clip_score)
         for index in order.split(5):
             ensemble.add(logits[index], index // 3, index)
         torch.testing.assert_close(ensemble.scores(), expected, rtol=1e-14, atol=1e-14)
@@ -62,7 +62,7 @@ def test_every_clip_counts_once():
             ensemble.add(one, torch.tensor([1]), torch.tensor([index]))
     with pytest.raises(RuntimeError, match="came twice"):
         ensemble.add(torch.zeros(2, 3), torch.tensor([0, 0]), torch.tensor([2, 2]))
-    with pytest.raises(RuntimeError, match=r"1 videos have not all|2 videos have not all their 2 clips: \[0, 1\]"):
+    with pytest.raises(RuntimeError, match=r"1 videos lack some|2 videos lack some of their 2 clips: \[0, 1\]"):
         ensemble.scores()
     with pytest.raises(RuntimeError, match="Clip 1 has another label"):
         ensemble.add(one, torch.tensor([0]), torch.tensor([1]))
@@ -75,7 +75,7 @@ def test_label_zero_is_compared_too():
 
 
 class _ByBrightness(nn.Module):
-    """Class = brightness of the clip, in quarters; costs 2 GFLOPs."""
+    """The class is the clip's brightness, in quarters; claims to cost 2 GFLOPs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class _ByBrightness(nn.Module):
 
 
 def test_videos_left_out(caplog):
-    """A video with a clip that cannot be read is out with all its clips, whatever batch they come in."""
+    """A video with an unreadable clip is left out with all its clips, whichever batches they are in."""
     label = torch.tensor([0, 0, 3, 3, 1, 1])
     x = torch.tensor([0.1, 0.1, 0.9, torch.nan, 0.9, 0.3]).view(6, 1, 1, 1, 1).expand(6, 3, 2, 4, 4)
     whole = Sample(x, label, torch.arange(6), ["", "", "", "v/b.mp4", "", ""])
@@ -117,7 +117,7 @@ def test_videos_left_out(caplog):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A config of four videos of one brightness each, and the model that tells them apart."""
+    """A config for four videos of constant brightness, and the model that classifies them."""
     monkeypatch.setitem(models.MODELS, "Brightness", lambda cfg: _ByBrightness())
     for label in range(4):
         frame = np.full((48, 64, 3), (32, 96, 160, 224)[label], np.uint8)
@@ -155,7 +155,7 @@ def test_result_file_of_videos(config, tmp_path, capsys):
 
 
 def test_training_on_clips(config, tmp_path):
-    """The training loop takes clips as it takes images, mixup included."""
+    """The training loop takes clips like images, with mixup."""
     for split in ("train", "val"):
         (tmp_path / "data" / f"{split}.csv").write_text((tmp_path / "data" / "test.csv").read_text())
     settings = ["TRAIN.DATASET", "kinetics", "TRAIN.BATCH_SIZE", "4", "SOLVER.MAX_EPOCH", "2", "MIXUP.ENABLE", "True"]
@@ -167,7 +167,7 @@ def test_training_on_clips(config, tmp_path):
 
 
 def test_bad_video_in_testing(config, tmp_path):
-    """An error with line and path; or left out and counted."""
+    """It is an error with line and path, or it is left out and counted."""
     (tmp_path / "data" / "2.mp4").write_bytes(b"")
     with pytest.raises(UserError, match=rf"test\.csv, line 3: Cannot read the video {tmp_path}/data/2\.mp4"):
         evaluate_weights(config())
@@ -187,22 +187,11 @@ def test_images_have_one_view():
 
 @pytest.mark.parametrize("name", GOLDEN["lr_schedules"])
 def test_golden_learning_rates(name):
-    case = GOLDEN["lr_schedules"][name]
-    solver = case["solver"]
+    case, cfg = GOLDEN["lr_schedules"][name], get_cfg()
+    cfg.SOLVER.update(case["solver"])
+    schedule = lr_schedule(cfg)
     for epoch, expected in case["lr_at_epoch"]:
-        lr = lr_at(
-            epoch,
-            base_lr=solver["BASE_LR"],
-            num_epochs=solver["MAX_EPOCH"],
-            end_lr=solver["COSINE_END_LR"],
-            warmup_epochs=solver["WARMUP_EPOCHS"],
-            warmup_start_lr=solver["WARMUP_START_LR"],
-            policy=solver["LR_POLICY"],
-            cosine_after_warmup=solver["COSINE_AFTER_WARMUP"],
-            steps=solver["STEPS"],
-            relative_lrs=solver["LRS"],
-        )
-        assert lr == pytest.approx(expected, rel=1e-9)
+        assert schedule(epoch) == pytest.approx(expected, rel=1e-9)
 
 
 def test_steps_from_the_config():
@@ -210,5 +199,5 @@ def test_steps_from_the_config():
     schedule = lr_schedule(load_config(None, [*policy, "SOLVER.STEPS", "[0, 11, 14]", "SOLVER.LRS", "[1, 0.1, 0.01]"]))
     assert [schedule(epoch) for epoch in (0, 10.99, 11, 14, 99)] == pytest.approx([5e-3, 5e-3, 5e-4, 5e-5, 5e-5])
     for steps, rates in (("[]", "[]"), ("[1, 2]", "[1, 0.1]"), ("[0, 5, 3]", "[1, 1, 1]"), ("[0, 5]", "[1]")):
-        with pytest.raises(UserError, match=r"needs SOLVER\.STEPS, ascending epochs from 0 on"):
+        with pytest.raises(UserError, match=r"needs SOLVER\.STEPS, ascending epochs that start at 0"):
             lr_schedule(load_config(None, [*policy, "SOLVER.STEPS", steps, "SOLVER.LRS", rates]))

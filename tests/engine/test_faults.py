@@ -1,13 +1,12 @@
-"""Runs that are killed, stopped, starved or misled: each goes on to the result of an undisturbed one, or ends with one
-clear message.
+"""Runs that are killed or stopped, or that lack resources or data: they resume to the result of an undisturbed run, or
+end with one clear message.
 
-`make test-faults` runs the campaign of SIGKILLs with more of them:
+`make test-faults` kills more often:
 pytest tests/engine/test_faults.py -k any_moment --kills 30
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -15,44 +14,24 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from processes import Run, run_net, run_net_well
+from runs import assert_same, read_log
 
 from ats.checkpoint import load_checkpoint
-from ats.config import load_config
 from ats.engine import checkpointing, train
 from ats.engine.checkpointing import checkpoint_path, list_checkpoints
 from ats.errors import UserError
 
-TIMINGS = ("images_per_second", "data_wait_share")
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def read_log(output_dir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
-def same(a: object, b: object) -> bool:
-    """Equal to the bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def assert_same_end(output_dir: Path, expected: Path, epochs: int) -> None:
-    """Two finished runs have the same log, exported weights, and everything in their last checkpoint."""
+    """Two finished runs have the same log, exported weights and last checkpoint."""
     assert read_log(output_dir) == read_log(expected)
-    assert same(*(load_checkpoint(folder / "model.safetensors") for folder in (output_dir, expected)))
+    assert_same(*(load_checkpoint(folder / "model.safetensors") for folder in (output_dir, expected)))
     contents, other = (load_checkpoint(checkpoint_path(folder, epochs)) for folder in (output_dir, expected))
     for key in ("model_state", "ema_state", "optimizer_state", "scaler_state", "epoch", "step", "best_top1"):
-        assert same(contents.get(key), other.get(key)), key
+        assert_same(contents.get(key), other.get(key))
 
 
 # ---- SIGKILL
@@ -67,9 +46,9 @@ EVERYTHING = [
 ]
 
 
-class Assassin:
-    """Kills a run at a moment of a kind: so many lines of the log and some milliseconds after its start, while a
-    checkpoint is being written, or after an evaluation.
+class Killer:
+    """Kills runs at different moments: some lines of the log and milliseconds after the start, while a checkpoint is
+    being written, or after an evaluation.
     """
 
     KINDS = ("random", "writing", "evaluated", "random")
@@ -78,8 +57,8 @@ class Assassin:
         self._random = random.Random(seed)
         self.moments: list[str] = []
 
-    def strike(self, run: Run, output_dir: Path) -> bool:
-        """Wait for the moment and send SIGKILL; False if the run ended before."""
+    def kill(self, run: Run, output_dir: Path) -> bool:
+        """Wait for the moment and send SIGKILL; False if the run ended before it."""
         kind = self.KINDS[len(self.moments) % len(self.KINDS)]
         process = run.processes[0]
 
@@ -107,13 +86,15 @@ class Assassin:
 
 
 def test_killed_at_any_moment(tiny_config, tmp_path, pytestconfig):
-    """SIGKILL at so many moments, each followed by the same command: every run ends as the undisturbed one, to the bit,
-    with everything random switched on, a data worker, EMA, float16's scaler and lines of the log that average over
-    steps before and after the kill.
+    """After SIGKILL at any moment, the same command resumes to the undisturbed run's result, bit for bit.
+
+    Everything random is on, with a data worker, EMA, float16's scaler and log lines that average over steps before and
+    after the kill.
     """
     expected = tmp_path / "expected"
     run_net_well(expected, ["--cfg", tiny_config, *EVERYTHING, "OUTPUT_DIR", expected])
-    assassin = Assassin(seed=pytestconfig.getoption("kills"))
+    num_kills = pytestconfig.getoption("kills")
+    killer = Killer(seed=num_kills)
     num_runs = 0
     while True:
         num_runs += 1
@@ -121,30 +102,22 @@ def test_killed_at_any_moment(tiny_config, tmp_path, pytestconfig):
         argv = ["--cfg", tiny_config, *EVERYTHING, "OUTPUT_DIR", output_dir]
         while True:
             run = run_net(output_dir, argv)
-            if len(assassin.moments) == pytestconfig.getoption("kills") or not assassin.strike(run, output_dir):
+            if len(killer.moments) == num_kills or not killer.kill(run, output_dir):
                 break
         assert run.wait() == [0], run.console()
         assert_same_end(output_dir, expected, epochs=6)
-        if len(assassin.moments) == pytestconfig.getoption("kills"):
+        if len(killer.moments) == num_kills:
             break
-    print(f"\n{len(assassin.moments)} kills in {num_runs} runs, runs lost: 0")
-    print("\n".join(f"  {moment}" for moment in assassin.moments))
+    print(f"\n{len(killer.moments)} kills in {num_runs} runs, runs lost: 0")
+    print("\n".join(f"  {moment}" for moment in killer.moments))
 
 
 # ---- checkpoints
 
 
-@pytest.fixture
-def make_cfg(tiny_config: Path, tmp_path: Path):
-    def make(*overrides: str, out: str = "out"):
-        return load_config(tiny_config, ["OUTPUT_DIR", str(tmp_path / out), *overrides])
-
-    return make
-
-
 def test_disk_full(make_cfg, tmp_path, monkeypatch):
-    """The kernel's own "no space left" while the second checkpoint is written: the first stays, and with room again
-    the same command goes on from it.
+    """A real "no space left" error in the second checkpoint: the first one stays, and once there is room, the same
+    command resumes from it.
     """
     first, second = (checkpoint_path(tmp_path / "out", epoch) for epoch in (1, 2))
     obstacle = second.with_name(f".{second.name}.{os.getpid()}.tmp")
@@ -168,7 +141,7 @@ def test_disk_full(make_cfg, tmp_path, monkeypatch):
 
 
 def test_flipped_bits_are_noticed(make_cfg, tmp_path, caplog):
-    """torch.load would read them without a word."""
+    """torch.load reads them without an error."""
     train.train(make_cfg())
     path = checkpoint_path(tmp_path / "out", 2)
     contents = bytearray(path.read_bytes())
@@ -177,7 +150,7 @@ def test_flipped_bits_are_noticed(make_cfg, tmp_path, caplog):
     load_checkpoint(path)
     caplog.clear()
     train.train(make_cfg())
-    assert f"Skipped a checkpoint: {path} is damaged: its check sums are wrong" in caplog.text
+    assert f"Skipped a checkpoint: {path} is damaged: its checksums are wrong" in caplog.text
     assert f"Resumed from {checkpoint_path(tmp_path / 'out', 1)}" in caplog.text
 
 
@@ -185,12 +158,12 @@ def test_the_last_and_the_best_are_kept(make_cfg, tmp_path, monkeypatch):
     accuracy = iter([50.0, 70.0, 60.0])
     evaluate = train.evaluate
 
-    def evaluate_as_told(*args, **kwargs):
+    def evaluate_with_given_accuracy(*args, **kwargs):
         result = evaluate(*args, **kwargs)
         result.top1 = next(accuracy)
         return result
 
-    monkeypatch.setattr(train, "evaluate", evaluate_as_told)
+    monkeypatch.setattr(train, "evaluate", evaluate_with_given_accuracy)
     train.train(make_cfg("SOLVER.MAX_EPOCH", "3", "TRAIN.CHECKPOINT_STEPS", "3", "TRAIN.CHECKPOINT_KEEP", "2"))
     folder = tmp_path / "out" / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {
@@ -203,7 +176,7 @@ def test_the_last_and_the_best_are_kept(make_cfg, tmp_path, monkeypatch):
 
 
 def test_checkpoints_by_the_clock(make_cfg, tmp_path, monkeypatch):
-    """The clock stands still but for the 70 seconds that step 2 takes."""
+    """Step 2 takes 70 seconds of a fake clock."""
     now = [0.0]
     train_step = train.train_step
 
@@ -236,8 +209,8 @@ FOREVER = ["TRAIN.ENABLE", "True", "SOLVER.MAX_EPOCH", "100000", "LOG_PERIOD", "
 
 
 def test_interrupt_and_lock(tiny_config, tmp_path):
-    """A second run in the folder of a running one is refused; SIGINT ends the first with a checkpoint and status 130;
-    the same command goes on from there.
+    """A second run in the same folder is refused; SIGINT ends the first with a checkpoint and status 130; the same
+    command resumes from there.
     """
     argv = ["--cfg", tiny_config, *FOREVER, "TRAIN.CHECKPOINT_PERIOD", "0"]
     first = run_net(tmp_path / "first", argv)
@@ -248,11 +221,11 @@ def test_interrupt_and_lock(tiny_config, tmp_path):
     os.kill(first.pid, signal.SIGINT)
     assert first.wait() == [130], first.console()
     assert "stopped by SIGINT after step" in first.console()
-    assert "the same command goes on from there" in first.console()
+    assert "run the same command to resume" in first.console()
     third = run_net(tmp_path / "third", argv)
     third.wait_for(f"Resumed from {list_checkpoints(tmp_path / 'out')[0]}")
     os.kill(third.pid, signal.SIGTERM)
-    assert third.wait()[0] in (143, -signal.SIGTERM)  # the latter before the first step
+    assert third.wait()[0] in (143, -signal.SIGTERM)  # -SIGTERM if it arrives before the first step
 
 
 def _slow_steps() -> None:
@@ -284,8 +257,8 @@ def _slow_evaluation() -> None:
     train.evaluate = slow
 
 
-def test_signal_in_the_evaluation_does_not_wait_for_its_end(tiny_config, tmp_path):
-    """The epoch is saved before it, and the evaluation is made again by the next run."""
+def test_signal_ends_an_evaluation_at_once(tiny_config, tmp_path):
+    """The epoch is already saved, and the next run repeats the evaluation."""
     argv = ["--cfg", tiny_config, "TRAIN.ENABLE", "True", "TEST.ENABLE", "False", "OUTPUT_DIR"]
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     run = run_net(stopped, [*argv, stopped], setup=_slow_evaluation)
@@ -302,21 +275,21 @@ def test_signal_in_the_evaluation_does_not_wait_for_its_end(tiny_config, tmp_pat
 
 
 def test_killed_data_worker(tiny_config, tmp_path):
-    """As the kernel does when memory runs out: an error that says so, and no hanging."""
+    """The kernel kills one when memory runs out: the run ends with an error that says so, and does not hang."""
     run = run_net(tmp_path, ["--cfg", tiny_config, *FOREVER, "DATA_LOADER.NUM_WORKERS", "1"])
     run.wait_for("epoch 2/100000")
     (worker, *_) = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(worker), signal.SIGKILL)
     assert run.wait() == [1]
-    assert "error: DataLoader worker " in run.console()  # and what became of it, in words that depend on the moment
+    assert "error: DataLoader worker " in run.console()  # the rest of the message depends on the moment
     assert "killed by signal: Killed" in run.console() or "exited unexpectedly" in run.console()
     assert "DATA_LOADER.NUM_WORKERS" in run.console()
     assert "Traceback" not in run.console()
 
 
-def test_broken_files_are_counted_and_replaced_the_same_way_each_time(tiny_config, colours, tmp_path):
-    """One of 64 files is broken: the log counts it, and runs with and without a worker and with two processes read the
-    same replacement.
+def test_broken_files_are_counted_and_replaced_reproducibly(tiny_config, colours, tmp_path):
+    """One of 64 files is broken: the log counts it, and every run reads the same replacement, with a worker, without
+    one, or with two processes.
     """
     data = tmp_path / "data"
     for path in colours.rglob("*.png"):

@@ -29,6 +29,16 @@ NETWORKS = {
     "distilled, mean attention, top k": [
         *SMALL, "ATS.ENABLE", True, "VIT.DISTILLED", True, "ATS.SCORE", "mean_attention", "ATS.SAMPLER", "topk",
     ],
+    "ToMe": [*SMALL, "ATS.ENABLE", True, "ATS.SAMPLER", "tome", "TOME.R", 20],
+    "EViT behind sampling": [
+        *SMALL, "ATS.ENABLE", True, "ATS.STAGES", [{"BLOCKS": [0]}, {"SAMPLER": "evit", "BLOCKS": [1]}],
+    ],
+    "PS-ViT": [
+        "MODEL.NAME", "PSViT", "MODEL.NUM_CLASSES", 4, "PSVIT.NUM_POINTS", [6, 5], "PSVIT.NUM_ITERS", 2,
+        "PSVIT.STEM_DIMS", [8, 4, 12], "PSVIT.DEPTH", 4, "PSVIT.EMBED_DIM", 24, "PSVIT.NUM_HEADS", 2,
+        "DATA.TRAIN_CROP_SIZE", 32, "DATA.TEST_CROP_SIZE", 32, "DATA.TEST_CROP_RATIO", 1.0,
+        "ATS.ENABLE", True, "ATS.BLOCKS", [2, 3], "ATS.NUM_TOKENS", 12,
+    ],
     "dense": [*SMALL, "DATA.MEAN", [0.5, 0.4, 0.3]],
 }  # fmt: skip
 
@@ -69,8 +79,9 @@ def test_files_equal_the_eager_network(name, suffix, tmp_path):
     """
     cfg = trained(settings(name), tmp_path / "weights.safetensors")
     exported = export.export(cfg)
-    slots = 12 if name.startswith("timm/") else 40
-    assert exported.slots == ([slots, slots] if cfg.ATS.ENABLE else [])
+    slots = {"ToMe": [45, 25], "EViT behind sampling": [40, 30], "PS-ViT": [12, 12], "dense": []}
+    slots = slots.get(name, [12, 12] if name.startswith("timm/") else [40, 40])
+    assert list(exported.slots.values()) == slots
     path = tmp_path / f"network{suffix}"
     export.save(exported, path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "weights.safetensors"]
@@ -85,7 +96,7 @@ def test_files_equal_the_eager_network(name, suffix, tmp_path):
         if trace:
             kept = torch.stack([entry.num_tokens for entry in trace], dim=1)
             assert torch.equal(got[1], kept)
-            assert batch_size == 1 or cfg.ATS.SAMPLER == "topk" or len(kept.unique()) > 1
+            assert batch_size == 1 or cfg.ATS.SAMPLER in ("topk", "tome") or len(kept.unique()) > 1
     if suffix == ".onnx":
         check_facts(path, cfg)
 
@@ -97,7 +108,7 @@ def check_facts(path: Path, cfg: CfgNode) -> None:
     assert json.loads(facts["input_size"]) == [3, 32, 32]
     assert json.loads(facts["mean"]) == (cfg.DATA.MEAN or [0.485, 0.456, 0.406])
     assert json.loads(facts["std"]) == [0.229, 0.224, 0.225]
-    assert (facts["num_classes"], facts["ats_blocks"]) == ("4", "[0, 1]" if cfg.ATS.ENABLE else "[]")
+    assert (facts["num_classes"], facts["ats_blocks"]) == ("4", str(cfg.ATS.BLOCKS if cfg.ATS.ENABLE else []))
     assert [(i.name, i.shape) for i in session.get_inputs()] == [("images", ["batch", 3, 32, 32])]
     names = ["logits", "num_tokens"] if cfg.ATS.ENABLE else ["logits"]
     assert [(out.name, out.shape[0]) for out in session.get_outputs()] == [(name, "batch") for name in names]
@@ -112,7 +123,7 @@ def test_the_command_checks_on_random_and_real_images(colours, tmp_path, capsys,
     words = ["--cfg", str(tmp_path / "config.yaml"), "-o", str(path), "--images", "6", "ATS.NUM_TOKENS", "30"]
     assert tool.main(words) == 0
     printed = capsys.readouterr().out
-    assert "Token slots behind block 0: 30, 1: 30 (ATS.NUM_TOKENS 30)." in printed
+    assert "Token slots after block 0: 30, 1: 30 (ATS.NUM_TOKENS 30)." in printed
     assert "On 6 random images: difference of logits" in printed
     assert f"On 6 images of {colours}: difference of logits" in printed
     assert printed.count("other token counts in 0 of 6 images") == 2
@@ -132,9 +143,12 @@ def test_the_command_checks_on_random_and_real_images(colours, tmp_path, capsys,
 @pytest.mark.parametrize(
     ("overrides", "output", "text"),
     [
-        (["MODEL.NAME", "XViT"], "x.onnx", r"MODEL.NAME XViT cannot be exported; ViT .* and timm/<name> can"),
-        (["ATS.ENABLE", "True", "ATS.SAMPLER", "random"], "x.pt2", "random cannot be exported.*topk can"),
-        (["ATS.ENABLE", "True", "ATS.SAMPLER", "tome"], "x.pt2", "tome cannot be exported"),
+        (["MODEL.NAME", "XViT"], "x.onnx", r"MODEL.NAME XViT cannot be exported; ViT .*, PSViT and timm/<name> can"),
+        (
+            ["ATS.ENABLE", "True", "ATS.BLOCKS", "[0]", "ATS.SAMPLER", "random"],
+            "x.pt2",
+            "random cannot be exported; .*topk, tome, evit can",
+        ),
         (["--dens"], "x.pt2", r"Unknown option --dens. Did you mean --dense"),
         ([], "x.onnx", "TEST.CHECKPOINT_FILE_PATH is empty"),
         ([], "x.onx", r"choose .onnx or .pt2.*Did you mean onnx"),
@@ -168,7 +182,7 @@ def test_the_difference_counts_what_is_far():
     model = nn.Module()
     logits = torch.linspace(-2, 2, 40).reshape(20, 2)
     model.forward_tokens = lambda images: (logits[images], [])
-    exported = export.Exported(None, model, {}, [])
+    exported = export.Exported(None, model, {}, {})
     for broken, right in (([], True), ([3, 7, 8, 12, 19], True), (range(6), False)):
         wrong = logits.clone()
         wrong[list(broken), 1] = torch.nan

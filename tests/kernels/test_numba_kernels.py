@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ats import kernels
 from ats.kernels import numba_kernels
-from ats.models.block import _plain_scores
-from ats.reduction.sampling import Candidates
+from ats.reduction import Candidates
+from ats.reduction.scores import _plain_scores
 from ats.tokens import Layout, RaggedTokens
 
 
@@ -26,7 +26,7 @@ def test_rule_keeps_what_the_plain_version_keeps(size):
     """NaN, infinity, no mass, equal scores, ties, one candidate, padding; scores as a view, as behind prefix tokens."""
     for candidates, points in cases(size):
         scores = torch.nn.functional.pad(candidates.scores, (2, 0), value=1)[:, 2:]
-        kept = numba_kernels.official_rule(scores, candidates.lengths, candidates.slots, points)
+        kept = numba_kernels.official_rule(scores, candidates.lengths, candidates.full_length, points)
         assert torch.equal(kept, plain_rule(candidates, points))
 
 
@@ -36,15 +36,14 @@ def test_rule_keeps_what_the_plain_version_keeps(size):
     st.integers(0, 40),
 )
 @settings(max_examples=200)
-def test_rule_keeps_what_the_plain_version_keeps_of_any_scores(rows, points, slots):
+def test_rule_keeps_what_the_plain_version_keeps_of_any_scores(rows, points, full_length):
     """To the last digit: what one version rounds the other must not."""
     scores = torch.zeros(len(rows), max(map(len, rows)))
     for own, row in zip(scores, rows, strict=True):
         own[: len(row)] = torch.tensor(row)
-    candidates = Candidates(
-        scores, lengths=torch.tensor([len(row) for row in rows]), slots=slots, num_positions=0, position=lambda: scores
-    )
-    kept = numba_kernels.official_rule(scores, candidates.lengths, slots, points)
+    lengths = torch.tensor([len(row) for row in rows])
+    candidates = Candidates(scores, lengths=lengths, max_tokens=full_length, num_positions=0, position=lambda: scores)
+    kept = numba_kernels.official_rule(scores, candidates.lengths, full_length, points)
     assert torch.equal(kept, plain_rule(candidates, points))
 
 
@@ -69,7 +68,7 @@ def test_scores_are_those_of_the_plain_version(layout, with_norm, dtype):
         got = kernels.cls_scores(q, k, v, keys=tokens.layout, scale=0.3)
         assert got[0, : tokens.layout.lengths[0]].isnan().all()
         assert got[1:].isfinite().all()
-        tokens = tokens.keep(torch.arange(70) < torch.tensor([[41], [70], [1]]), slots=70)[0]
+        tokens = tokens.keep(torch.arange(70) < torch.tensor([[41], [70], [1]]), max_tokens=70)[0]
 
 
 def test_scores_of_a_sequence_do_not_see_the_batch():
@@ -99,9 +98,9 @@ def test_kept_rows_are_those_of_the_plain_version(rows):
         own[1 : len(row)] = torch.tensor(row[1:], dtype=torch.bool)
     total = layout.total
     tokens = RaggedTokens(torch.randn(total, 2), layout, torch.randperm(total), 1, total, total)
-    native, index = tokens.keep(mask, slots=9)
+    native, index = tokens.keep(mask, max_tokens=9)
     with mock.patch("ats.kernels.kept_rows", return_value=None):
-        plain, plain_index = tokens.keep(mask, slots=9)
+        plain, plain_index = tokens.keep(mask, max_tokens=9)
     assert torch.equal(index, plain_index)
     assert torch.equal(native.x, plain.x)
     assert torch.equal(native.position, plain.position)

@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import test_triton_scores
 import torch
 
-from ats.reduction.sampling import BlockSampler, Candidates, inverse_transform
+from ats.reduction import Candidates
+from ats.reduction.inverse_transform import official_rule
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
@@ -35,21 +35,20 @@ def cases(size: int, *, device: str = "cpu") -> list[tuple[Candidates, int]]:
             Candidates(
                 scores.to(device),
                 lengths=lengths.to(device),
-                slots=slots,
+                max_tokens=full_length,
                 num_positions=size,
                 position=lambda: torch.arange(size, device=device).expand(9, -1),
             ),
             points,
         )
-        # where slots == size some sequences fill them, else none does
-        for points, slots in ((1, size), (size // 2 + 1, size), (size // 2 + 1, 0), (2 * size, 0))
+        # where full_length == size some sequences are complete, else none is
+        for points, full_length in ((1, size), (size // 2 + 1, size), (size // 2 + 1, 0), (2 * size, 0))
     ]
 
 
 def plain_rule(candidates: Candidates, points: int) -> torch.Tensor:
     """What PyTorch's operations keep."""
-    with mock.patch("ats.kernels.official_rule", return_value=None):
-        return inverse_transform(candidates, points, BlockSampler(block=0, num_tokens=points + 1))
+    return official_rule(candidates, points)
 
 
 def compare(sizes: tuple[int, ...], *, device: str = "cpu") -> None:
@@ -60,7 +59,7 @@ def compare(sizes: tuple[int, ...], *, device: str = "cpu") -> None:
         for (here, points), (there, _) in zip(cases(size), cases(size, device=device), strict=True):
             want = plain_rule(here, points)
             scores = torch.nn.functional.pad(there.scores, (2, 0), value=1)[:, 2:]  # a view, as behind prefix tokens
-            kept = official_rule(scores, there.lengths, there.slots, points)
+            kept = official_rule(scores, there.lengths, there.full_length, points)
             assert torch.equal(kept.cpu(), want), (size, points, (kept.cpu() != want).nonzero().tolist())
             assert want.any(dim=1).all()
 
@@ -74,7 +73,7 @@ def build(capability: int, block: int) -> None:
     from ats.kernels.triton_sampling import _official_rule
 
     pointers = {"scores": "*fp32", "lengths": "*i64", "keep": "*i1"}
-    numbers = dict.fromkeys(("num_candidates", "score_row", "slots", "num_points"), "i32")
+    numbers = dict.fromkeys(("num_candidates", "score_row", "full_length", "num_points"), "i32")
     source = ASTSource(
         fn=_official_rule,
         signature=pointers | numbers | {"BLOCK": "constexpr"},
@@ -91,8 +90,8 @@ def test_interpreted_kernels_agree_with_the_plain_versions(tmp_path):
     imported.
     """
     code = "import test_triton_sampling as a, test_triton_scores as b; a.compare((1, 2, 6, 19)); b.compare()"
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    here = Path(__file__)
+    paths = os.pathsep.join([str(here.parents[2]), str(here.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -116,7 +115,7 @@ def test_without_a_gpu_the_plain_version_samples():
     from ats.kernels.triton_sampling import try_official_rule
 
     candidates, points = cases(8)[0]
-    assert try_official_rule(candidates.scores, candidates.lengths, candidates.slots, points) is None
+    assert try_official_rule(candidates.scores, candidates.lengths, candidates.full_length, points) is None
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, caplog):
@@ -134,6 +133,6 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, caplog):
     candidates, points = cases(8)[0]
     scores = candidates.scores.as_subclass(OnGPU)
     for _ in range(2):
-        arguments = (scores, candidates.lengths, candidates.slots, points)
+        arguments = (scores, candidates.lengths, candidates.full_length, points)
         assert triton_sampling.try_official_rule(*arguments) is None
     assert caplog.text.count("Failed to find C compiler") == 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ats.models.block import _plain_scores
+from ats.reduction.scores import _plain_scores
 from ats.tokens import RaggedTokens
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
@@ -23,7 +23,7 @@ def compare(*, device: str = "cpu") -> None:
     for layout in ("packed", "static"):
         tokens = RaggedTokens.from_dense(torch.zeros(3, 70, 1, device=device), 1, layout=layout)
         keep = torch.arange(70) < torch.tensor([[41], [70], [1]])
-        tokens = tokens.keep(keep.to(device), slots=70)[0]
+        tokens = tokens.keep(keep.to(device), max_tokens=70)[0]
         rows = tokens.layout.total
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             q = torch.randn(3, 2, 24, generator=generator).to(device, dtype)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     FIXTURES,
-    KeepAll,
     check_gradients,
     check_image_case,
     check_training,
     counted_multiply_adds,
+    keep_all,
     randomise,
 )
 from hypothesis import given, settings
@@ -29,8 +29,8 @@ from ats.config import CfgNode, get_cfg, load_config
 from ats.errors import UserError
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
-from ats.models.cvt import CvT
-from ats.models.cvt.ats_block import ConvATSBlock, batch_norm
+from ats.models.cvt.blocks import ConvATSBlock, batch_norm
+from ats.models.cvt.model import CvT
 from ats.tokens import KeptTokens
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +157,7 @@ def test_average_projections_follow_torch():
 def test_keep_all_equals_dense(name, blocks, dtype, atol):
     """With every cell kept the ragged path gives the dense logits, however model and images lie in memory."""
     sparse, dense, x = net(name, blocks=blocks, dtype=dtype), net(name, dtype=dtype), inputs(name, 3).to(dtype)
-    with KeepAll(sparse), torch.no_grad():
+    with keep_all(sparse), torch.no_grad():
         want = dense(x)
         orders = [x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)]
         for images in orders:
@@ -174,7 +174,7 @@ def test_keep_all_equals_dense_in_training(name):
     """Batch norm sees the same rows: logits, gradients and running statistics are the dense ones."""
     sparse, dense, x = net(name, blocks=(2, 4)).train(), net(name).train(), inputs(name, 3)
     weight = torch.randn(3, 7, dtype=torch.float64)
-    with KeepAll(sparse):
+    with keep_all(sparse):
         for model in (sparse, dense):
             (model(x) * weight).sum().backward()
     for (key, ours), theirs in zip(sparse.named_parameters(), dense.parameters(), strict=True):
@@ -405,7 +405,7 @@ def test_configs_have_the_published_size(name, suffix):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(params, abs=0.006)
     assert dense_gflops(model, (1, 3, size, size)) == pytest.approx(cost, rel=1e-3)
     stage = model.stages[-1].blocks
-    assert all(isinstance(block, ConvATSBlock) and block.sampler is not None for block in stage) == bool(suffix)
+    assert all(isinstance(block, ConvATSBlock) and block.reduction is not None for block in stage) == bool(suffix)
     text = path.read_text()
     assert f"--cfg configs/ImageNet/{path.name}" in text
     assert f"{cost:.4g} GFLOPs" in text
@@ -516,7 +516,7 @@ ON = {"ATS.ENABLE": True, "ATS.BLOCKS": [1]}
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (ON | {"ATS.BLOCKS": [0, 2]}, "only the last stage of CvT can sample, which is blocks 1 to 4"),
+        (ON | {"ATS.BLOCKS": [0, 2]}, "only CvT's last stage can sample, blocks 1 to 4"),
         (ON | {"ATS.BLOCKS": [5]}, "block 5 does not exist"),
         (ON | {"CVT.CLS_TOKEN": [False, False]}, "use ATS.SCORE mean_attention"),
         (ON | {"CVT.QKV_PROJ_METHOD": ["avg", "avg"]}, "dw_bn or linear in the last stage"),

@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ats.config import get_cfg
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
-from ats.tokens import KeptTokens
+from ats.models.block import ats_blocks
+from ats.tokens import BlockRecord, Trace
 
 
-def counted(model: torch.nn.Module, x: torch.Tensor) -> tuple[float, list[KeptTokens]]:
+def counted(model: torch.nn.Module, x: torch.Tensor) -> tuple[float, Trace]:
     """GFLOPs (multiply-adds) by torch's counter; unfused attention, since older counters miss the CPU's fused one."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _, trace = model.forward_tokens(x)
@@ -84,9 +85,11 @@ def test_papers_token_counts_give_the_papers_gflops():
     with torch.device("meta"):
         model = build_model(cfg)
     means = [162, 146, 132, 117, 105, 98, 82, 72, 62]
-    trace = [
-        KeptTokens(block, torch.tensor([n]), torch.empty(0), 1) for block, n in zip(range(3, 12), means, strict=True)
+    counts = [torch.tensor([n]) for n in (197, *means)]
+    records = [
+        BlockRecord(block.index, n, n, n, kept, reduction=block.reduction)
+        for block, n, kept in zip(ats_blocks(model), counts, counts[1:], strict=False)
     ]
-    cost = gflops(model, trace, (1, 3, 224, 224))
+    cost = gflops(model, Trace(records), (1, 3, 224, 224))
     assert cost.paper.item() == pytest.approx(3.1, abs=0.06)
     assert cost.as_run.item() < cost.paper.item() < cost.dense

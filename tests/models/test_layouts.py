@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models import small_vit
@@ -12,8 +13,7 @@ from timm_models import LAWS, images, small_model
 from ats.config import get_cfg
 from ats.errors import UserError
 from ats.models import build_model
-from ats.plugin.timm.model import adopt, default_score, has_cls
-from ats.reduction.plan import plan_samplers
+from ats.plugin.timm.model import attach, default_score, network
 
 
 @pytest.mark.parametrize("layout", ["padded", "static"])
@@ -52,11 +52,11 @@ def test_layouts_give_the_same_gradients(layout):
 
 
 def test_static_shapes_do_not_depend_on_the_image():
-    """Every block's output has min(K, slots) rows per image, however few tokens the image keeps."""
+    """Every block's output has min(K, max_tokens) rows per image, however few tokens the image keeps."""
     model = small_vit(layout="static", num_tokens=1.0)
     rows = []
     for block in list(model.blocks)[1:]:
-        block.register_forward_hook(lambda _module, _args, out: rows.append((len(out.x), out.slots)))
+        block.register_forward_hook(lambda _module, _args, out: rows.append((len(out.x), out.max_tokens)))
     x = torch.randn(6, 3, 32, 32, dtype=torch.float64)
     kept = torch.stack([entry.num_tokens for entry in model.forward_tokens(x)[1]])
     assert rows == [(6 * 65, 65)] * 3
@@ -69,12 +69,10 @@ def test_static_shapes_do_not_depend_on_the_image():
 def test_layouts_of_timm_models(name, layout):
     """Logits, features and kept tokens of timm's models are those of the packed layout."""
     packed, other = small_model(name), small_model(name)
-    num_prefix_tokens = packed.num_prefix_tokens if has_cls(packed) else 0
-    samplers = plan_samplers(
-        depth=4, blocks=[1, 3], num_tokens=12, num_prefix_tokens=num_prefix_tokens, score=default_score(packed)
-    )
-    adopt(packed, samplers)
-    adopt(other, samplers, layout=layout)
+    reductions = planned(blocks=[1, 3], num_tokens=12, score=default_score(packed), **network(packed))
+    attach(packed, reductions)
+    attach(other, reductions)
+    other.layout = layout
     x = images(packed)
     with torch.no_grad():
         (want, trace), (got, other_trace) = packed.forward_tokens(x), other.forward_tokens(x)

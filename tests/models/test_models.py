@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import KeepAll
+from helpers import keep_all, planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,6 @@ from ats.config import get_cfg, load_config
 from ats.errors import UserError
 from ats.models import build_model
 from ats.models.vit import VisionTransformer
-from ats.reduction.plan import plan_samplers
 
 ROOT = Path(__file__).parents[2]
 KEYS = Path(__file__).parents[1] / "fixtures" / "keys"
@@ -34,8 +33,9 @@ def small_vit(
         for k in list(settings)
         if k in ("blocks", "num_tokens", "sampler", "score", "rule", "min_tokens")
     }
+    layout = settings.pop("layout", "packed")
     torch.manual_seed(seed)
-    samplers = plan_samplers(depth=4, num_prefix_tokens=2 if distilled else 1, **options) if ats else {}
+    reductions = planned(depth=4, num_prefix_tokens=2 if distilled else 1, **options) if ats else {}
     model = VisionTransformer(
         img_size=(32, 32),
         patch_size=4,
@@ -44,11 +44,12 @@ def small_vit(
         depth=4,
         num_heads=2,
         distilled=distilled,
-        samplers=samplers,
+        reductions=reductions,
         **settings,
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.1)
+    model.layout = layout
     return model.to(dtype).eval()
 
 
@@ -67,8 +68,8 @@ def test_empty_batch(dtype, score, layout):
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("name", ["deit_small_patch16_224", "deit_tiny_distilled_patch16_224"])
-@pytest.mark.parametrize("keep_all", [False, True], ids=["dense", "keep all"])
-def test_equals_timm(name, dtype, atol, keep_all):
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "keep all"])
+def test_equals_timm(name, dtype, atol, ragged):
     """With ATS off, or on and every token kept in blocks 3 to 11, the logits are timm's."""
     torch.manual_seed(0)
     reference = timm.create_model(name, pretrained=False).to(dtype).eval()
@@ -80,25 +81,13 @@ def test_equals_timm(name, dtype, atol, keep_all):
         "VIT.DISTILLED",
         "distilled" in name,
     ]
-    with KeepAll():
-        cfg = get_cfg()
-        cfg.merge_from_list(overrides)
-        model = build_model(cfg)
-        if keep_all:
-            samplers = plan_samplers(
-                depth=12, blocks=range(3, 12), sampler="keep_all", num_prefix_tokens=model.num_prefix_tokens
-            )
-            model = build_model_with(cfg, samplers)
-        load_weights(model, reference.state_dict())
-        x = torch.randn(2, 3, 224, 224, dtype=dtype)
-        with torch.no_grad():
-            torch.testing.assert_close(model.to(dtype).eval()(x), reference(x), rtol=0, atol=atol)
-
-
-def build_model_with(cfg, samplers):
-    return VisionTransformer(
-        embed_dim=cfg.VIT.EMBED_DIM, num_heads=cfg.VIT.NUM_HEADS, distilled=cfg.VIT.DISTILLED, samplers=samplers
-    )
+    cfg = get_cfg()
+    cfg.merge_from_list([*overrides, "ATS.ENABLE", ragged])
+    model = build_model(cfg)
+    load_weights(model, reference.state_dict())
+    x = torch.randn(2, 3, 224, 224, dtype=dtype)
+    with keep_all(model), torch.no_grad():
+        torch.testing.assert_close(model.to(dtype).eval()(x), reference(x), rtol=0, atol=atol)
 
 
 @given(
@@ -216,7 +205,7 @@ def test_copies_pickles_and_changes_of_type():
 
 
 def test_another_image_size_resizes_the_positions():
-    """The position embedding follows the input, as timm resizes it; slots follow the number of tokens."""
+    """The position embedding follows the input, as timm resizes it; max_tokens follows the number of tokens."""
     model = small_vit(dtype=torch.float32)
     _, trace = model.forward_tokens(torch.randn(2, 3, 48, 40))
     assert trace[0].num_tokens.max() <= 1 + 12 * 10

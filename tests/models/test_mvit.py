@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from helpers import keep_all
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.models import mvitv2
@@ -22,9 +22,9 @@ from ats.config import CfgNode, get_cfg, load_config
 from ats.errors import UserError
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
+from ats.models.block import ats_blocks
 from ats.models.mvit.ats_block import MultiScaleATSBlock, rescale
 from ats.models.mvit.dense import depthwise_convolution, relative_table
-from ats.reduction.sampling import SAMPLERS
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "video"
@@ -96,14 +96,6 @@ def inputs(name: str, batch_size: int = 2, seed: int = 0) -> torch.Tensor:
     shape = (3, 32, 32) if "image" in name else (3, 8, 32, 32)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch_size, *shape, generator=generator, dtype=torch.float64)
-
-
-@pytest.fixture
-def keep_all():
-    """A sampler that drops nothing, to compare the ragged path with the dense one."""
-    SAMPLERS["keep_all"] = lambda candidates, num_points, options: candidates.valid
-    yield lambda block: setattr(block, "sampler", replace(block.sampler, sampler="keep_all"))
-    del SAMPLERS["keep_all"]
 
 
 def golden(name: str, dtype: torch.dtype):
@@ -182,13 +174,10 @@ def assert_equal(theirs: torch.nn.Module, cfg: CfgNode, shape: tuple[int, ...]) 
 
 @pytest.mark.parametrize("blocks", [(2, 3, 4), (0,), (1, 4)], ids=str)
 @pytest.mark.parametrize("name", NETS)
-def test_keep_all_equals_dense(name, blocks, keep_all):
+def test_keep_all_equals_dense(name, blocks):
     """With every cell kept the ragged path gives the dense logits, whatever the kind of network."""
     sparse, x = net(name, blocks=blocks), inputs(name)
-    for block in sparse.blocks:
-        if isinstance(block, MultiScaleATSBlock) and block.sampler is not None:
-            keep_all(block)
-    with torch.no_grad():
+    with keep_all(sparse), torch.no_grad():
         logits, trace = sparse.forward_tokens(x)
         torch.testing.assert_close(logits, net(name)(x), rtol=0, atol=1e-10)
     assert [entry.block for entry in trace] == list(blocks)
@@ -205,21 +194,18 @@ UNEVEN = [(9, 36), (7, 34), (8, 44), (5, 20), (1, 8)]  # frames and pixels whose
 
 @pytest.mark.parametrize("blocks", [(2, 3, 4), (0,), (1, 4)], ids=str)
 @pytest.mark.parametrize("name", ["v1", "v1 max", "v1 avg", "v2", "v2 no CLS"])
-def test_keep_all_equals_dense_on_uneven_grids(name, blocks, keep_all):
+def test_keep_all_equals_dense_on_uneven_grids(name, blocks):
     """The last cells of an axis stand for fewer tokens where a stride does not divide it; any input size will do."""
     sparse, dense = net(name, blocks=blocks), net(name)
-    for block in sparse.blocks[min(blocks) :]:
-        if block.sampler is not None:
-            keep_all(block)
     for frames, side in UNEVEN[: 4 if name == "v1 avg" else None]:  # torch averages no grid smaller than the kernel
-        with torch.no_grad():
+        with keep_all(sparse), torch.no_grad():
             logits, trace = sparse.forward_tokens(on_size(frames, side))
             torch.testing.assert_close(logits, dense(on_size(frames, side)), rtol=0, atol=1e-10)
         assert all((entry.num_tokens == entry.num_tokens.max()).all() for entry in trace)
 
 
 @pytest.mark.parametrize("temporal_stride", [1, 2])
-def test_uneven_grids_at_their_configured_size(temporal_stride, keep_all):
+def test_uneven_grids_at_their_configured_size(temporal_stride):
     """The convolution makes 3 x 9 x 9 patches; NUM_FRAMES // stride, by which SlowFast sizes tables, is 2 x 8 x 8."""
     settings = V1 | {"DATA.NUM_FRAMES": 5, "DATA.TRAIN_CROP_SIZE": 34}
     settings |= {"MVIT.POOL_KV_STRIDE_ADAPTIVE": [temporal_stride, 4, 4]}
@@ -228,10 +214,9 @@ def test_uneven_grids_at_their_configured_size(temporal_stride, keep_all):
     x = on_size(5, 34)
     with torch.no_grad():
         assert sparse.forward_tokens(x)[1][0].num_tokens.max() <= 1 + 3 * 9 * 9
-        for block in sparse.blocks:
-            if block.sampler is not None:
-                keep_all(block)
-        torch.testing.assert_close(sparse(x), dense(x), rtol=0, atol=1e-10)
+        with keep_all(sparse):
+            logits = sparse(x)
+        torch.testing.assert_close(logits, dense(x), rtol=0, atol=1e-10)
 
 
 @given(
@@ -263,16 +248,10 @@ def test_kept_sets_do_not_depend_on_the_batch_on_uneven_grids(seed, order, name,
 
 def candidate_scores(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """The scores [1, M] that each ATS block samples one input by."""
-    seen = []
-
-    def record(candidates, num_points, options):
-        seen.append(candidates.scores)
-        return original(candidates, num_points, options)
-
-    original = SAMPLERS["inverse_transform"]
-    with mock.patch.dict(SAMPLERS, inverse_transform=record):
-        model.forward_tokens(x)
-    return seen
+    for block in ats_blocks(model):
+        block.record_scores = True
+    records = model.forward_tokens(x)[1].records
+    return [record.candidates.scores for record in records if record.candidates is not None]
 
 
 def has_ties(scores: torch.Tensor) -> bool:
@@ -413,17 +392,17 @@ def test_depthwise_convolution_is_conv3d(grid, kernel, stride, batch_size):
     torch.testing.assert_close(grads, torch.autograd.grad((wanted.permute(0, 2, 3, 4, 1) * factor).sum(), (x, weight)))
 
 
-def test_slots_follow_the_grid():
+def test_max_tokens_follows_the_grid():
     """Slots on another grid are in proportion, so that a full grid stays full."""
     assert rescale(1 + 25, 1 + 25, 1 + 9, 1) == 1 + 9
     assert rescale(1 + 40, 1 + 64, 1 + 16, 1) == 1 + 10
     assert rescale(1 + 10, 1 + 16, 1 + 64, 1) == 1 + 40
 
 
-def test_slots_on_an_uneven_grid_come_back():
+def test_max_tokens_on_an_uneven_grid_comes_back():
     """Cells as tokens and as cells again, block after block, are the same number: 25 cells of a grid of 81 tokens."""
-    for slots in range(1, 26):
-        assert rescale(rescale(1 + slots, 1 + 25, 1 + 81, 1), 1 + 81, 1 + 25, 1) == 1 + slots
+    for cells in range(1, 26):
+        assert rescale(rescale(1 + cells, 1 + 25, 1 + 81, 1), 1 + 81, 1 + 25, 1) == 1 + cells
     assert rescale(1 + 1, 1 + 64, 1 + 16, 1) == 1 + 1
 
 
@@ -613,8 +592,8 @@ def test_slowfasts_yaml_loads(tmp_path, caplog):
     path = tmp_path / "slowfast.yaml"
     path.write_text(SLOWFAST)
     cfg = load_config(path)
-    assert "key DEPTH stands twice, the last one counts: 24" in caplog.text
-    assert "key COSINE_AFTER_WARMUP stands twice" in caplog.text
+    assert "key DEPTH appears twice, the last one counts: 24" in caplog.text
+    assert "key COSINE_AFTER_WARMUP appears twice" in caplog.text
     assert (cfg.MVIT.DEPTH, cfg.MVIT.PATCH_KERNEL, cfg.SOLVER.WARMUP_START_LR) == (24, [7, 7], 1e-8)
     with torch.device("meta"):
         assert len(build_model(cfg).blocks) == 24

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FIXTURES, KeepAll, check_image_case, check_training, counted_multiply_adds, randomise
+from helpers import FIXTURES, check_image_case, check_training, counted_multiply_adds, keep_all, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models import group_parameters
@@ -20,8 +20,7 @@ from ats.errors import UserError
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
 from ats.models.block import ATSBlock
-from ats.models.psvit import PSViT
-from ats.models.psvit_layers import POINT_GRADIENTS, sample_at
+from ats.models.psvit import POINT_GRADIENTS, PSViT, sample_at
 
 ROOT = Path(__file__).parents[2]
 # 32 x 32 pixels, a feature map of 8 x 8, 6 x 5 points; blocks 2 to 5 can sample.
@@ -231,7 +230,7 @@ def test_batch_of_one_keeps_its_axis():
 def test_keep_all_equals_dense(blocks, dtype, atol):
     """With every token kept the ragged path gives the dense logits, however model and images lie in memory."""
     sparse, dense, x = net(blocks=blocks, dtype=dtype), net(dtype=dtype), inputs(3).to(dtype)
-    with KeepAll(sparse), torch.no_grad():
+    with keep_all(sparse), torch.no_grad():
         want = dense(x)
         orders = [x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)]
         for images in orders:
@@ -376,7 +375,7 @@ def test_configs_have_the_published_size(name, suffix):
     params, cost = PUBLISHED[name]
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(params, rel=1e-3)
     assert dense_gflops(model, (1, 3, 224, 224)) == pytest.approx(cost, rel=1e-3)
-    assert all(isinstance(layer, ATSBlock) and layer.sampler for layer in model.trans_layers) == bool(suffix)
+    assert all(isinstance(layer, ATSBlock) and layer.reduction for layer in model.trans_layers) == bool(suffix)
     text = path.read_text()
     assert f"--cfg configs/ImageNet/{path.name}" in text
     assert f"{cost} GFLOPs" in text
@@ -430,7 +429,7 @@ def test_points_follow_the_image_size(caplog):
     caplog.set_level("INFO")
     load_weights(large, net(dtype=torch.float32).state_dict())
     assert torch.equal(large.point_coord, points)
-    assert "points are laid out for 64 pixels" in caplog.text
+    assert "using the points for 64 pixels" in caplog.text
     with pytest.raises(UserError, match=r"takes images \[B, 3, 64, 64\], not \[2, 3, 32, 32\]"):
         large(inputs().float())
 

@@ -38,7 +38,7 @@ def timm_vit() -> tuple[nn.Module, Tensor]:
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "ViT": lambda: (small_vit(num_tokens=0.6, **DROP), IMAGES),
     "ViT, random tokens": lambda: (small_vit(num_tokens=0.6, sampler="random", **DROP), IMAGES),
-    "ViT, static slots": lambda: (small_vit(num_tokens=0.6, layout="static", **DROP), IMAGES),
+    "ViT, static": lambda: (small_vit(num_tokens=0.6, layout="static", **DROP), IMAGES),
     "ViT, dense": lambda: (small_vit(ats=False, **DROP), IMAGES),
     **{kind: (lambda kind=kind: video(kind)) for kind in VIDEO_MODELS},
     "MViT": lambda: (test_mvit.net("v2", blocks=(2, 3)), test_mvit.inputs("v2")),

@@ -43,8 +43,8 @@ def kept_tokens(num_clips: int, num_frames: int, *, seed: int = 0) -> RaggedToke
     x[:, :, 0] = x[:, :1, 0]
     mask = torch.rand(num_clips * num_frames, 11, generator=generator) < 0.5
     mask[:, :2] = True
-    dense = RaggedTokens.from_dense(x.flatten(0, 1), 1, group=num_frames)
-    return dense.keep(mask, slots=11)[0]
+    dense = RaggedTokens.from_dense(x.flatten(0, 1), 1, frames_per_clip=num_frames)
+    return dense.keep(mask, max_tokens=11)[0]
 
 
 def test_tubes():
@@ -120,7 +120,7 @@ def test_drop_path_drops_tubes_frames_and_clips(ats):
     torch.manual_seed(0)
     block = video_model("divided", "ATS.ENABLE", ats, "VIT.DROP_PATH_RATE", 0.5).blocks[3].train()
     tokens = kept_tokens(40, 4)
-    moved = block.attend_in_time(tokens)
+    moved = block.prepare(tokens)
     rows, layout = tubes(tokens)
     still = [(moved.x[r] == tokens.x[r] + block.temporal_fc.bias).all(1) for r in rows.split(layout.sizes)]
     assert all(s.all() or not s.any() for s in still)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VIDEO_MODELS, KeepAll, clips, counted_multiply_adds, video_model
+from helpers import VIDEO_MODELS, clips, counted_multiply_adds, keep_all, video_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +32,7 @@ def test_everything_kept_equals_dense(kind, share):
     """With every token kept in blocks 1 and 2 the logits and input gradients are the dense network's."""
     x = clips(2).requires_grad_()
     sparse = sampling_model(kind, share)
-    with KeepAll(sparse):
+    with keep_all(sparse):
         got, trace = sparse.forward_tokens(x)
     dense = video_model(kind)
     dense.load_state_dict(sparse.state_dict())

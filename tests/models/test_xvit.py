@@ -13,8 +13,8 @@ from ats.config import get_cfg
 from ats.errors import UserError
 from ats.flops import dense_gflops
 from ats.models import build_model
-from ats.models.temporal_shift import neighbours, shift_frames, shift_tokens
 from ats.models.vit import VisionTransformer
+from ats.models.xvit import neighbours, shift_frames, shift_tokens
 from ats.tokens import RaggedTokens
 
 
@@ -44,7 +44,7 @@ def test_golden(name, dtype):
 def test_shift_of_dense_frames():
     """Channel by channel: the first two from the next frame, the next two from the previous one, zeros at the ends."""
     x = torch.arange(2 * 3 * 2 * 8, dtype=torch.float32).reshape(6, 2, 8) + 1  # two segments of three frames
-    shifted = shift_frames(x, group=3, fold=2)
+    shifted = shift_frames(x, frames=3, fold=2)
     for frame in range(6):
         following = x[frame + 1, :, :2] if frame % 3 < 2 else torch.zeros(2, 2)
         preceding = x[frame - 1, :, 2:4] if frame % 3 > 0 else torch.zeros(2, 2)
@@ -53,15 +53,15 @@ def test_shift_of_dense_frames():
 
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 2, 3, 7]))
 @settings(max_examples=25)
-def test_shift_of_packed_tokens(seed, group, fold):
+def test_shift_of_packed_tokens(seed, frames, fold):
     """What scattering to the grid with zeros, shifting and gathering gives, for any kept sets; gradients too."""
     generator = torch.Generator().manual_seed(seed)
-    dense = RaggedTokens.from_dense(torch.randn(8, 5, 7, generator=generator), 1, group=group)
+    dense = RaggedTokens.from_dense(torch.randn(8, 5, 7, generator=generator), 1, frames_per_clip=frames)
     mask = torch.rand(8, 5, generator=generator) < 0.6
     mask[:, 0] = True
-    tokens, _ = dense.keep(mask, slots=5)
+    tokens, _ = dense.keep(mask, max_tokens=5)
     x = tokens.x.requires_grad_()
-    want = tokens.from_grid(shift_frames(tokens.to_grid(x), group=group, fold=fold))
+    want = tokens.from_grid(shift_frames(tokens.to_grid(x), frames=frames, fold=fold))
     got = shift_tokens(x, *neighbours(tokens), fold=fold)
     assert torch.equal(got, want)
     weight = torch.randn(want.shape, generator=generator)
@@ -85,7 +85,7 @@ def test_frames_see_their_segment_alone():
 def test_shift_of_all_channels():
     """XVIT.SHIFT_DIV 1: everything comes from the next frame and nothing is left for the previous one."""
     x = torch.randn(4, 2, 8)
-    shifted = shift_frames(x, group=2, fold=8)
+    shifted = shift_frames(x, frames=2, fold=8)
     assert torch.equal(shifted[::2], x[1::2])
     assert not shifted[1::2].any()
     assert video_model("xvit", "ATS.ENABLE", True, "XVIT.SHIFT_DIV", 1)(clips(1)).shape == (1, 7)

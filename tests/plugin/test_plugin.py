@@ -18,7 +18,6 @@ from torch import nn
 import ats
 from ats.errors import UserError
 from ats.models.block import ATSBlock
-from ats.reduction.sampling import SAMPLERS
 
 PLAIN = "deit3_small_patch16_224"
 POOLED = "vit_base_patch16_siglip_gap_224"
@@ -50,7 +49,7 @@ def test_changes_nothing_that_one_can_see_of_the_weights(name):
     assert type(model) is host_class
     assert [type(b) for b in model.blocks] == block_classes
     assert set(vars(model)) == attributes
-    assert not any("sampler" in vars(block) for block in model.blocks)
+    assert not any("reduction" in vars(block) for block in model.blocks)
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert torch.equal(model(x), want)
@@ -131,14 +130,13 @@ def test_the_trace_names_original_patches():
 
 @pytest.mark.parametrize("name", LAWS)
 @torch.no_grad()
-def test_intermediate_features_are_the_hosts(name, monkeypatch):
+def test_intermediate_features_are_the_hosts(name, keep_all):
     """Keep-all: every form of forward_intermediates gives what the host gives. With sampling: zeros where a token was
     dropped, and the last features are those of forward_features.
     """
-    monkeypatch.setitem(SAMPLERS, "keep_all", lambda candidates, num_points, options: candidates.valid)
     host = small_model(name)
     x = images(host)
-    model = ats.patch(copy.deepcopy(host), blocks=[1, 2], sampler="keep_all")
+    model = ats.patch(copy.deepcopy(host), blocks=[1, 2], sampler=keep_all)
     close = partial(torch.testing.assert_close, rtol=0, atol=1e-11)
     forms = [{}, {"indices": 2}, {"indices": [0, 2], "norm": True}, {"indices": [1], "stop_early": True}]
     forms += [{"output_fmt": "NLC"}, {"intermediates_only": True}]
@@ -229,12 +227,11 @@ def test_any_image_size_where_the_host_takes_it():
 
 
 @pytest.mark.parametrize("name", [PLAIN, POOLED, "beit_base_patch16_224", "vit_small_patch16_dinov3"])
-def test_half_precision_and_autocast(name, monkeypatch):
+def test_half_precision_and_autocast(name, keep_all):
     """bfloat16 weights, and float32 weights under autocast, forward and backward: near float32 with every token kept
     (which tokens are kept may hang on a rounding), and finite where some are dropped.
     """
-    monkeypatch.setitem(SAMPLERS, "keep_all", lambda candidates, num_points, options: candidates.valid)
-    model = patched(name, sampler="keep_all").float()
+    model = patched(name, sampler=keep_all).float()
     x = images(model).float()
     with torch.no_grad():
         want = model(x)
@@ -314,13 +311,14 @@ def test_stochastic_depth_and_dropout_train():
 @torch.no_grad()
 def test_equals_our_own_deit():
     """The same numbers as MODEL.NAME ViT with the same weights and settings."""
-    from ats.models import VisionTransformer as OurViT
-    from ats.reduction.plan import plan_samplers
+    from helpers import planned
+
+    from ats.models.vit import VisionTransformer as OurViT
 
     host = small_model("deit_tiny_patch16_224")
     ours = OurViT(
         img_size=(64, 64), patch_size=16, embed_dim=48, depth=4, num_heads=3, num_classes=5,
-        samplers=plan_samplers(depth=4, blocks=[1, 2, 3], num_tokens=0.7),
+        reductions=planned(depth=4, blocks=[1, 2, 3], num_tokens=0.7),
     ).double().eval()  # fmt: skip
     ours.load_state_dict(host.state_dict())
     x = images(host)
@@ -346,7 +344,7 @@ def with_adapter() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Mine(depth=1), "Mine: the classes understood are timm's VisionTransformer"),
+        (lambda: Mine(depth=1), "Mine: ATS supports timm's VisionTransformer"),
         (lambda: small_model(PLAIN, patch_drop_rate=0.5), "patch_drop_rate=0"),
         (lambda: nn.DataParallel(small_model(PLAIN)), "ats.patch(model.module, ...)"),
         (lambda: small_model("deit_tiny_patch16_224", global_pool="prr"), "it pools by AttentionPoolPrr"),
@@ -369,11 +367,11 @@ def test_refused_by_name(make, text):
         ({"blocks": 3}, "blocks 3: give the indices of the blocks that sample, e.g. blocks=range(3, 12)"),
         ({"blocks": []}, "blocks is empty"),
         ({"blocks": [1.5]}, "give whole numbers"),
-        ({"blocks": [1, 1]}, "a block stands twice"),
+        ({"blocks": [1, 1]}, "a block is listed twice"),
         ({"num_tokens": 0}, "num_tokens 0 (block 1): give a ratio in (0, 1]"),
         ({"num_tokens": True}, "num_tokens True (block 1): give a ratio in (0, 1]"),
         ({"num_tokens": [0.5, 0.5]}, "num_tokens has 2 entries, the network 4 blocks"),
-        ({"num_tokens": None}, "num_tokens None: give a number"),
+        ({"num_tokens": None}, "num_tokens None (block 1): give a ratio in (0, 1] or a number of tokens"),
         ({"num_tokens": np.array([[8, 8]] * 4)}, "num_tokens [8, 8] (block 1): give a ratio"),
         ({"num_tokens": np.array(["8"] * 4)}, "num_tokens '8' (block 1): give a ratio"),
         ({"min_tokens": 8.5}, "min_tokens 8.5: give a whole number"),

@@ -4,62 +4,29 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from plugin_models import TARGET, candidates, models, render, small_settings, split
 from timm.models import model_entrypoint
-from timm_models import CONTRACT, LAWS, candidates, images, kinds, masked_host, small_model, small_settings
+from timm_models import CONTRACT, LAWS, images, kinds, masked_host, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ats
 from ats.errors import UserError
 from ats.flops import gflops
-from ats.plugin.timm.blocks import BLOCKS
-from ats.plugin.timm.model import MODELS, REASONS, refusal
-from ats.reduction.sampling import SAMPLERS
+from ats.plugin.timm.blocks import VERSIONS as BLOCK_VERSIONS
+from ats.plugin.timm.model import REASONS, VERSIONS
 
 NUM_TOKENS = 12  # above the 9 prefix tokens of the model with the most, below the 16 tokens of the one with the fewest
-PLUGIN_MD = Path(__file__).parents[2] / "docs" / "PLUGIN.md"
-
-
-@pytest.fixture
-def keep_all(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A sampler that drops nothing."""
-    monkeypatch.setitem(SAMPLERS, "keep_all", lambda candidates, num_points, options: candidates.valid)
-    return "keep_all"
 
 
 @pytest.fixture(scope="session")
 def sweep() -> dict[str, tuple[str, str, set]]:
-    """Name -> (class, why it is refused, what it is made of) for all timm models that could be accepted; small, and
-    without the time that drawing weights takes.
-    """
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for method in ("uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_", "zero_", "fill_"):
-            patch.setattr(torch.Tensor, method, lambda tensor, *args, **kwargs: tensor)
-        for name in candidates():
-            model = timm.create_model(name, **small_settings(name))
-            reason = refusal(model)
-            found[name] = (type(model).__name__, reason, set() if reason else kinds(model))
-    return found
-
-
-def lists(sweep: dict[str, tuple[str, str, set]]) -> str:
-    """The lists of docs/PLUGIN.md: accepted models by class, refused ones of the same classes by reason."""
-    accepted, refused = defaultdict(list), defaultdict(list)
-    for name, (kind, reason, _) in sweep.items():
-        (refused[reason.split(";")[0]] if reason else accepted[kind]).append(f"`{name}`")
-    lines = []
-    for kind, names in sorted(accepted.items()):
-        lines.append(f"**{kind}** ({len(names)}): {', '.join(names)}.\n")
-    for reason, names in sorted(refused.items()):
-        lines.append(f"Refused, {reason} ({len(names)}): {', '.join(names)}.\n")
-    return "\n".join(lines)
+    """Name -> (class, why it is refused, what it is made of) for all timm models that could be accepted."""
+    return {name: (type(model).__name__, reason, set() if reason else kinds(model)) for name, model, reason in models()}
 
 
 @pytest.mark.parametrize("name", CONTRACT)
@@ -100,34 +67,24 @@ def test_cls_scores_are_its_row_of_the_attention_matrix(name):
     model = small_model(name)
     x = images(model)
     ats.patch(model, blocks=[1], num_tokens=10, score="cls_attention")
-    seen = []
+    model.blocks[1].record_scores = True
+    scores = model.forward_tokens(x)[1].records[0].candidates.scores
+    tokens_in = model._run(x, num_blocks=1)[0]
+    block = model.blocks[1]
+    rope = model._embed(x)[1]
+    if rope is not None:
+        from dataclasses import replace
 
-    def record(candidates, num_points, options):
-        seen.append(candidates.scores)
-        return candidates.valid
+        from ats.plugin.timm.model import rotary_table
 
-    SAMPLERS["record"] = record
-    try:
-        model.ats.sampler = "record"
-        model(x)
-        tokens_in = model._run(x, num_blocks=1)[0]
-        block = model.blocks[1]
-        rope = model._embed(x)[1]
-        if rope is not None:
-            from dataclasses import replace
-
-            from ats.plugin.timm.model import rotary_table
-
-            tokens_in = replace(tokens_in, rotary=rotary_table(rope[1], 1))
-        normed = block.attention_input(tokens_in.x)
-        q, (k, _) = block.project_q(normed, tokens_in), block.project_kv(normed, tokens_in)
-        q, k = (tokens_in.layout.pad(t) for t in (q, k))
-        logits = torch.einsum("sqhd,skhd->shqk", q, k) * block.attn.scale
-        bias = block.attention_bias(tokens_in, tokens_in)
-        matrix = (logits if bias is None else logits + bias).softmax(-1)
-        torch.testing.assert_close(seen[0], matrix[:, :, 0, 1:].sum(1), rtol=0, atol=1e-12)
-    finally:
-        del SAMPLERS["record"]
+        tokens_in = replace(tokens_in, rotary=rotary_table(rope[1], 1))
+    normed = block.attention_input(tokens_in.x)
+    q, (k, _) = block.project_q(normed, tokens_in), block.project_kv(normed, tokens_in)
+    q, k = (tokens_in.layout.pad(t) for t in (q, k))
+    logits = torch.einsum("sqhd,skhd->shqk", q, k) * block.attn.scale
+    bias = block.attention_bias(tokens_in, tokens_in)
+    matrix = (logits if bias is None else logits + bias).softmax(-1)
+    torch.testing.assert_close(scores, matrix[:, :, 0, 1:].sum(1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -192,24 +149,23 @@ def test_every_accepted_model_is_of_a_tested_kind(sweep):
 
 def test_the_lists_in_the_docs_are_true(sweep):
     """docs/PLUGIN.md, for the version of timm it was written with."""
-    text = PLUGIN_MD.read_text()
-    version = re.search(r"timm ([\d.]+)", text)[1]
+    lists = split(TARGET.read_text())[1]
+    version = re.search(r"timm ([\d.]+\d)", lists)[1]
     if version != timm.__version__:
         pytest.skip(f"docs/PLUGIN.md lists the models of timm {version}, this is {timm.__version__}")
-    assert lists(sweep) in text
-    for name, reason in REASONS.items():
-        assert f"| {name} | {reason} |" in text
+    found = [(name, kind, reason) for name, (kind, reason, _) in sweep.items()]
+    assert lists == render(found), "docs/PLUGIN.md is out of date, type: python tools/plugin_models.py"
 
 
 def test_no_other_module_of_timm_builds_an_accepted_class():
     """The sweep looks at the modules that know an accepted class; timm's own annotations agree."""
     looked_at = set(candidates())
     for name in set(timm.list_models()) - looked_at:
-        assert model_entrypoint(name).__annotations__.get("return") not in MODELS, name
+        assert model_entrypoint(name).__annotations__.get("return") not in VERSIONS, name
 
 
 REFUSED = {
-    "resnet10t": "ResNet: the classes understood are timm's VisionTransformer",
+    "resnet10t": "ResNet: ATS supports timm's VisionTransformer",
     "swin_tiny_patch4_window7_224": "SwinTransformer: attends in windows",
     "naflexvit_base_patch16_gap": "NaFlexVit: packs images",
     "vit_relpos_small_patch16_224": "VisionTransformerRelPos: its relative position",
@@ -236,7 +192,7 @@ def test_reasons_name_classes_that_exist():
     modules = {value.__name__ for module in list(sys.modules.values()) if module.__name__.startswith("timm.models.")
                for value in vars(module).values() if isinstance(value, type)}  # fmt: skip
     assert set(REASONS) <= classes | modules
-    assert not set(REASONS) & {host.__name__ for host in (*MODELS, *BLOCKS)}
+    assert not set(REASONS) & {host.__name__ for host in (*VERSIONS, *BLOCK_VERSIONS)}
 
 
 def test_small_settings_are_small():

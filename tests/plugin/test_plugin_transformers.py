@@ -32,15 +32,7 @@ from transformers_models import (  # noqa: E402
 import ats  # noqa: E402
 from ats.errors import UserError  # noqa: E402
 from ats.flops import gflops  # noqa: E402
-from ats.plugin.transformers.model import MODELS, REASONS  # noqa: E402
-from ats.reduction.sampling import SAMPLERS  # noqa: E402
-
-
-@pytest.fixture
-def keep_all(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A sampler that drops nothing."""
-    monkeypatch.setitem(SAMPLERS, "keep_all", lambda candidates, num_points, options: candidates.valid)
-    return "keep_all"
+from ats.plugin.transformers.model import REASONS, VERSIONS  # noqa: E402
 
 
 def patched(name: str = "vit classifier", **settings: object) -> nn.Module:
@@ -56,7 +48,7 @@ def close(got: object, want: object, tolerance: float = 1e-11) -> None:
 
 
 def test_every_accepted_class_is_tested():
-    assert {kind for kind, _ in CONTRACT.values()} == {host.__name__ for host in MODELS}
+    assert {kind for kind, _ in CONTRACT.values()} == {host.__name__ for host in VERSIONS}
 
 
 @pytest.mark.parametrize("name", CONTRACT)
@@ -342,13 +334,14 @@ def test_multiply_adds_equal_the_counter(name, score):
 @torch.no_grad()
 def test_equals_our_own_vit():
     """The same numbers, kept tokens included, as MODEL.NAME ViT with the same weights and settings."""
-    from ats.models import VisionTransformer
-    from ats.reduction.plan import plan_samplers
+    from helpers import planned
+
+    from ats.models.vit import VisionTransformer
 
     host = small_model("vit classifier", layer_norm_eps=1e-6)
     ours = VisionTransformer(
         img_size=(32, 32), patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2.0, num_classes=5,
-        samplers=plan_samplers(depth=4, blocks=[1, 2, 3], num_tokens=0.7),
+        reductions=planned(depth=4, blocks=[1, 2, 3], num_tokens=0.7),
     ).double().eval()  # fmt: skip
     names = {
         "vit.embeddings.cls_token": "cls_token", "vit.embeddings.position_embeddings": "pos_embed",
@@ -433,10 +426,10 @@ def with_other(name: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Mine(small_model("vit").config), "Mine: the classes understood are transformers' ViTModel, ViTFor"),
+        (lambda: Mine(small_model("vit").config), "Mine: ATS supports transformers' ViTModel, DeiTModel"),
         (lambda: small_model("ViTForMaskedImageModeling"), "reconstructs every patch"),
         (lambda: small_model("Dinov2Backbone", mlp_ratio=2), "gives feature maps to a head"),
-        (lambda: small_model("ViTMSNModel"), "ViTMSNModel: the classes understood are transformers' ViTModel"),
+        (lambda: small_model("ViTMSNModel"), "ViTMSNModel: ATS supports transformers' ViTModel"),
         (lambda: nn.DataParallel(small_model("vit")), "it wraps a ViTModel; patch that one: ats.patch(model.module, "),
         (lambda: small_model("vit", num_hidden_layers=0), "it has no blocks"),
         (with_adapter, "block 2 has attention.v_proj of class Sequential instead of Linear"),
@@ -476,10 +469,10 @@ def test_another_version_of_transformers(monkeypatch):
     """Whose modules have other names: what is missing, and what to type."""
     monkeypatch.delitem(sys.modules, "ats.plugin.transformers.model")
     monkeypatch.setitem(sys.modules, "ats.plugin.transformers.blocks", None)
-    with pytest.raises(UserError, match=r"transformers [\d.]+.* written for 5\.23: pip install -U transformers"):
+    with pytest.raises(UserError, match=r"transformers [\d.]+.* needs 5\.23: pip install -U transformers"):
         ats.patch(small_model("vit"), blocks=[1])
 
 
 def test_reasons_name_classes_that_exist():
     assert all(hasattr(transformers, name) for name in REASONS)
-    assert not set(REASONS) & {host.__name__ for host in MODELS}
+    assert not set(REASONS) & {host.__name__ for host in VERSIONS}

@@ -70,8 +70,8 @@ def test_loads_files(tmp_path):
     ("overrides", "text"),
     [
         (["MODEL.NAME", "timm/deit3_smal_patch16_224"], "timm has no deit3_smal_patch16_224. Did you mean deit3_small"),
-        (["MODEL.NAME", "timm/resnet10t", "TIMM.KWARGS", []], "a ResNet, is not understood"),
-        (["TIMM.KWARGS", [["img_sise", 32]]], "timm cannot build deit3_small_patch16_224 so"),
+        (["MODEL.NAME", "timm/resnet10t", "TIMM.KWARGS", []], "a ResNet, is not supported"),
+        (["TIMM.KWARGS", [["img_sise", 32]]], "timm cannot build deit3_small_patch16_224 with these"),
         (["TIMM.KWARGS", ["img_size", 32]], "give pairs of name and value, e.g. [[img_size, 384]]"),
         (["DATA.TEST_CROP_SIZE", 64], 'takes images of 32 x 32 pixels. Set DATA.TEST_CROP_SIZE 32, or TIMM.KWARGS "[['),
         (["TRAIN.ENABLE", True], "DATA.TRAIN_CROP_SIZE 224"),

@@ -14,15 +14,16 @@ from golden import golden_case, images, weights_by_seed
 from helpers import check_gradients, counted_multiply_adds, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import ViTConfig, ViTModel
+from transformers import Dinov2Config, Dinov2ForImageClassification
 
 import ats
 from ats.checkpoint import load_weights
-from ats.config import get_cfg, load_config
+from ats.config import get_cfg, load_config, schema
 from ats.errors import UserError
 from ats.flops import gflops
 from ats.models import build_model
-from ats.reduction.reducers import EViT, bipartite_soft_matching, merge_tokens
+from ats.reduction.evit import EViT
+from ats.reduction.merging import bipartite_soft_matching
 from ats.tokens import RaggedTokens
 
 TOME, EVIT = ("G_tome_r8", "G_tome_schedule"), ("H_evit_k07_fuse", "H_evit_k05_nofuse")
@@ -108,10 +109,7 @@ def test_matching_alone_equals_its_authors_code(name):
     block = next(key for key in golden if key.endswith("_metric")).removesuffix("_metric")
     metric, want = torch.from_numpy(golden[f"{block}_metric"]), golden[f"{block}_map"]
     matching = bipartite_soft_matching(metric, metric.shape[1] - int(want.max()) - 1)
-    goes_to = torch.zeros(want.shape, dtype=torch.int64)
-    goes_to.scatter_(1, matching.left, torch.arange(matching.left.shape[1]).expand_as(matching.left))
-    goes_to.scatter_(1, matching.source, matching.target)
-    assert (goes_to.numpy() == want).all()
+    assert (matching.target.numpy() == want).all()
 
 
 @DTYPES
@@ -184,30 +182,41 @@ def test_trains_and_exports(keys):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    num_patches=st.integers(2, 24), num_prefix=st.integers(0, 5), share=st.floats(0, 1), seed=st.integers(0, 2**16),
-    constant=st.booleans(),
+    num_patches=st.lists(st.integers(2, 24), min_size=3, max_size=3), num_prefix=st.integers(0, 5),
+    r=st.integers(0, 14), seed=st.integers(0, 2**16), constant=st.booleans(),
 )  # fmt: skip
-def test_merging_conserves_size_and_mass(num_patches, num_prefix, share, seed, constant):
-    """For any prefix and any r, equal tokens too: every position is left or goes, the prefix stays first and alone, the
-    total size and the size-weighted sum of the tokens are what they were.
+def test_merging_conserves_size_and_mass(num_patches, num_prefix, r, seed, constant):
+    """For any prefix, any r and sequences of any lengths, equal tokens too: every position is left or goes, the prefix
+    stays first and alone, the total size and the size-weighted sum of the tokens are what they were; and a sequence
+    merges as it does alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    num_tokens = num_prefix + num_patches
-    r = round(share * (num_patches // 2))
-    x = torch.randn(3, num_tokens, 5, generator=generator, dtype=torch.float64)
-    size = torch.randint(1, 9, (3, num_tokens), generator=generator).double()
+    lengths = num_prefix + torch.tensor(num_patches)
+    longest = int(lengths.max())
+    x = torch.randn(3, longest, 5, generator=generator, dtype=torch.float64)
+    size = torch.randint(1, 9, (3, longest), generator=generator).double()
     metric = torch.ones_like(x) if constant else x
-    matching = bipartite_soft_matching(metric, r, num_prefix_tokens=num_prefix)
-    assert torch.equal(
-        torch.cat([matching.left, matching.source], dim=1).sort().values, torch.arange(num_tokens).expand(3, -1)
-    )
-    assert torch.equal(matching.left[:, :num_prefix], torch.arange(num_prefix).expand(3, -1))
-    new_x, new_size = merge_tokens(x, size, matching)
-    assert new_x.shape == (3, num_tokens - r, 5)
-    torch.testing.assert_close(new_size.sum(1), size.sum(1), atol=0, rtol=0)
-    torch.testing.assert_close(new_size[:, :num_prefix], size[:, :num_prefix], atol=0, rtol=0)
-    mass, new_mass = ((t * s[..., None]).sum(1) for t, s in ((x, size), (new_x, new_size)))
-    torch.testing.assert_close(new_mass, mass, atol=1e-10, rtol=0)
+    matching = bipartite_soft_matching(metric, r, num_prefix_tokens=num_prefix, lengths=lengths)
+    new_x, new_size = matching.merge(x, size)
+    assert matching.lengths.tolist() == [num_prefix + n - min(r, n // 2) for n in num_patches]
+    assert new_x.shape == (3, int(matching.lengths.max()), 5)
+    for i, (n, left) in enumerate(zip(lengths.tolist(), matching.lengths.tolist(), strict=True)):
+        order, target = matching.order[i, :left], matching.target[i]
+        assert order[:num_prefix].tolist() == list(range(num_prefix))
+        assert target[order].tolist() == list(range(left))  # those that stay, at their place
+        assert (target[:n] >= 0).all()
+        assert (target[:n] < left).all()
+        assert (target[n:] == -1).all()
+        torch.testing.assert_close(new_size[i, :left].sum(), size[i, :n].sum(), atol=0, rtol=0)
+        assert torch.equal(new_size[i, :num_prefix], size[i, :num_prefix])
+        mass, new_mass = (x[i, :n].T @ size[i, :n], new_x[i, :left].T @ new_size[i, :left])
+        torch.testing.assert_close(new_mass, mass, atol=1e-10, rtol=0)
+        if constant:  # between equal tokens rounding decides
+            continue
+        alone = bipartite_soft_matching(metric[i : i + 1, :n], r, num_prefix_tokens=num_prefix)
+        assert torch.equal(alone.order[0], order)
+        assert torch.equal(alone.target[0], target[:n])
+        assert torch.equal(alone.merge(x[i : i + 1, :n], size[i : i + 1, :n])[0][0], new_x[i, :left])
 
 
 def test_sizes_are_conserved_through_a_network():
@@ -314,9 +323,10 @@ def test_features_stand_where_the_tokens_stood():
 
 def test_number_kept_is_a_ceiling_of_the_float_product():
     """0.55 * 100 is a little more than 55: the authors' code keeps 56."""
-    assert EViT(0, 1, 0.55).num_kept(101) == 57
-    assert EViT(0, 1, 0.5).num_kept(65) == 33
-    assert EViT(0, 2, 0.7).num_kept(66) == 2 + 45
+    for num_prefix, keep_rate, num_tokens, want in ((1, 0.55, 101, 57), (1, 0.5, 65, 33), (2, 0.7, 66, 2 + 45)):
+        evit = EViT(num_prefix_tokens=num_prefix, keep_rate=keep_rate)
+        assert evit.num_kept(torch.tensor(num_tokens)) == want
+        assert evit.limit(num_tokens) == want + 1  # the fused token
 
 
 @pytest.mark.parametrize("size", [32, 40])
@@ -360,9 +370,9 @@ def test_degenerate_images_and_half_precision():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["MODEL.NAME", "MViT"], "not for MODEL.NAME MViT, only for ViT and timm/<name>.*inverse_transform"),
-        (["MODEL.NAME", "CvT"], "not for MODEL.NAME CvT"),
-        (["MODEL.NAME", "XViT"], "not for MODEL.NAME XViT"),
+        (["MODEL.NAME", "MViT"], "ATS.SAMPLER tome: not for MViT: its keys are pooled .*inverse_transform"),
+        (["MODEL.NAME", "CvT"], "ATS.SAMPLER tome: not for CvT: its keys are convolved .*inverse_transform"),
+        (["MODEL.NAME", "MViT", "ATS.SAMPLER", "evit"], "ATS.SAMPLER evit: not for MViT"),
         (["TOME.R", -1], "TOME.R -1"),
         (["TOME.R", [1, 2]], "TOME.R has 2 entries, the network 4 blocks"),
         (["ATS.SAMPLER", "evit", "EVIT.KEEP_RATE", 0], "EVIT.KEEP_RATE 0"),
@@ -394,16 +404,18 @@ def test_patch_refuses_heads_that_read_more_than_cls():
         host.ats.keep_rate = "x"
 
 
-def test_patch_refuses_transformers_models():
-    """By a message that says where they work; the model stays what it was."""
-    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
-    model = ViTModel(config)
-    with pytest.raises(UserError, match="not for transformers'"):
-        ats.patch(model, blocks=[1], sampler="evit")
-    assert type(model) is ViTModel
+def test_patch_refuses_transformers_heads_that_read_more_than_cls():
+    """By a message that says why; the model stays what it was."""
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    model = Dinov2ForImageClassification(Dinov2Config(**settings))
+    for sampler in ("tome", "evit"):
+        with pytest.raises(UserError, match=rf"sampler {sampler}.*Dinov2ForImageClassification.*averages the patches"):
+            ats.patch(model, blocks=[1], sampler=sampler)
+    assert type(model) is Dinov2ForImageClassification
 
 
 def test_a_budget_that_means_nothing_is_said(caplog):
     """ATS.NUM_TOKENS does not steer ToMe or EViT: a warning says so."""
+    schema._warn_once.cache_clear()  # once in a process
     tiny("ATS.ENABLE", True, "ATS.SAMPLER", "evit", "ATS.NUM_TOKENS", 0.5)
     assert "ATS.SAMPLER evit does not read ATS.NUM_TOKENS" in caplog.text

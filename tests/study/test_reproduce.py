@@ -15,12 +15,13 @@ from ats.checkpoint import save_safetensors
 from ats.config import load_config
 from ats.models import build_model
 from ats.study import reproduce as study
-from ats.study.paper import DEIT_S, TABLES, PaperRow
-from ats.study.reproduce import Outcome, Places, accuracy_warning, missing, row_config, run_table
-from ats.study.reproduce_report import _draw_accuracy, draw, render
+from ats.study.reproduce import TABLES, Outcome, PaperRow, accuracy_warning, missing, row_config, run_table
+from ats.study.reproduced_table import draw, draw_accuracy, render
+from ats.study.results import token_counts
 
 ROOT = Path(__file__).parents[2]
 ROWS = {f"{table}: {row.name}": row for table, rows in TABLES.items() for row in rows}
+DEIT_S = next(row.weights for row in TABLES["imagenet"] if row.name == "DeiT-S")
 # A network of 12 blocks, as DeiT-S has, for the 32 x 32 pixels and 4 classes of the fixture `colours`.
 TINY = {
     **{"MODEL.NUM_CLASSES": 4, "VIT.IMG_SIZE": 32, "VIT.PATCH_SIZE": 4, "VIT.EMBED_DIM": 12, "VIT.NUM_HEADS": 2},
@@ -31,14 +32,14 @@ OVERRIDES = tuple(word for pair in TINY.items() for word in pair)
 
 
 @pytest.fixture
-def places(colours, tmp_path) -> Places:
+def folders(colours, tmp_path) -> dict[str, Path]:
     """The tiny network's weights under the name of DeiT-S, and `colours` as ImageNet."""
     cfg = load_config(ROOT / "configs/ImageNet/DeiT_S.yaml", list(OVERRIDES))
     torch.manual_seed(0)
     (tmp_path / "weights").mkdir()
     save_safetensors(tmp_path / "weights" / "tiny.safetensors", build_model(cfg).state_dict())
     (tmp_path / "weights" / "tiny.safetensors").rename(tmp_path / "weights" / "deit_s.safetensors")
-    return Places(ROOT / "configs", tmp_path / "weights", {"imagenet": colours}, OVERRIDES)
+    return {"weights": tmp_path / "weights", "imagenet": colours}
 
 
 def tiny_rows(table: str) -> list[PaperRow]:
@@ -52,9 +53,9 @@ def tiny_rows(table: str) -> list[PaperRow]:
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.config])
 def test_every_row_has_its_config(name):
-    """The YAML of a row loads with the row's overrides, and quotes the row's accuracy or that of its dense network."""
+    """The YAML of a row loads with the row's overrides, and quotes the row's accuracy."""
     row = ROWS[name]
-    cfg = row_config(row, Places(ROOT / "configs", None, {}))
+    cfg = row_config(row, {})
     assert row.is_dense != cfg.ATS.ENABLE
     assert row.weights
     assert row.origin
@@ -69,10 +70,10 @@ def test_names_are_unique():
         assert len({row.name for row in rows}) == len(rows)
 
 
-def test_paper_beside_measured(places, tmp_path):
-    """Rows that can be measured are; the others say which file they want; a second run measures nothing."""
+def test_paper_beside_measured(folders, tmp_path):
+    """Rows that can be measured are measured, the others say which file they want. A second run measures nothing."""
     rows = tiny_rows("imagenet")
-    outcomes = run_table(rows, places, folder=tmp_path / "rows")
+    outcomes = run_table(rows, folders, OVERRIDES, results_folder=tmp_path / "rows")
     found = {outcome.row.name: outcome for outcome in outcomes}
     dense, ats = found["DeiT-S"], found["DeiT-S + ATS, not fine-tuned"]
     assert dense.measured["num_samples"] == ats.measured["num_samples"] == 32
@@ -84,7 +85,7 @@ def test_paper_beside_measured(places, tmp_path):
     assert f"{dense.measured['top1']:.2f}" in line
     assert f"{dense.measured['top1'] - 79.8:+.2f}" in line
     wanted = found["DeiT-S + ATS, fine-tuned"].missing
-    assert str(places.weights / "DeiT_S_ATS_finetune.safetensors") in wanted
+    assert str(folders["weights"] / "DeiT_S_ATS_finetune.safetensors") in wanted
     assert "configs/ImageNet/DeiT_S_ATS_finetune.yaml" in wanted
     assert wanted in text
     assert "79.8 %" in dense.warning  # 25 % or so of four colours, untrained
@@ -93,45 +94,48 @@ def test_paper_beside_measured(places, tmp_path):
 
     original, study.measure = study.measure, None  # a call would fail
     try:
-        again = run_table(rows, places, folder=tmp_path / "rows")
+        again = run_table(rows, folders, OVERRIDES, results_folder=tmp_path / "rows")
     finally:
         study.measure = original
     assert [outcome.measured for outcome in again] == [outcome.measured for outcome in outcomes]
 
 
-def test_histogram(places, tmp_path):
+def test_histogram(folders, tmp_path):
     """The tokens of every block beside the paper's, and a picture with images by cost."""
     rows = tiny_rows("histogram")
-    outcomes = run_table(rows, places, folder=tmp_path / "rows")
+    outcomes = run_table(rows, folders, OVERRIDES, results_folder=tmp_path / "rows")
     text = render("histogram", outcomes)
     assert re.search(r"\|\s+3 \|\s+166 / \d+ \|\s+162 / [\d.]+ \|", text)
-    counts = study.kept_counts(outcomes[0])
+    counts = token_counts([outcomes[0].measured])
     assert set(counts) == set(range(3, 12))
     assert all(sum(values) == 32 for values in counts.values())
     assert draw("histogram", outcomes, tmp_path / "figure.png").stat().st_size > 5000
 
 
-def test_budget_rows_set_k(places, tmp_path):
-    """The rows of the ablations cost what they should: K is searched."""
+def test_budget_rows_set_k(folders, tmp_path):
+    """K is searched, so the rows of the ablations cost what they should."""
     from dataclasses import replace
 
     dense = 0.0
     for row in tiny_rows("sampling")[::3]:  # inverse transform and top-K
         if not dense:
             dense_row = replace(row, name="dense", overrides=("ATS.ENABLE", False))
-            dense = run_table([dense_row], places, folder=tmp_path / "rows")[0].gflops
-        outcome = run_table([replace(row, at_gflops=0.6 * dense)], places, folder=tmp_path / "rows")[0]
+            dense = run_table([dense_row], folders, OVERRIDES, results_folder=tmp_path / "rows")[0].gflops
+        outcome = run_table(
+            [replace(row, at_gflops=0.6 * dense)], folders, OVERRIDES, results_folder=tmp_path / "rows"
+        )[0]
         assert outcome.num_tokens > 2
         assert outcome.gflops == pytest.approx(0.6 * dense, rel=0.05)
 
 
-def test_weights_that_do_not_fit_are_an_error_of_their_row(places, tmp_path, capsys):
+def test_weights_that_do_not_fit_are_an_error_of_their_row(folders, tmp_path, capsys):
     """The rest of the table is measured and written; the command fails, with the rows named."""
-    torch.save({"model": {"cls_token": torch.zeros(1, 1, 7)}}, places.weights / "ps_vit_b_18.pth")
-    torch.save({"model": load_file(places.weights / "deit_s.safetensors")}, places.weights / DEIT_S)
+    weights = folders["weights"]
+    torch.save({"model": {"cls_token": torch.zeros(1, 1, 7)}}, weights / "ps_vit_b_18.pth")
+    torch.save({"model": load_file(weights / "deit_s.safetensors")}, weights / DEIT_S)
     names = ["DeiT-S", "PS-ViT-B/18", "CvT-21 at 384"]
     words = ["imagenet", *(word for name in names for word in ("--row", name)), "--output", tmp_path / "out"]
-    words += ["--weights", places.weights, "--imagenet", places.data["imagenet"]]
+    words += ["--weights", weights, "--imagenet", folders["imagenet"]]
     assert tool.main([*map(str, [*words, *OVERRIDES])]) == 1
     assert re.search(r"Not measured, though .*: PS-ViT-B/18\.$", capsys.readouterr().err.strip())
     rows = json.loads((tmp_path / "out" / "imagenet" / "results.json").read_text())["rows"]
@@ -142,14 +146,14 @@ def test_weights_that_do_not_fit_are_an_error_of_their_row(places, tmp_path, cap
 
 
 def test_every_family_has_its_colour():
-    """Also those without a number of the paper; paper and measured of one family have the same."""
+    """Also families without a number in the paper. The paper's points and ours have the same colour."""
     from matplotlib.figure import Figure
 
     measured = {"top1": 80.0, "video": {"gflops_per_video": {"paper_mean": 5000.0}}}
     for table in ("kinetics400", "kinetics600"):
         rows = [row for row in TABLES[table] if row.config and row.family]
         axes = Figure().subplots()
-        _draw_accuracy(axes, table, [Outcome(row, measured=measured) for row in rows])
+        draw_accuracy(axes, table, [Outcome(row, measured=measured) for row in rows])
         colours = {}
         for curve in axes.containers:
             colours.setdefault(curve.get_label().rpartition(",")[0], set()).add(curve.lines[0].get_color())
@@ -159,7 +163,7 @@ def test_every_family_has_its_colour():
 
 
 def test_warning_only_where_accuracy_is_far():
-    """By the published accuracy of the dense network; ATS may cost some points, not more."""
+    """Compared with the published accuracy of the dense network; ATS may cost a few points, not more."""
     dense = next(row for row in TABLES["imagenet"] if row.name == "DeiT-S")
     ats = next(row for row in TABLES["imagenet"] if row.name == "DeiT-S + ATS, not fine-tuned")
     file = Path("a.pth")
@@ -194,7 +198,7 @@ def test_bad_input(tmp_path, capsys):
 
 
 def _there(tmp_path: Path) -> list:
-    """Weights and data that look as if they were there."""
+    """Empty files in place of weights and data."""
     (tmp_path / "data" / "val").mkdir(parents=True)
     (tmp_path / DEIT_S).touch()
     return ["--weights", tmp_path, "--imagenet", tmp_path / "data"]
@@ -202,11 +206,11 @@ def _there(tmp_path: Path) -> list:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_tables_without_anything(table, tmp_path, capsys):
-    """With neither weights nor data every row says what it wants, and the rest is written."""
+    """Without weights and data every row says what it wants, and the table is written."""
     assert tool.main([table, "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     for row in TABLES[table]:
-        wants = missing(row, Places(ROOT / "configs", None, {}))
+        wants = missing(row, {})
         assert row.weights in wants
         assert wants in out
     rows = json.loads((tmp_path / table / "results.json").read_text())["rows"]

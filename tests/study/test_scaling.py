@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ats.models.block import ATSBlock
-from ats.reduction.sampling import SCORES, BlockSampler, Candidates, inverse_transform
+from ats.reduction import SCORES, Candidates
+from ats.reduction.inverse_transform import InverseTransform
 from ats.tokens import RaggedTokens
 
 PATCHES = (1024, 4096)  # of 512 x 512 and of 1024 x 1024 pixels
@@ -34,7 +35,7 @@ class Recorder(TorchDispatchMode):
 def test_no_tensor_of_a_block_is_quadratic(score, layout):
     """Four times the tokens, four times the largest tensor: no N x N matrix, of scores or of attention."""
     torch.manual_seed(0)
-    block = ATSBlock(Block(16, 2), BlockSampler(block=0, num_tokens=0.5, score=score)).eval()
+    block = ATSBlock(Block(16, 2), InverseTransform(num_tokens=0.5, score=score)).eval()
     largest = []
     for patches in PATCHES:
         tokens = RaggedTokens.from_dense(torch.randn(1, patches + 1, 16), 1, layout=layout)
@@ -57,12 +58,12 @@ def test_sampling_costs_one_sort(rule):
         candidates = Candidates(
             scores,
             lengths=torch.full((3,), patches),
-            slots=patches,
+            max_tokens=patches,
             num_positions=patches,
             position=lambda patches=patches: torch.arange(patches).expand(3, -1),
         )
         with Recorder() as recorder:
-            keep = inverse_transform(candidates, patches // 2, BlockSampler(block=0, num_tokens=0.5, rule=rule))
+            keep = InverseTransform(num_tokens=0.5, rule=rule).select(candidates)
         assert keep.any(dim=1).all()
         assert max(size for _, size in recorder.operations) <= 3 * (patches + 1)
         found.append([name for name, _ in recorder.operations])

@@ -1,4 +1,4 @@
-"""ats.study, tools/study.py: verdicts follow from the numbers, work is done once, the report says what was found."""
+"""ats.study, tools/study.py: verdicts follow from the numbers, work is done once, the page says what was measured."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ats.study import digits as study
-from ats.study.budget import nearest_num_tokens
-from ats.study.compare import FAILS, HOLDS, NOISE, Estimate, contrast, of_seeds
-from ats.study.digits import Row, Settings
-from ats.study.digits_claims import Claims
-from ats.study.report import token_statistics
-from ats.study.tasks import Runner, Task
+from ats.study.charts import token_statistics
+from ats.study.compare import FAILS, HOLDS, NOISE, Claims, Estimate, contrast, of_seeds
+from ats.study.digits import AT_BUDGETS, QUICK, VARIANTS, Row, StudySize
+from ats.study.results import ResultStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,24 +45,24 @@ def test_differences_are_antisymmetric_and_of_the_accuracies(seed, rate_a, rate_
 
 
 def test_the_interval_covers_the_truth_where_digits_differ():
-    """Digits that are hard for one network and not for the other: 95 % intervals cover the true difference in about 95
-    of 100 draws; with canvases as units they would be too narrow.
+    """Some digits are hard for one network only. 95 % intervals cover the true difference in about 95 of 100 draws;
+    with canvases as units they would be too narrow.
     """
     rng = np.random.default_rng(0)
     covered, naive = 0, 0
     for _ in range(300):
-        rates = rng.random((2, 40)) ** 0.5  # of each digit: of the same distribution, so no difference
+        rates = rng.random((2, 40)) ** 0.5  # per digit, from one distribution: no difference
         a, b = (rng.random((3, 160)) < np.repeat(rate, 4) for rate in rates)
         estimate = contrast([(1, a), (-1, b)], UNITS, has_seeds=False)
-        covered += estimate.low <= 0 <= estimate.high
+        covered += abs(estimate.mean) <= estimate.half_width
         by_canvas = contrast([(1, a), (-1, b)], np.arange(160), has_seeds=False)
-        naive += by_canvas.low <= 0 <= by_canvas.high
+        naive += abs(by_canvas.mean) <= by_canvas.half_width
     assert 0.90 < covered / 300 < 0.99
     assert naive < covered
 
 
 def test_trainings_widen_the_interval():
-    """Where every seed says something else, few seeds say little."""
+    """If every seed gives another answer, a few seeds say little."""
     a, b = np.zeros((3, 160), bool), np.zeros((3, 160), bool)
     a[0] = True
     narrow = contrast([(1, a), (-1, b)], UNITS, has_seeds=False)
@@ -83,14 +80,14 @@ def test_verdicts():
     assert Estimate(0.0, 0.0).verdict() == NOISE
 
 
-SETTINGS = Settings(num_seeds=3, canvases=4, budgets=(10, 4), sweep=(8, 65))
+SIZE = StudySize(num_seeds=3, canvases=4, budgets=(10, 4), sweep=(8, 65))
 
 
 def make_claims(rates: dict) -> list:
-    """Claims about made-up rows: accuracy by (variant, budget); all others 0.8."""
+    """Claims about made-up rows; `rates` is (variant, budget) -> accuracy, by default 0.8."""
     rng = np.random.default_rng(1)
-    keys = [(study.DENSE, None), (study.DENSE_TUNED, None), (study.SAVING, "saving"), (study.SAVING_TUNED, "saving")]
-    keys += [(variant, budget) for variant in study.AT_BUDGETS for budget in SETTINGS.budgets]
+    keys = [("dense", None), ("dense_tuned", None), ("saving", "saving"), ("saving_tuned", "saving")]
+    keys += [(variant.id, budget) for variant in AT_BUDGETS for budget in SIZE.budgets]
     rows, noise = [], rng.random((3, 160))
     for key in keys:
         hits = noise < rates.get(key, 0.8)  # the easiest canvases first: paired, as networks are
@@ -99,39 +96,39 @@ def make_claims(rates: dict) -> list:
             tokens | {"hits": "".join("1" if hit else "0" for hit in seed), "costs": costs.tolist()}
             for seed, costs in zip(hits, noise, strict=True)
         ]
-        rows.append(Row(*key, num_tokens=[None] * 3, measured=measured))
-    return Claims(rows, SETTINGS, UNITS, noise).all()
+        rows.append(Row(VARIANTS[key[0]], key[1], num_tokens=[None] * 3, measured=measured))
+    return Claims(rows, SIZE, UNITS, noise).all()
 
 
 def test_differences_are_at_the_same_cost():
-    """A variant on the same line of accuracy over cost that missed the budgets is neither better nor worse."""
+    """A variant that misses the budgets but has the same accuracy at the same cost is neither better nor worse."""
     rng = np.random.default_rng(0)
     noise = rng.random((3, 160))
 
     def row(variant, budget, cost: float) -> Row:
         hits = noise < 0.5 + 0.3 * cost
         measured = [{"hits": "".join("1" if hit else "0" for hit in seed), "costs": [cost] * 160} for seed in hits]
-        return Row(variant, budget, [None] * 3, measured)
+        return Row(VARIANTS[variant], budget, [None] * 3, measured)
 
     rows = [
-        row(study.TOP_K, 10, 1.0),
-        row(study.TOP_K, 4, 0.5),
-        row(study.INVERSE, 10, 0.9),
-        row(study.INVERSE, 4, 0.4),
+        row("top_k", 10, 1.0),
+        row("top_k", 4, 0.5),
+        row("inverse", 10, 0.9),
+        row("inverse", 4, 0.4),
     ]
-    claims = Claims(rows, SETTINGS, UNITS, noise)
-    claim = claims.better("", study.INVERSE, study.TOP_K, "")
+    claims = Claims(rows, SIZE, UNITS, noise)
+    claim = claims.better("inverse", "top_k")
     raw = 100 * np.mean([rows[i].hits.mean() - rows[i - 2].hits.mean() for i in (2, 3)])
     assert raw < -1.5
     assert claim.overall.mean == pytest.approx(0, abs=1)
 
 
 def test_claims_follow_the_numbers():
-    """The same claim holds, fails or drowns, by what was measured alone."""
+    """What was measured decides whether a claim holds, fails or is within the noise."""
     by_text = {claim.text: claim for claim in make_claims({})}
     name = next(text for text in by_text if "better than top-K" in text)
     assert by_text[name].verdict == NOISE
-    for better, worse, verdict in ((study.INVERSE, study.TOP_K, HOLDS), (study.TOP_K, study.INVERSE, FAILS)):
+    for better, worse, verdict in (("inverse", "top_k", HOLDS), ("top_k", "inverse", FAILS)):
         rates = {(better, 10): 0.9, (better, 4): 0.9, (worse, 10): 0.8, (worse, 4): 0.5}
         claims = {claim.text: claim for claim in make_claims(rates)}
         assert claims[name].verdict == verdict
@@ -143,42 +140,36 @@ def test_claims_follow_the_numbers():
     assert fall.overall.mean == pytest.approx(1.0)  # from 15 to 14
 
 
-# --------------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------------------------- results
 
 
 def test_work_is_done_once(tmp_path):
-    """A result is kept; other inputs or a damaged file have it measured anew."""
+    """A result is kept. Other inputs or a damaged file mean measuring again."""
     calls = []
 
-    def task(value: int) -> Task:
-        return Task("a/row", {"value": value}, lambda: calls.append(value) or {"value": value})
+    def get(value: int) -> dict:
+        store = ResultStore(tmp_path, total_cost=1)
+        return store.get("a/row", {"value": (value,)}, lambda: calls.append(value) or {value: value})
 
     for value in (1, 1, 2, 2):
-        assert Runner(tmp_path, total_cost=1).run([task(value)]) == {"a/row": {"value": value}}
+        assert get(value) == {str(value): value}  # always as JSON has it
     assert calls == [1, 2]
     (tmp_path / "a" / "row.json").write_text('{"inputs": {"value"')
-    Runner(tmp_path, total_cost=1).run([task(2)])
+    get(2)
     assert calls == [1, 2, 2]
 
 
-def test_an_interrupted_list_goes_on(tmp_path):
-    def fail() -> dict:
+def test_an_interrupted_study_resumes(tmp_path):
+    def interrupt() -> dict:
         raise KeyboardInterrupt
 
-    tasks = [Task("one", {}, lambda: {"n": 1}), Task("two", {}, fail)]
+    store = ResultStore(tmp_path, total_cost=2)
+    store.get("one", {}, lambda: {"n": 1})
     with pytest.raises(KeyboardInterrupt):
-        Runner(tmp_path, total_cost=2).run(tasks)
-    tasks = [Task("one", {}, fail), Task("two", {}, lambda: {"n": 2})]
-    assert Runner(tmp_path, total_cost=2).run(tasks) == {"one": {"n": 1}, "two": {"n": 2}}
-
-
-@given(st.floats(1, 60), st.floats(0.2, 2))
-@settings(max_examples=60)
-def test_num_tokens_meets_the_target(target, power):
-    """For a cost that rises with K, to the step in which K is searched."""
-    k = nearest_num_tokens(lambda k: k**power, target)
-    exact = min(max(target ** (1 / power), 3), 2048)
-    assert abs(k - exact) <= max(1, exact / 35)
+        store.get("two", {}, interrupt)
+    store = ResultStore(tmp_path, total_cost=2)
+    assert store.get("one", {}, interrupt) == {"n": 1}
+    assert store.get("two", {}, lambda: {"n": 2}) == {"n": 2}
 
 
 def test_token_statistics():
@@ -212,27 +203,25 @@ def quick(tmp_path_factory) -> Path:
 
 
 def test_the_short_form_runs(quick):
-    """Every part of the study runs, and its report holds what its JSON says."""
+    """Every part of the study runs, and its page has what its JSON says."""
     found = json.loads((quick / "docs" / "study.json").read_text())
     text = (quick / "docs" / "STUDY.md").read_text()
     assert (quick / "docs" / "images" / "study.png").stat().st_size > 10_000
     names = {row["variant"] for row in found["rows"]}
-    assert names == {
-        v.name for v in (*study.AT_BUDGETS, study.DENSE, study.DENSE_TUNED, study.SAVING, study.SAVING_TUNED)
-    }
-    assert all(len(row["top1"]) == study.QUICK.num_seeds for row in found["rows"])
+    assert names == {variant.name for variant in VARIANTS.values()}
+    assert all(len(row["top1"]) == QUICK.num_seeds for row in found["rows"])
     for claim in found["claims"]:
         assert claim["text"] in text
     budget = {
-        row["budget"]: np.mean(row["gflops_paper"]) for row in found["rows"] if row["variant"] == study.TOP_K.name
+        row["budget"]: np.mean(row["gflops_paper"]) for row in found["rows"] if row["variant"] == VARIANTS["top_k"].name
     }
     inverse = {row["budget"]: np.mean(row["gflops_paper"]) for row in found["rows"] if row["variant"] == "blocks 3-11"}
     assert inverse[10] == pytest.approx(budget[10], rel=0.1)  # K was set on 16 images
     assert budget[4] < budget[10]
 
 
-def test_the_study_goes_on_where_it_was(quick, capsys, monkeypatch):
-    """Nothing is measured again, and a row that is lost is the only one measured."""
+def test_the_study_resumes(quick, capsys, monkeypatch):
+    """Only the row whose file is missing is measured again."""
     import study as tool
 
     from ats.study import digits
@@ -258,10 +247,10 @@ def test_quick_does_not_overwrite_the_docs(capsys):
 
 
 def test_the_committed_study_is_whole():
-    """docs/STUDY.md is of the full settings, and its verdicts are those of its numbers."""
+    """docs/STUDY.md has the full size, and its verdicts follow from its numbers."""
     found = json.loads((ROOT / "docs" / "study.json").read_text())
     text = (ROOT / "docs" / "STUDY.md").read_text()
-    full = Settings()
+    full = StudySize()
     assert found["settings"] == json.loads(json.dumps(vars(replace(full))))
     assert len(found["claims"]) == len(make_claims({}))
     for claim in found["claims"]:
@@ -271,5 +260,7 @@ def test_the_committed_study_is_whole():
         assert str(Estimate(**claim["overall"])) in line
     for row in found["rows"]:
         if row["budget"] in full.budgets:
-            top_k = next(r for r in found["rows"] if r["variant"] == study.TOP_K.name and r["budget"] == row["budget"])
+            top_k = next(
+                r for r in found["rows"] if r["variant"] == VARIANTS["top_k"].name and r["budget"] == row["budget"]
+            )
             assert np.mean(row["gflops_paper"]) == pytest.approx(np.mean(top_k["gflops_paper"]), rel=0.03)

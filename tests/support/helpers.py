@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +20,29 @@ from ats.engine.checkpointing import checkpoint_path
 from ats.engine.evaluate import evaluate_weights
 from ats.engine.train import train
 from ats.models import build_model
-from ats.reduction.sampling import SAMPLERS
+from ats.models.block import ats_blocks
+from ats.reduction import Reduction
+from ats.reduction.plan import plan_reductions
 from ats.tokens import KeptTokens
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
-class KeepAll:
-    """Within it there is a sampler "keep_all", which drops nothing, to compare the ragged path with the dense one.
+@contextmanager
+def keep_all(model: nn.Module) -> Iterator[None]:
+    """Within it the ATS blocks of `model` score and keep everything, to compare the ragged path with the dense one."""
+    for block in ats_blocks(model):
+        block.imposed = lambda candidates, _: candidates.valid
+    yield
+    for block in ats_blocks(model):
+        del block.imposed
 
-    Args:
-        model: network whose ATS blocks use it.
-    """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        for block in model.modules() if model is not None else ():
-            if getattr(block, "sampler", None) is not None:
-                block.sampler = replace(block.sampler, sampler="keep_all")
-
-    def __enter__(self):
-        SAMPLERS["keep_all"] = lambda candidates, num_points, options: candidates.valid
-
-    def __exit__(self, *_):
-        del SAMPLERS["keep_all"]
+def planned(
+    *, depth: int, num_prefix_tokens: int = 1, has_cls: bool | None = None, **stage: object
+) -> dict[int, Reduction]:
+    """Block -> reduction, for one stage with the options `stage`."""
+    return plan_reductions([stage], depth=depth, num_prefix_tokens=num_prefix_tokens, has_cls=has_cls)
 
 
 def counted_multiply_adds(model: nn.Module, x: torch.Tensor) -> tuple[float, list[KeptTokens]]:

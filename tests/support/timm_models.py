@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import sys
-
 import timm
 import torch
-from timm.models import model_entrypoint
+from plugin_models import small_settings
 from torch import Tensor, nn
 
-from ats.plugin.timm.model import MODELS
+from ats.plugin.timm.model import VERSIONS
 from ats.tokens import KeptTokens
 
 # One or more of every kind; test_every_accepted_model_is_of_a_tested_kind says when one is missing.
@@ -65,19 +62,6 @@ LAWS = [
     "vit_small_patch16_rope_mixed_ape_224",
     "vit_base_patch16_rpn_224",
 ]
-DEPTH = 4
-
-
-def small_settings(name: str) -> dict:
-    """Arguments that make the model small: 4 blocks, width 48, 4 x 4 patches."""
-    patch = re.search(r"patch(\d+)", name)
-    stride = int(patch[1]) if patch else 16 if name.startswith("vitamin") else 32
-    settings = {"img_size": 4 * stride, "depth": DEPTH}
-    if not name.startswith(("vitamin", "vit_base_mci")):  # their stem has the width of their blocks
-        settings |= {"embed_dim": 48, "num_heads": 3}
-    if "sapiens2" in name:  # fewer key than query heads in some blocks
-        settings["num_kv_heads"] = (None, 1, 3, 1)
-    return settings
 
 
 def small_model(name: str, **settings: object) -> nn.Module:
@@ -95,15 +79,6 @@ def images(model: nn.Module, count: int = 3) -> Tensor:
     """Random images of the model's size."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(count, 3, *model.patch_embed.img_size, generator=generator, dtype=torch.float64)
-
-
-def candidates() -> list[str]:
-    """Names of all timm models whose module knows a class that is accepted; no other can build one."""
-
-    def knows_one(module: str) -> bool:
-        return any(value in MODELS for value in vars(sys.modules[module]).values() if isinstance(value, type))
-
-    return [name for name in timm.list_models() if knows_one(model_entrypoint(name).__module__)]
 
 
 def kinds(model: nn.Module) -> set[tuple[str, object]]:
@@ -147,7 +122,7 @@ def masked_host(host: nn.Module, x: Tensor, trace: list[KeptTokens]) -> tuple[Te
         Features [B, N, C] after the final norm, which tokens are left [B, N], logits: the host's head on each image's
         remaining tokens alone.
     """
-    x, rope = MODELS[type(host)]._embed(host, x)
+    x, rope = VERSIONS[type(host)]._embed(host, x)
     present = torch.ones(x.shape[:2], dtype=torch.bool)
     kept = {entry.block: entry for entry in trace}
     for index, block in enumerate(host.blocks):

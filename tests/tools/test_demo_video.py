@@ -16,8 +16,8 @@ from ats.checkpoint import save_safetensors
 from ats.config import load_config
 from ats.datasets import Sample
 from ats.models import build_model
-from ats.tokens import KeptTokens
-from ats.visualize import FADED, animate_kept_tokens, draw_kept_over_time, kept_patches_clips
+from ats.visualize import BlockView, animate, draw_kept_tokens, fade
+from ats.visualize.pictures import FADED
 
 
 def test_shuffled_frames():
@@ -100,24 +100,24 @@ def test_missing_weights_are_one_line(tmp_path, monkeypatch, capsys):
 def test_pictures_fade_what_each_frame_dropped(tmp_path):
     """Two clips of two frames, patches of 4 x 4: kept ones stay as they are, the others are faded."""
     clips = torch.rand(2, 3, 2, 8, 8)
-    kept = [[0, 3], [1], [0, 1, 2, 3], []]  # clip 0: frames 0 and 1; clip 1: frames 0 and 1
-    position = torch.tensor([p for patches in kept for p in (0, *(i + 1 for i in patches))])
-    entry = KeptTokens(5, torch.tensor([1 + len(patches) for patches in kept]), position, 1)
-    shown = kept_patches_clips(clips, entry, (2, 2))
-    for number, patches in enumerate(kept):
+    patches_kept = [[0, 3], [1], [0, 1, 2, 3], []]  # clip 0: frames 0 and 1; clip 1: frames 0 and 1
+    kept = torch.tensor([[patch in patches for patch in range(4)] for patches in patches_kept]).reshape(2, 2, 2, 2)
+    shown = fade(clips, kept)
+    for number, patches in enumerate(patches_kept):
         for patch in range(4):
             area = patch_area(patch)
             before, after = clips[number // 2, :, number % 2][area], shown[number // 2, :, number % 2][area]
             torch.testing.assert_close(after, before if patch in patches else before * FADED + 1 - FADED)
+    view = BlockView(5, kept.flatten(1).sum(1), 8, kept, torch.zeros(2, 2, 2, 2))
     paths = [
-        draw_kept_over_time(tmp_path / "a.png", clips, [entry], (2, 2), captions=["a", "b"]),
-        animate_kept_tokens(tmp_path / "a.gif", clips, [entry], (2, 2), scale=4, margin=1),
+        draw_kept_tokens(tmp_path / "a.png", clips, [view], captions=["a", "b"]),
+        animate(tmp_path / "a.gif", torch.stack([clips, shown]), scale=4),
     ]
     assert all(path.stat().st_size > 100 for path in paths)
     with Image.open(paths[1]) as animation:  # clip 1, frame 0: kept whole, so both rows are the same
         pixels = torch.from_numpy(np.array(animation.convert("RGB")))
-    assert torch.equal(pixels[:34, 34:], pixels[34:, 34:])
-    assert not torch.equal(pixels[:34, :34], pixels[34:, :34])
+    assert torch.equal(pixels[:40, 40:], pixels[40:, 40:])
+    assert not torch.equal(pixels[:40, :40], pixels[40:, :40])
 
 
 def patch_area(patch: int) -> tuple[slice, slice, slice]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+import model_zoo as tool
 import pytest
-from test_datasets import load_tool
 
 ROWS = {
     "DeiT_S": ("22.05 M", "4.599"),
@@ -14,12 +14,7 @@ ROWS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tool():
-    return load_tool("model_zoo")
-
-
-def test_the_table_is_up_to_date(tool):
+def test_the_table_is_up_to_date():
     """Every dense network is built; parameters and GFLOPs, and every config's header, are those in the table."""
     old, new = tool.TARGET.read_text().splitlines(), tool.render().splitlines()
     stale = [line for line in new if line not in old] + [f"no longer: {line}" for line in old if line not in new]
@@ -27,7 +22,7 @@ def test_the_table_is_up_to_date(tool):
         pytest.fail("docs/MODEL_ZOO.md is out of date, type: python tools/model_zoo.py\n" + "\n".join(stale))
 
 
-def test_the_table_says_what_is_known(tool):
+def test_the_table_says_what_is_known():
     """Sizes known from elsewhere; and where a header speaks of parameters, they are the network's."""
     lines = [line.strip("| ").split(" | ") for line in tool.TARGET.read_text().splitlines() if line.startswith("| [")]
     table = {re.match(r"\[(.*?)\]", line[0])[1]: line[1:] for line in lines}
@@ -41,7 +36,7 @@ def test_the_table_says_what_is_known(tool):
     assert said >= 10
 
 
-def test_headers(tool, tmp_path):
+def test_headers(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(
         "# Net: a\n# network.\n#\n#   python x\n#\n# Expected: 1 %\n# (paper). Not measured here. More.\nA: 1\n# no\n"

@@ -1,4 +1,4 @@
-"""ats.visualize: what is drawn is what was kept and scored, where it lies, for every family; files of all sorts."""
+"""ats.visualize: pictures show what was kept and scored, in the right place, for every family."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from ats.config import get_cfg, load_config
 from ats.datasets import Sample
 from ats.errors import UserError
 from ats.models import build_model
-from ats.reduction.reducers import EViT
-from ats.reduction.sampling import BlockSampler
+from ats.models.block import ats_blocks
+from ats.reduction.evit import EViT
 from ats.visualize import draw_fixed_images, fade, heat, look
 from ats.visualize.compare import Networks
 from ats.visualize.figures import draw_strip
-from ats.visualize.grids import RecordingSampler
 from ats.visualize.pictures import FADED, GONE, RAMP
 
 ATS_ON = ("ATS.ENABLE", True, "ATS.NUM_TOKENS", 20)
@@ -56,7 +55,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_views_are_the_trace(name):
-    """Counts and kept cells are those of the trace, scores a distribution over what was there before; and looking
+    """Counts and kept cells match the trace, scores are a distribution over the tokens present before, and looking
     changes neither the numbers nor the network.
     """
     model, x = FAMILIES[name]()
@@ -64,8 +63,7 @@ def test_views_are_the_trace(name):
         want, want_trace = model.forward_tokens(x)
     logits, trace, views = look(model, x)
     assert torch.equal(logits, want)
-    assert not any(isinstance(getattr(m, "sampler", None), RecordingSampler) for m in model.modules())
-    assert any(isinstance(getattr(m, "sampler", None), BlockSampler) for m in model.modules())
+    assert not any(block.record_scores for block in ats_blocks(model))
     assert [view.block for view in views] == [entry.block for entry in want_trace]
     before = None
     for entry, view in zip(trace, views, strict=True):
@@ -95,8 +93,8 @@ def test_views_are_the_trace(name):
 
 @pytest.mark.parametrize("name", ["vit", "timm", "joint", "space only", "xvit", "divided"])
 def test_scores_lie_where_the_patch_is(name):
-    """In the first block, with one head, a patch that changes moves only its own score against those of the others (in
-    X-ViT and the divided TimeSformer also those at its place in other frames): softmax keeps all other ratios.
+    """In the first block, with one head, changing a patch changes only its own score relative to the others, because
+    softmax keeps all other ratios. (In X-ViT and the divided TimeSformer: also those at its position in other frames.)
     """
     ats, x = ("ATS.ENABLE", True, "ATS.BLOCKS", [0], "VIT.NUM_HEADS", 1), clips(1)
     if name == "timm":
@@ -121,7 +119,7 @@ def test_scores_lie_where_the_patch_is(name):
 
 
 def test_points_are_drawn_where_they_are():
-    """Points that do not move lie in a grid, y fastest: the middle of each one's disc says whether it is kept."""
+    """Points without offsets form a grid, y fastest: the centre of each disc shows whether the point was kept."""
     model, x = test_psvit.net(blocks=(2,), NUM_TOKENS=12), test_psvit.inputs()
     for layer in model.ps_layers:
         if layer.offset_layer is not None:
@@ -138,10 +136,10 @@ def test_points_are_drawn_where_they_are():
 
 
 def test_blocks_without_scores_are_grey():
-    """EViT has a picture of what is kept, and none of scores; its fused token is nowhere."""
+    """EViT has a picture of kept tokens but not of scores; its fused token has no position."""
     model = small_vit()
-    for block in [block for block in model.blocks if getattr(block, "sampler", None) is not None]:
-        block.sampler = EViT(block.sampler.block, num_prefix_tokens=1, keep_rate=0.5)
+    for block in ats_blocks(model):
+        block.reduction = EViT(block.index, keep_rate=0.5)
     trace, views = look(model, IMAGES)[1:]
     for entry, view in zip(trace, views, strict=True):
         assert [int(kept.sum()) for kept in view.kept] == [len(patches) for patches in entry.patches]
@@ -158,7 +156,7 @@ def test_unknown_networks_are_refused_by_name():
 
 
 def test_fade_and_heat():
-    """Kept cells as they are, others faded, in time too; the highest score has the last colour, none is grey."""
+    """Kept cells stay, others fade, in time too; the highest score gets the last colour, a missing one grey."""
     picture, kept = torch.rand(3, 4, 8, 8), torch.zeros(2, 2, 2, dtype=torch.bool)
     kept[1, 0, 1] = True
     shown = fade(picture, kept)
@@ -175,7 +173,7 @@ def test_fade_and_heat():
 
 @pytest.mark.parametrize("name", ["vit", "timm", "xvit", "mvit", "cvt", "psvit"])
 def test_tensorboard_gets_a_picture_of_every_family(name):
-    """Of an image a row, of a clip a row for each of frames, significance, first and last block."""
+    """One row for an image; for a clip a row each for frames, significance, first and last block."""
     model, x = FAMILIES[name]()
     dataset = [Sample(sample, 0, i, "") for i, sample in enumerate(x)]
     model.train()
@@ -189,18 +187,19 @@ def test_tensorboard_gets_a_picture_of_every_family(name):
 
 
 def test_tensorboard_goes_on_without_a_picture():
-    """A network of the user's own, or one without ATS, is no reason to stop a training."""
+    """An unknown network, one without ATS, or no samples do not stop training."""
     dataset = [Sample(IMAGES[0], 0, 0, "")]
 
     class Mine(nn.Linear):
         pass
 
     assert draw_fixed_images(Mine(2, 2), dataset, 1, mean=(0.5,) * 3, std=(0.25,) * 3) is None
-    assert draw_fixed_images(small_vit(blocks=()), dataset, 1, mean=(0.5,) * 3, std=(0.25,) * 3) is None
+    assert draw_fixed_images(small_vit(ats=False), dataset, 1, mean=(0.5,) * 3, std=(0.25,) * 3) is None
+    assert draw_fixed_images(small_vit(), [], 1, mean=(0.5,) * 3, std=(0.25,) * 3) is None
 
 
 def test_networks_are_the_same_but_for_ats(tiny_config, tmp_path):
-    """Dense and ATS guesses are those of the two networks with the same weights; confidence is the softmax's."""
+    """Dense and ATS guesses equal those of two networks with the same weights; confidence is the softmax value."""
     cfg = load_config(tiny_config, ["TEST.CHECKPOINT_FILE_PATH", str(tmp_path / "w.safetensors"), "DEVICE", "cpu"])
     model = randomise(build_model(cfg)).eval()
     save_safetensors(tmp_path / "w.safetensors", model.state_dict())

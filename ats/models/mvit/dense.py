@@ -1,6 +1,6 @@
 """The block of MViT v1 and v2 on dense tokens: attention whose queries, keys and values are pooled on the token grid.
 
-Names, shapes and numbers are SlowFast's (`slowfast/models/attention.py`), so its checkpoints load as they are. Fan et
+Names, shapes and numbers are SlowFast's (`slowfast/models/attention.py`), so its checkpoints load unchanged. Fan et
 al., "Multiscale Vision Transformers", ICCV 2021 (v1); Li et al., "MViTv2", CVPR 2022 (v2).
 
 Shapes: B clips or images, N = P + grid tokens, P prefix tokens (1 with CLS, else 0), a grid (T, H, W) in (t h w) order,
@@ -9,16 +9,15 @@ Shapes: B clips or images, N = P + grid tokens, P prefix tokens (1 with CLS, els
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from ats.models.dense_grid import ONE, Grid
+from ats.models.dense_grid import ONE, Grid, convolved_grid
 
 NORM_EPS = 1e-6
 
@@ -30,55 +29,56 @@ class PoolSpec:
     kernel: Grid
     stride: Grid
 
-    def grid(self, grid: Grid) -> Grid:
-        """The grid that comes out: rounded up over the stride if the kernel is odd."""
-        return convolved_grid(grid, self.kernel, self.stride, tuple(k // 2 for k in self.kernel))
-
     @property
-    def is_identity(self) -> bool:
-        return self.kernel == ONE and self.stride == ONE
+    def padding(self) -> Grid:
+        return tuple(k // 2 for k in self.kernel)
+
+    def grid(self, grid: Grid) -> Grid:
+        """The output grid: the size over the stride, rounded up if the kernel is odd."""
+        return convolved_grid(grid, self.kernel, self.stride, self.padding)
+
+    def layer(self, mode: str, dim: int = 0) -> nn.Module:
+        """The pooling by "max", "avg" or "conv", a depthwise convolution of `dim` channels."""
+        if mode == "conv":
+            return nn.Conv3d(dim, dim, self.kernel, self.stride, self.padding, groups=dim, bias=False)
+        return (nn.MaxPool3d if mode == "max" else nn.AvgPool3d)(self.kernel, self.stride, self.padding)
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block of the network.
-
-    Attributes:
-        dim_in, dim_attn, dim_out: widths that come in, of the attention and that go out. v1 changes the width in the
-            MLP (dim_attn == dim_in), v2 in the attention (dim_attn == dim_out).
-        num_heads: heads of width dim_attn / num_heads.
-        pool_q, pool_kv: the poolings; None where there is none (and no norm either).
-        skip: max pooling of the residual path; None where the queries keep the grid.
-        grid: the grid the position tables are made for, tracked by floor division as in SlowFast.
-    """
+    """One block. v1 changes the width in the MLP (dim_attn == dim_in), v2 in the attention (dim_attn == dim_out)."""
 
     dim_in: int
     dim_attn: int
     dim_out: int
     num_heads: int
-    pool_q: PoolSpec | None
+    pool_q: PoolSpec | None  # None: no pooling and no norm
     pool_kv: PoolSpec | None
-    skip: PoolSpec | None
-    grid: Grid
+    skip: PoolSpec | None  # max pooling of the residual path; None if the queries keep the grid
+    grid: Grid  # of the position tables, by floor division as in SlowFast
 
     def query_grid(self, grid: Grid) -> Grid:
-        """The grid of the queries, which is that of the block's output, for an input `grid`."""
+        """The grid of the queries and the block's output, for an input `grid`."""
         return grid if self.pool_q is None else self.pool_q.grid(grid)
 
     def key_grid(self, grid: Grid) -> Grid:
         """The grid of keys and values: the cells that ATS scores."""
         return grid if self.pool_kv is None else self.pool_kv.grid(grid)
 
-    def queries_per_cell(self, grid: Grid) -> Grid | None:
-        """How many queries a cell of the keys stands for along each axis (the last cell of an axis maybe fewer), for an
-        input `grid`; None where cells cut through queries.
+    @property
+    def strides(self) -> tuple[Grid, Grid]:
+        """Strides of the queries and of keys and values."""
+        return tuple(ONE if pool is None else pool.stride for pool in (self.pool_q, self.pool_kv))
 
-        A cell stands for as many tokens as the keys' stride, a query for as many as its own: where the one is a
-        multiple of the other they fit on a grid of any size, and a single cell always stands for all.
+    def queries_per_cell(self, grid: Grid) -> Grid | None:
+        """Queries that a cell of the keys covers along each axis (the last cell maybe fewer), for an input `grid`; None
+        if cells cut through queries.
+
+        A cell covers as many tokens as the keys' stride, a query as many as its own stride. If one is a multiple of the
+        other, they fit on a grid of any size. A single cell always covers all queries.
         """
-        strides = [ONE if pool is None else pool.stride for pool in (self.pool_q, self.pool_kv)]
         steps = []
-        for step_q, step_k, num_q, num_k in zip(*strides, self.query_grid(grid), self.key_grid(grid), strict=True):
+        for step_q, step_k, num_q, num_k in zip(*self.strides, self.query_grid(grid), self.key_grid(grid), strict=True):
             if num_k > 1 and step_k % step_q:
                 return None
             steps.append(num_q if num_k == 1 else step_k // step_q)
@@ -89,10 +89,10 @@ class MultiScaleAttention(nn.Module):
     """Attention from pooled queries to pooled keys and values.
 
     Args:
-        mode: "conv" pools with a depthwise convolution shared by the heads and a LayerNorm over their width; "max" and
-            "avg" have no weights and no norm.
-        rel_pos_spatial, rel_pos_temporal, residual_pooling: v2's decomposed relative positions, and the pooled query
-            added to the output (patches only).
+        mode: "conv" pools by a depthwise convolution, shared by the heads, and a LayerNorm over a head's width; "max"
+            and "avg" have no weights and no norm.
+        rel_pos_spatial, rel_pos_temporal: v2's decomposed relative positions.
+        residual_pooling: add the pooled queries to the output (patches only), as v2 does.
     """
 
     def __init__(
@@ -115,23 +115,14 @@ class MultiScaleAttention(nn.Module):
         self.proj = nn.Linear(spec.dim_attn, spec.dim_attn)
         self.proj_drop = nn.Dropout(drop_rate)
         for name, pool in (("q", spec.pool_q), ("k", spec.pool_kv), ("v", spec.pool_kv)):
-            setattr(self, f"pool_{name}", None if pool is None else self.make_pool(pool, mode))
+            setattr(self, f"pool_{name}", None if pool is None else pool.layer(mode, self.head_dim))
             has_norm = pool is not None and mode == "conv"
             setattr(self, f"norm_{name}", nn.LayerNorm(self.head_dim, eps=NORM_EPS) if has_norm else None)
-        strides = [ONE if pool is None else pool.stride for pool in (spec.pool_q, spec.pool_kv)]
-        _, height, width = (max(n // stride[axis] for stride in strides) for axis, n in enumerate(spec.grid))
+        _, height, width = (max(n // stride[axis] for stride in spec.strides) for axis, n in enumerate(spec.grid))
         sizes = (spec.grid[0] * rel_pos_temporal, height * rel_pos_spatial, width * rel_pos_spatial)
         for name, size in zip("thw", sizes, strict=True):
             table = nn.Parameter(torch.zeros(2 * size - 1, self.head_dim)) if size else None
             self.register_parameter(f"rel_pos_{name}", table)
-
-    def make_pool(self, pool: PoolSpec, mode: str) -> nn.Module:
-        padding = tuple(k // 2 for k in pool.kernel)
-        if mode == "conv":
-            dim = self.head_dim
-            return nn.Conv3d(dim, dim, pool.kernel, stride=pool.stride, padding=padding, groups=dim, bias=False)
-        layer = nn.MaxPool3d if mode == "max" else nn.AvgPool3d
-        return layer(pool.kernel, stride=pool.stride, padding=padding)
 
     @property
     def has_rel_pos(self) -> bool:
@@ -157,7 +148,7 @@ class MultiScaleAttention(nn.Module):
         return self.proj_drop(self.proj(out.flatten(2)))
 
     def pooled_alike(self, names: str) -> list[str]:
-        """`names` (qkv or kv) in groups of one pooling geometry: each is projected and pooled at once."""
+        """`names` (qkv or kv) in groups with the same pooling, each projected and pooled at once."""
         if "q" not in names or self.spec.pool_q == self.spec.pool_kv:
             return [names]
         return ["q", names[1:]]
@@ -165,7 +156,7 @@ class MultiScaleAttention(nn.Module):
     def project(self, x: Tensor, names: str) -> Tensor:
         """Adjacent parts of the joint projection, `names` of q, k, v: [..., C] -> [..., len(names), H, D].
 
-        A projection for each group costs no copy; a slice of the joint one would have to be made contiguous to pool it.
+        A projection per group needs no copy; a slice of the joint one is not contiguous, as pooling requires.
         """
         if names == "qkv":
             x = self.qkv(x)
@@ -176,62 +167,43 @@ class MultiScaleAttention(nn.Module):
         return x.unflatten(-1, (len(names), self.num_heads, -1))
 
     def pools(self, names: str) -> list[nn.Module]:
-        """The poolings of a group; empty if it is not pooled."""
+        """The poolings of a group; empty without pooling."""
         pools = [getattr(self, f"pool_{name}") for name in names]
         return [] if pools[0] is None else pools
 
     def normalised(self, names: str, x: Tensor) -> list[Tensor]:
-        """The parts of x [..., len(names), H, D], each behind the norm that follows its pooling (if any)."""
+        """The parts of x [..., len(names), H, D], each after the norm of its pooling (if any)."""
         norms = [getattr(self, f"norm_{name}") for name in names]
         return [t if norm is None else norm(t) for norm, t in zip(norms, x.unbind(-3), strict=True)]
 
-    def relative_positions(self, q: Tensor, query_grid: Grid, key_grid: Grid) -> list[Tensor | None]:
-        """q . R for each axis (t, h, w): [B, H, T_q, H_q, W_q, keys along the axis]; None for an axis without a table.
+    def position_bias(self, q: Tensor, query_grid: Grid, key_grid: Grid, num_prefix_tokens: int) -> Tensor:
+        """Relative positions as a bias of the logits: the sum of q . R over the axes, [B, H, N_q, N_k]; 0 in the row
+        and the column of CLS.
 
         Args:
             q: [B, grid of the queries, H, D], pooled and normalised but not scaled; without CLS.
         """
         q = q.unflatten(1, query_grid)
-        terms = []
+        terms = []  # of each axis with a table: [B, H, T_q, H_q, W_q, keys along the axis]
         equations = ("bthwnd,tkd->bnthwk", "bthwnd,hkd->bnthwk", "bthwnd,wkd->bnthwk")
         tables = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         for equation, table, num_q, num_k in zip(equations, tables, query_grid, key_grid, strict=True):
-            if table is None:
-                terms.append(None)
-            else:
-                term = torch.einsum(equation, q, relative_table(table, num_q, num_k).to(q.dtype))
-                terms.append(term.contiguous())  # else their sum, many times larger, comes out transposed as they are
-        return terms
-
-    def position_bias(self, q: Tensor, query_grid: Grid, key_grid: Grid, num_prefix_tokens: int) -> Tensor:
-        """The terms of all axes added up, [B, H, N_q, N_k], 0 in the row and the column of CLS."""
-        t, h, w = self.relative_positions(q, query_grid, key_grid)
+            # contiguous: otherwise their sum, which is many times larger, is transposed as they are
+            axis = None if table is None else relative_table(table, num_q, num_k).to(q.dtype)
+            terms.append(None if axis is None else torch.einsum(equation, q, axis).contiguous())
+        t, h, w = terms
         bias = 0 if h is None else (h[..., :, None] + w[..., None, :])[..., None, :, :]
         bias = bias if t is None else bias + t[..., :, None, None]
         bias = bias.expand(*bias.shape[:-3], *key_grid).flatten(-3).flatten(2, 4)
-        # Padding by nothing would copy all of it.
+        # Padding by zero columns would still copy.
         return F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0)) if num_prefix_tokens else bias
-
-
-class MLP(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, dim_in: int, hidden: int, dim_out: int, *, drop_rate: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim_in, hidden)
-        self.fc2 = nn.Linear(hidden, dim_out)
-        self.drop = nn.Dropout(drop_rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C']."""
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
 class MultiScaleBlock(nn.Module):
     """Pre-norm block with pooled attention.
 
-    Where the width changes, `proj` carries the residual: in v1 that of the MLP, in v2 that of the attention, in both
-    of the normalised input, not of the input itself.
+    Where the width changes, `proj` projects the residual path (of the MLP in v1, of the attention in v2). Its input is
+    the normalised input, not the input itself.
 
     Args:
         attention: options of MultiScaleAttention.
@@ -252,16 +224,13 @@ class MultiScaleBlock(nn.Module):
         self.attn = MultiScaleAttention(spec, drop_rate=drop_rate, **attention)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(spec.dim_attn, eps=NORM_EPS)
-        self.mlp = MLP(spec.dim_attn, int(spec.dim_attn * mlp_ratio), spec.dim_out, drop_rate=drop_rate)
+        self.mlp = Mlp(spec.dim_attn, int(spec.dim_attn * mlp_ratio), spec.dim_out, drop=drop_rate)
         self.proj = nn.Linear(spec.dim_in, spec.dim_out) if spec.dim_in != spec.dim_out else None
-        self.pool_skip = None
-        if spec.skip is not None:
-            padding = tuple(k // 2 for k in spec.skip.kernel)
-            self.pool_skip = nn.MaxPool3d(spec.skip.kernel, spec.skip.stride, padding)
+        self.pool_skip = None if spec.skip is None else spec.skip.layer("max")
 
     @property
     def widens_in_attention(self) -> bool:
-        """`proj` carries the residual of the attention (v2), not of the MLP (v1)."""
+        """`proj` is in the residual path of the attention (v2), not of the MLP (v1)."""
         return self.proj is not None and self.spec.dim_attn == self.spec.dim_out
 
     def forward(self, x: Tensor, grid: Grid, num_prefix_tokens: int) -> tuple[Tensor, Grid]:
@@ -282,32 +251,32 @@ class MultiScaleBlock(nn.Module):
 
 
 def pool_grid(pools: Sequence[nn.Module], x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
-    """Pool the patches of x [B, N, P, H, D] on their grid, each of the P parts by its own of `pools`, which have one
-    geometry, and the same way in every head; prefix tokens pass. Returns [B, N', P, H, D].
+    """Pool the patches of x [B, N, P, H, D] on their grid -> [B, N', P, H, D]. Prefix tokens do not change.
 
-    All parts and heads are the channels of one operation, in the order that they have in memory: nothing is transposed.
+    Each of the P parts has its own of `pools`, all of one geometry, and shares it between heads. Parts and heads are
+    the channels of one operation, in memory order, so nothing is transposed.
     """
     parts, pool = x.shape[2:], pools[0]
     prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:].flatten(2).contiguous()
-    canvas = patches.unflatten(1, grid)
+    dense_grid = patches.unflatten(1, grid)
     if isinstance(pool, nn.Conv3d):
         weight = torch.cat([own.weight for own in pools for _ in range(parts[1])])
-        pooled = depthwise_convolution(canvas, weight, pool.stride, pool.padding)
+        pooled = depthwise_convolution(dense_grid, weight, pool.stride, pool.padding)
     else:
-        pooled = pool(canvas.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        pooled = pool(dense_grid.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
     pooled = pooled.flatten(1, 3).unflatten(-1, parts)
     return torch.cat([prefix, pooled], dim=1) if num_prefix_tokens else pooled
 
 
 def depthwise_convolution(x: Tensor, weight: Tensor, stride: Grid, padding: Grid) -> Tensor:
-    """conv3d of x [B, T, H, W, C] with weight [C, 1, t, h, w], every channel by itself."""
+    """Depthwise conv3d of x [B, T, H, W, C] with weight [C, 1, t, h, w]."""
     groups, num_frames, num_taps = x.shape[-1], x.shape[1], weight.shape[2]
     keeps_time = stride[0] == 1 and num_taps == 2 * padding[0] + 1
     if x.is_cuda or num_taps == 1 or not keeps_time or num_frames <= padding[0]:
-        volume = x.permute(0, 4, 1, 2, 3)  # channels last: nothing is moved
+        volume = x.permute(0, 4, 1, 2, 3)  # channels last: no copy
         out = F.conv3d(volume, weight, stride=stride, padding=padding, groups=groups)
         return out.permute(0, 2, 3, 4, 1)
-    # PyTorch's fast depthwise kernels for a CPU know two dimensions: all frames once for each tap in time, added up.
+    # PyTorch's fast depthwise CPU kernels are 2D: convolve all frames once per tap in time, and add up.
     frames = x.flatten(0, 1).permute(0, 3, 1, 2)
 
     def tap(i: int) -> Tensor:
@@ -324,17 +293,16 @@ def depthwise_convolution(x: Tensor, weight: Tensor, stride: Grid, padding: Grid
 
 
 def relative_table(table: Tensor, num_q: int, num_k: int) -> Tensor:
-    """The rows of a table of distances [L, D] for every query and key along an axis: [num_q, num_k, D].
-
-    A table of another length is interpolated to 2 * max(num_q, num_k) - 1 (SlowFast `attention.py`, get_rel_pos).
+    """The rows of a table of distances [L, D] for all queries and keys along an axis: [num_q, num_k, D]; the table is
+    resized to 2 * max(num_q, num_k) - 1 distances (SlowFast `attention.py`, get_rel_pos).
     """
     return resize_table(table, 2 * max(num_q, num_k) - 1)[relative_index(num_q, num_k, table.device)]
 
 
 def relative_index(num_q: int, num_k: int, device: torch.device) -> Tensor:
-    """[num_q, num_k] int64, where a table of 2 * max(num_q, num_k) - 1 distances has that of a query and a key.
+    """[num_q, num_k] int64, the row of a query and a key in a table of 2 * max(num_q, num_k) - 1 distances.
 
-    Distances are in units of the finer of the two grids, cut to whole numbers towards zero.
+    Distances are in units of the finer grid, truncated to whole numbers.
     """
     step_q, step_k = max(num_k / num_q, 1.0), max(num_q / num_k, 1.0)
     i = torch.arange(num_q, device=device)[:, None] * step_q
@@ -347,16 +315,3 @@ def resize_table(table: Tensor, length: int) -> Tensor:
     if len(table) == length:
         return table
     return F.interpolate(table.T[None], size=length, mode="linear")[0].T
-
-
-def convolved_grid(
-    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> tuple[int, ...]:
-    """What a convolution or pooling makes of the sizes of its input."""
-    axes = zip(sizes, kernel, stride, padding, strict=True)
-    return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in axes)
-
-
-def divide(grid: Grid, stride: Grid) -> Grid:
-    """Grid over stride, rounded up."""
-    return tuple(math.ceil(n / s) for n, s in zip(grid, stride, strict=True))

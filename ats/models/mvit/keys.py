@@ -1,4 +1,4 @@
-"""The weights of MViT's releases under this project's (SlowFast's) names and shapes.
+"""Weights of MViT's releases under SlowFast's names and shapes, which this project uses.
 
 | release | what differs |
 |---|---|
@@ -27,7 +27,7 @@ from ats.models.mvit.dense import resize_table
 
 logger = logging.getLogger(__name__)
 
-# Pattern -> replacement, applied to every key in this order. No pattern matches a key of SlowFast.
+# (Pattern, replacement), applied to every key in this order. No pattern matches a key of SlowFast.
 RENAMES = (
     # pytorchvideo
     (r"^patch_embed\.patch_model\.", "patch_embed.proj."),
@@ -54,7 +54,7 @@ RENAMES = (
 
 
 def adapt_mvit_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of any release in the table above as those of `model`."""
+    """Weights of any release in the table above for `model`."""
     expected = model.state_dict()
     state = join_qkv(rename(state))
     for key, value in state.items():
@@ -101,7 +101,7 @@ def join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fit_positions(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Absolute positions of the model's kind (one table or two) and size."""
+    """Absolute positions as the model has them: one table or two, and its size."""
     frames, height, width = model.patch_grid
     spatial, temporal = state.get("pos_embed_spatial"), state.get("pos_embed_temporal")
     if model.pos_embed is not None and spatial is not None and temporal is not None:
@@ -127,7 +127,7 @@ def fit_positions(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def resize_positions(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
-    """A table of positions [1, T * H * W, C] of `grid` for `new_grid`, trilinear."""
+    """A table of positions [1, T * H * W, C] resized from `grid` to `new_grid`, trilinear."""
     if tuple(grid) == tuple(new_grid):
         return table
     volume = table.transpose(1, 2).unflatten(-1, grid)

@@ -1,52 +1,75 @@
-"""timm's vision transformers over ragged tokens: for every model class that is understood, a subclass with ATS.
+"""timm's vision transformers on ragged tokens: a subclass with ATS of every supported model class.
 
-As with the blocks (`timm_blocks.py`), a model becomes its ATS version by its `__class__` alone (`host.py`). What the
-versions change in the host:
-
-* from the first ATS block on tokens are packed; `forward_features` and `forward_intermediates` give the host's dense
-  layout [B, N, C] with exact zeros where a token was dropped;
-* pooling (average, maximum, attention) looks at the tokens that are there, and a token that is zero in every channel is
-  not, so `forward_head` needs nothing but its input.
+Tokens are packed from the first ATS block on. `forward_features` and `forward_intermediates` return the usual dense
+shape [B, N, C], with exact zeros for dropped tokens. Pooling (average, maximum, attention) reads present tokens only:
+`forward_head` takes tokens that are zero in every channel for absent, so it needs no mask.
 
 Shapes: B images, N = P + grid tokens, P prefix tokens, C channels.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 import torch
-from timm.layers import AttentionPoolLatent
+from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.models import beit, eva, vision_transformer
-from timm.models._features import feature_take_indices
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from ats.compat import timm_feature_indices
 from ats.errors import UserError
-from ats.models.block import ATSBlock
-from ats.plugin.handle import Patched, State, with_sampler
-from ats.plugin.timm.blocks import BLOCKS, NORMS, refusal_of_block
-from ats.plugin.timm.cost import model_multiply_adds
-from ats.reduction.sampling import BlockSampler, TokenReducer
-from ats.tokens import KeptTokens, Layout, RaggedTokens
+from ats.models.block import ATSBlock, run_blocks
+from ats.models.cost import BlockGrid, conv_multiply_adds, linear_multiply_adds, linears_multiply_adds
+from ats.plugin.handle import Patched, attach_to, refusal_of_blocks, refuse_merging, version_of
+from ats.plugin.timm.blocks import NORMS, refusal_of_block
+from ats.plugin.timm.blocks import VERSIONS as BLOCK_VERSIONS
+from ats.reduction import Reduction
+from ats.tokens import KeptTokens, Layout, RaggedTokens, Trace
 
 
-class ATSModel(Patched):
-    """What the ATS versions of timm's models have in common; never instantiated, see `adopt`."""
+def network(model: nn.Module) -> dict[str, object]:
+    """What `plan_reductions` needs to know about a model."""
+    num_prefix, has_cls = model.num_prefix_tokens, model.cls_token is not None
+    return {"depth": len(model.blocks), "num_prefix_tokens": num_prefix, "has_cls": has_cls}
 
-    head_keys: tuple[str, ...] = ("head",)
 
-    # ---- the host's interface
+def default_score(model: nn.Module) -> str:
+    """The paper's score if the head reads CLS, else the mean attention."""
+    pools = model.global_pool not in ("token", "") or getattr(model, "attn_pool", None) is not None
+    return "mean_attention" if pools or model.cls_token is None else "cls_attention_value_norm"
+
+
+def no_merge(model: nn.Module) -> str:
+    """Why this model's tokens cannot be merged; "" if they can."""
+    reads_others = default_score(model) == "mean_attention"
+    return "its head does not read CLS alone, but a merged token counts for several" if reads_others else ""
+
+
+def no_fuse(model: nn.Module) -> str:
+    """Why this model's tokens cannot be fused; "" if they can."""
+    is_vit = isinstance(model, VisionTransformer)
+    return "" if is_vit else "its blocks look up positions, but a fused token has none"
+
+
+class TimmModel(Patched):
+    """Base of the ATS versions of timm's models; never instantiated, see `attach`."""
+
+    no_merge, no_fuse = property(no_merge), property(no_fuse)
+
+    # ---- timm's interface
 
     def forward_features(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """[B, 3, H, W] -> [B, N, C] after the final norm, zeros where a token was dropped."""
+        """[B, 3, H, W] -> [B, N, C] after the final norm, zeros for dropped tokens."""
         self._refuse_masks(attn_mask, is_causal)
         return self._dense(self._run(x)[0])
 
@@ -63,12 +86,12 @@ class ATSModel(Patched):
         attn_mask: None = None,
         is_causal: bool = False,
     ) -> list | tuple | dict:
-        """As the host's: features behind the blocks `indices`; zeros where a token was dropped."""
+        """As the original's: features after the blocks `indices`, with zeros for dropped tokens."""
         self._refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt {output_fmt}: choose from NCHW, NLC.")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        tokens, _, taken = self._run(x, take=take, norm=norm, num_blocks=last + 1 if stop_early else None)
+        take, last = timm_feature_indices(len(self.blocks), indices)
+        tokens, taken = self._run(x, take=take, norm=norm, num_blocks=last + 1 if stop_early else None)
         num_prefix, grid = self.num_prefix_tokens, self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
         prefix, maps = [t[:, :num_prefix] for t in taken], [t[:, num_prefix:] for t in taken]
         if output_fmt == "NCHW":
@@ -83,8 +106,8 @@ class ATSModel(Patched):
         return maps if intermediates_only else (self._dense(tokens), maps)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features [B, N, C] of `forward_features` -> logits, by the host's head over the tokens that are there."""
-        present = None if attention_pool(self) is not None else self._present(x)
+        """Features [B, N, C] of `forward_features` -> logits, by the original head over the present tokens."""
+        present = None if getattr(self, "attn_pool", None) is not None else self._present(x)
         if present is None:
             return super().forward_head(x, pre_logits)
         if self.global_pool == "":  # every token by itself
@@ -92,61 +115,89 @@ class ATSModel(Patched):
         return super().forward_head(self._fill(x, present), pre_logits)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """The host's pooling, with attention pooling over the tokens that are there."""
-        present = None if attention_pool(self) is None else self._present(x)
+        """The original's pooling, with attention pooling over the present tokens."""
+        present = None if getattr(self, "attn_pool", None) is None else self._present(x)
         if present is None:
             return super().pool(x, pool_type)
         if isinstance(self, VisionTransformer) and not self.pool_include_prefix:
             x, present = x[:, self.num_prefix_tokens :], present[:, self.num_prefix_tokens :]
-        if self.ats_state.layout == "static":
-            mask = x.new_zeros(present.shape).masked_fill(~present, -torch.inf)
-            return self.attn_pool(x, attn_mask=mask[:, None, None])
-        layout = Layout.from_lengths(present.sum(dim=1))
-        mask = x.new_zeros(layout.mask.shape).masked_fill(~layout.mask, -torch.inf)
-        return self.attn_pool(layout.pad(x[present]), attn_mask=mask[:, None, None])
+        if self.layout != "static":  # drop the rows that no image uses
+            layout = Layout.from_lengths(present.sum(dim=1))
+            x, present = layout.pad(x[present]), layout.mask
+        mask = x.new_zeros(present.shape).masked_fill(~present, -torch.inf)
+        return self.attn_pool(x, attn_mask=mask[:, None, None])
 
     # ---- the interface of ats.models
 
-    def forward_tokens(self, x: Tensor) -> tuple[Tensor, list[KeptTokens]]:
-        """Images [B, 3, H, W] -> logits [B, classes] and, for every ATS block in order, the tokens it kept."""
-        tokens, trace, _ = self._run(x)
-        return self.forward_head(self._dense(tokens)), trace
+    def forward_tokens(self, x: Tensor) -> tuple[Tensor, Trace]:
+        """Images [B, 3, H, W] -> logits [B, classes] and the tokens that each block with a reduction kept."""
+        tokens, _ = self._run(x)
+        return self.forward_head(self._dense(tokens)), Trace(tokens.trace)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of a release as this model's: what timm does to them when it downloads them."""
-        return FILTERS[HOSTS[type(self)]](state, self)
+        """A release's weights for this model, converted as timm does after a download."""
+        return FILTERS[self.original](state, self)
 
-    def multiply_adds(self, trace: list[KeptTokens], input_shape: tuple[int, ...], *, paper: bool) -> Tensor:
-        """Multiply-adds of each image [B] (float64) of a batch of `input_shape`; see `ats/flops.py`."""
-        return model_multiply_adds(self, trace, input_shape, paper=paper)
+    def block_grids(self, input_shape: Sequence[int]) -> list[BlockGrid]:
+        return [BlockGrid.of(1, *self.patch_embed.dynamic_feat_size(tuple(input_shape[-2:])))] * len(self.blocks)
 
-    # ---- how
+    def stem_multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int]) -> Tensor | float:
+        """Embedding, pooling and head of each image."""
+        height, width = self.patch_embed.dynamic_feat_size(tuple(input_shape[-2:]))
+        left = trace[-1].num_tokens.double() if trace else float(self.num_prefix_tokens + height * width)
+        pool = getattr(self, "attn_pool", None)
+        total = self._embedding_multiply_adds(input_shape, height * width)
+        if pool is not None:
+            without_prefix = not getattr(self, "pool_include_prefix", True)
+            pooled, latents = left - self.num_prefix_tokens * without_prefix, pool.latent_len
+            per_latent = sum(linears_multiply_adds(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None)
+            total = total + latents * per_latent + pooled * linear_multiply_adds(pool.kv)
+            total = total + 2 * latents * pooled * pool.kv.in_features
+        num_rows = left if self.global_pool == "" and pool is None else 1
+        heads = [head for head in (self.head, getattr(self, "head_dist", None)) if isinstance(head, nn.Linear)]
+        return total + num_rows * sum(map(linear_multiply_adds, heads))
+
+    def _embedding_multiply_adds(self, input_shape: Sequence[int], num_patches: int) -> int:
+        """Of the patch embedding. Hybrids have a convolutional network: count it while it runs on the meta device."""
+        embed = self.patch_embed
+        if type(embed) is PatchEmbed and isinstance(embed.proj, nn.Conv2d):
+            return conv_multiply_adds(embed.proj, num_patches)
+        counts, key = self.ats_state.embedding_costs, tuple(input_shape[1:])
+        if key not in counts:
+            shapes = copy.deepcopy(embed).to("meta").eval()
+            x = torch.empty(1, *key, device="meta", dtype=next(embed.parameters()).dtype)
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                shapes(x)
+            counts[key] = counter.get_total_flops() // 2
+        return counts[key]
 
     def _run(
         self, x: Tensor, *, take: Sequence[int] = (), norm: bool = False, num_blocks: int | None = None
-    ) -> tuple[RaggedTokens, list[KeptTokens], list[Tensor]]:
-        """Images through the (first `num_blocks`) blocks: the tokens that are left, before the final norm; the trace;
-        and dense features behind the blocks `take`, after the final norm if `norm`.
+    ) -> tuple[RaggedTokens, list[Tensor]]:
+        """Images through the (first `num_blocks`) blocks: the kept tokens before the final norm, and dense features
+        after the blocks `take`, with the final norm if `norm`.
         """
         x, rope = self._embed(x)
-        from_dense = partial(RaggedTokens.from_dense, layout=self.ats_state.layout)
-        tokens, trace, taken = from_dense(x, self.num_prefix_tokens), [], []
-        for index, block in enumerate(islice(self.blocks, num_blocks)):
-            block_rope = rope[index] if getattr(self, "rope_mixed", False) and rope is not None else rope
+        taken: list[Tensor] = []
+
+        def call(block: nn.Module, x: Tensor | RaggedTokens, index: int) -> Tensor | RaggedTokens:
+            own = rope[index] if getattr(self, "rope_mixed", False) and rope is not None else rope
+            if own is None:
+                return self._call(block, x)
             if isinstance(block, ATSBlock):
-                rotary = None if block_rope is None else rotary_table(block_rope, self.num_prefix_tokens)
-                tokens = self._call(block, replace(tokens, rotary=rotary))
-                if block.sampler is not None:
-                    trace.append(KeptTokens.of(tokens, index))
-            else:
-                kwargs = {} if block_rope is None else {"rope": block_rope}
-                x = self._call(block, x, **kwargs)
-                tokens = from_dense(x, self.num_prefix_tokens)
+                return self._call(block, replace(x, rotary=rotary_table(own, self.num_prefix_tokens)))
+            return self._call(block, x, rope=own)
+
+        def after(index: int, tokens: RaggedTokens) -> None:
             if index in take:
                 taken.append(tokens.to_grid(self.norm(tokens.x) if norm else None))
+
+        begin = partial(RaggedTokens.from_dense, num_prefix_tokens=self.num_prefix_tokens, layout=self.layout)
+        blocks = islice(self.blocks, num_blocks)
+        tokens = run_blocks(blocks, x, begin, call=call, after=after if take else None)
         if self.ats_state.trace:
-            self.ats_state.last = trace
-        return tokens, trace, taken
+            self.ats_state.last = Trace(tokens.trace)
+        return tokens, taken
 
     def _call(self, block: nn.Module, x: Tensor | RaggedTokens, **kwargs: Tensor) -> Tensor | RaggedTokens:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -154,37 +205,42 @@ class ATSModel(Patched):
         return block(x, **kwargs)
 
     def _dense(self, tokens: RaggedTokens) -> Tensor:
-        """The final norm of the tokens that are left, [B, N, C]."""
-        x = self.norm(tokens.x)
-        layout = tokens.layout
+        """Kept tokens after the final norm, dense [B, N, C]."""
+        x, layout = self.norm(tokens.x), tokens.layout
         is_whole = layout.full and layout.total == layout.num_sequences * tokens.num_positions
         if is_whole and not tokens.has_fused:
             return x.unflatten(0, (-1, tokens.num_positions))
         return tokens.to_grid(x)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images -> what the host's first block gets: tokens [B, N, C], and its rotary embedding if it has one."""
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), None
+        """Images -> input of the first block: tokens [B, N, C] and the rotary embedding, if any."""
+        x, rope = self.patch_embed(x), None
+        if isinstance(self, Beit):
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+            return self.pos_drop(x if self.pos_embed is None else x + self.pos_embed), None
+        if isinstance(self, Eva):
+            x, rope = self._pos_embed(x)
+        else:
+            x = self.patch_drop(self._pos_embed(x))
+        return self.norm_pre(x), rope
 
     def _present(self, x: Tensor) -> Tensor | None:
-        """[B, N] bool, True where there is a token; None where all are there, or only prefix tokens are read."""
-        if x.ndim != 3 or (self.global_pool == "token" and attention_pool(self) is None):
+        """[B, N] bool, True for present tokens; None if all are present, or only prefix tokens are read."""
+        if x.ndim != 3 or (self.global_pool == "token" and getattr(self, "attn_pool", None) is None):
             return None
         if not isinstance(self.blocks[-1], ATSBlock):
             return None
         present = x.ne(0).any(dim=-1)
         present[:, : self.num_prefix_tokens] = True
-        # In the layout static nothing may depend on what the numbers are, so not even this is asked.
-        return None if self.ats_state.layout != "static" and bool(present.all()) else present
+        # Static layout: no data-dependent branch.
+        return None if self.layout != "static" and bool(present.all()) else present
 
     def _fill(self, x: Tensor, present: Tensor) -> Tensor:
-        """Every dropped token as the mean of those that are there and pooled. So the host's mean and maximum over all
-        of them are the mean and the maximum over those that are there.
+        """Dropped tokens become the mean of the present and pooled ones, so that the original's mean and maximum of all
+        tokens are those of the present ones.
         """
-        pooled = present
-        if not getattr(self, "pool_include_prefix", False):
-            pooled = present.clone()
-            pooled[:, : self.num_prefix_tokens] = False
+        pooled = present.clone()
+        pooled[:, : self.num_prefix_tokens] &= getattr(self, "pool_include_prefix", False)
         count = pooled.sum(dim=1, keepdim=True).clamp_min(1)
         mean = (x * pooled[..., None]).sum(dim=1) / count
         return torch.where(present[..., None], x, mean[:, None].to(x.dtype))
@@ -192,89 +248,28 @@ class ATSModel(Patched):
     @staticmethod
     def _refuse_masks(attn_mask: object, is_causal: bool) -> None:
         if attn_mask is not None or is_causal:
-            raise UserError("attn_mask and is_causal are not understood with ATS: call without, or ats.unpatch(model).")
+            raise UserError("attn_mask and is_causal are not supported with ATS: call without, or ats.unpatch(model).")
 
 
-class ATSVisionTransformer(ATSModel, VisionTransformer):
-    """ViT, DeiT, DeiT-III, CLIP, SigLIP, DINO, DINOv2, AIMv2, hybrids, ViTamin, ..."""
-
-
-class ATSVisionTransformerDistilled(ATSModel, VisionTransformerDistilled):
-    """DeiT with a distillation token."""
-
-    head_keys = ("head.", "head_dist.")
-
-
-class ATSBeit(ATSModel, Beit):
-    """BEiT, BEiT v2."""
-
-    def _embed(self, x: Tensor) -> tuple[Tensor, None]:
-        x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.pos_drop(x if self.pos_embed is None else x + self.pos_embed), None
-
-
-class ATSEva(ATSModel, Eva):
-    """EVA, EVA-02, Perception Encoder, DINOv3, ViTs with rotary embedding."""
-
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, rope = self._pos_embed(self.patch_embed(x))
-        return self.norm_pre(x), rope
-
-
-MODELS: dict[type[nn.Module], type[ATSModel]] = {
-    VisionTransformer: ATSVisionTransformer,
-    VisionTransformerDistilled: ATSVisionTransformerDistilled,
-    Beit: ATSBeit,
-    Eva: ATSEva,
-}
-HOSTS = {version: host for host, version in MODELS.items()}
-FILTERS = {
+FILTERS = {  # of the state dicts of releases
     VisionTransformer: partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True),
     VisionTransformerDistilled: vision_transformer.checkpoint_filter_fn,
     Beit: beit.checkpoint_filter_fn,
     Eva: eva.checkpoint_filter_fn,
 }
+VERSIONS: dict[type[nn.Module], type[TimmModel]] = {kind: version_of(kind, TimmModel) for kind in FILTERS}
 
 
-def adopt(model: nn.Module, samplers: dict[int, BlockSampler | TokenReducer], *, layout: str = "packed") -> None:
-    """Make `model` its ATS version with these samplers (none: the dense network with the interface of `ats.models`).
-
-    Raises:
-        UserError: tokens are to be merged or fused, and the model is not made for that.
+def attach(model: nn.Module, reductions: dict[int, Reduction]) -> None:
+    """Make `model` its ATS version with these reductions (none: the dense network with the interface of `ats.models`).
+    Raises a UserError if the model does not allow its tokens to be merged or fused.
     """
-    refuse_reducers(model, samplers)
-    if type(model) in MODELS:
-        model.ats_state = State(layout=layout)
-        model.__class__ = MODELS[type(model)]
-    with_sampler(model.blocks, samplers, BLOCKS)
-
-
-def refuse_reducers(model: nn.Module, samplers: dict[int, BlockSampler | TokenReducer]) -> None:
-    """Merged and fused tokens have no position of their own and count for several: they need a model that adds its
-    positions before the blocks and reads CLS alone.
-    """
-    if all(isinstance(sampler, BlockSampler) for sampler in samplers.values()):
-        return
-    reason = ""
-    if not isinstance(model, VisionTransformer):
-        reason = "its blocks look positions up, and merged or fused tokens have none"
-    elif default_score(model) == "mean_attention":
-        reason = "its head does not read CLS alone"
-    if reason:
-        host = HOSTS.get(type(model), type(model))
-        raise UserError(f"The samplers tome and evit cannot take a {host.__name__} such as this: {reason}.")
-
-
-def release(model: nn.Module) -> None:
-    """Make `model` its host again."""
-    with_sampler(model.blocks, {}, BLOCKS)
-    model.__class__ = HOSTS[type(model)]
-    del model.ats_state
+    refuse_merging(model, reductions.values(), no_merge(model), no_fuse(model))
+    attach_to([model], model.blocks, reductions, VERSIONS | BLOCK_VERSIONS)
 
 
 def rotary_table(rope: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Rotary embedding of patches, [n, 2D] or [H, n, 2D], as [P + n, 1 or H, 2D]; prefix tokens are turned by nothing
+    """Rotary embedding of patches, [n, 2D] or [H, n, 2D], as [P + n, 1 or H, 2D]; it does not rotate prefix tokens
     (sine 0, cosine 1).
     """
     table = rope[:, None] if rope.ndim == 2 else rope.transpose(0, 1)
@@ -283,33 +278,7 @@ def rotary_table(rope: Tensor, num_prefix_tokens: int) -> Tensor:
     return torch.cat([prefix, table])
 
 
-def has_cls(model: nn.Module) -> bool:
-    """Whether the first token is a CLS token."""
-    return model.cls_token is not None
-
-
-def num_blocks(model: nn.Module) -> int:
-    """Blocks of the network."""
-    return len(model.blocks)
-
-
-def num_prefix_tokens(model: nn.Module) -> int:
-    """Tokens that are always kept if the first of them is CLS; 0 if none of them is one that can score."""
-    return model.num_prefix_tokens if has_cls(model) else 0
-
-
-def attention_pool(model: nn.Module) -> nn.Module | None:
-    """The attention pooling in the model's head, None where it pools otherwise."""
-    return getattr(model, "attn_pool", None)
-
-
-def default_score(model: nn.Module) -> str:
-    """The paper's score where CLS is what the head reads, else the mean attention."""
-    reads_cls = has_cls(model) and model.global_pool in ("token", "") and attention_pool(model) is None
-    return "cls_attention_value_norm" if reads_cls else "mean_attention"
-
-
-# Why transformers that come near are refused; any other class is refused as one that is not known.
+# Why ATS refuses these related classes. It refuses all other classes as unknown.
 REASONS = {
     "NaFlexVit": "packs images of several sizes and masks its attention itself",
     "VisionTransformerRelPos": "its relative position modules are tied to the full grid",
@@ -330,26 +299,20 @@ REASONS = {
 
 def refusal(model: nn.Module) -> str:
     """Why ATS cannot be put into this model; "" if it can."""
-    if type(model) not in MODELS and type(model) not in HOSTS:
-        known = ", ".join(host.__name__ for host in MODELS)
+    if type(model) not in VERSIONS and not isinstance(model, Patched):
+        known = ", ".join(kind.__name__ for kind in VERSIONS)
         reason = REASONS.get(type(model).__name__)
         return (
-            f"{reason + '; ' if reason else ''}the classes understood are timm's {known}, themselves and no subclass, "
-            "and of transformers ViT, DeiT, Dinov2 and Dinov2WithRegisters"
+            f"{reason + '; ' if reason else ''}ATS supports timm's {known} (no subclasses), "
+            "and transformers' ViT, DeiT, Dinov2 and Dinov2WithRegisters"
         )
-    if len(model.blocks) == 0:
-        return "it has no blocks"
     if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
         return "patch_drop removes tokens of its own; build it with patch_drop_rate=0"
-    pool = attention_pool(model)
+    pool = getattr(model, "attn_pool", None)
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
         return f"it pools by {type(pool).__name__}{' with positions' if hasattr(pool, 'pos_embed') else ''}"
     if getattr(model, "rel_pos_bias", None) is not None:
         return "its blocks share one relative position bias"
     if type(model.norm) not in NORMS:
         return f"its final norm is a {type(model.norm).__name__}"
-    for index, block in enumerate(model.blocks):
-        reason = "" if isinstance(block, ATSBlock) else refusal_of_block(block)
-        if reason:
-            return f"block {index} {reason}"
-    return ""
+    return refusal_of_blocks(model.blocks, lambda block: "" if isinstance(block, ATSBlock) else refusal_of_block(block))

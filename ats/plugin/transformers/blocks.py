@@ -1,19 +1,17 @@
-"""Layers of Hugging Face transformers (ViT, DeiT, DINOv2) on ragged tokens, each a subclass of its host (`host.py`).
+"""Layers of Hugging Face transformers (ViT, DeiT, DINOv2) on ragged tokens, each a subclass of its original.
 
-The host's own forward pass runs its layers one after the other. The first ATS layer packs what it gets, the others hand
-the packed tokens on, and the host's final norm, as `FinalNorm`, makes them dense again. So embedding, pooling, heads,
-losses and outputs are the host's own code. What the versions change in a host layer:
+The model's own forward pass runs its layers. The first ATS layer packs its input, later layers pass packed tokens on,
+and the final norm, a `FinalNorm`, makes them dense again. The versions change a layer in three ways:
 
-* the attention's projections are used in parts, so hooks on the attention do not fire and it has no matrix to return;
-* dropout and stochastic depth draw for packed tokens, the latter once per image;
-* activation checkpointing is torch's non-reentrant one, whatever was asked for: the other sees no gradient through
-  packed tokens.
+* they call the attention's projections, not the attention: its hooks do not fire, and there is no attention matrix;
+* dropout and stochastic depth draw for packed tokens, stochastic depth once per image;
+* activation checkpointing is always torch's non-reentrant one: the reentrant one loses gradients of packed tokens.
 """
 
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from operator import attrgetter
 from types import SimpleNamespace
 
 import torch
@@ -25,34 +23,21 @@ from transformers.models.dinov2_with_registers import modeling_dinov2_with_regis
 from transformers.models.vit import modeling_vit as vit
 
 from ats.models.block import ATSBlock
-from ats.plugin.handle import State
-from ats.tokens import KeptTokens, RaggedTokens
+from ats.plugin.handle import State, version_of
+from ats.reduction import Step
+from ats.tokens import RaggedTokens, Trace
 
 # Classes whose forward pass is known, compared exactly: a subclass may compute something else.
 ATTENTIONS = (vit.ViTAttention, deit.DeiTAttention, dinov2.Dinov2Attention, registers.Dinov2WithRegistersAttention)
-MLPS = (
-    vit.ViTMLP,
-    deit.DeiTMLP,
-    dinov2.Dinov2MLP,
-    dinov2.Dinov2SwiGLUFFN,
-    registers.Dinov2WithRegistersMLP,
-    registers.Dinov2WithRegistersSwiGLUFFN,
-)
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLPS = (vit.ViTMLP, deit.DeiTMLP, dinov2.Dinov2MLP, dinov2.Dinov2SwiGLUFFN)
+MLPS += (registers.Dinov2WithRegistersMLP, registers.Dinov2WithRegistersSwiGLUFFN)
 NO_DROP_PATH = nn.Identity()
-# Whether FinalNorm is to fill in dropped patches: of a call, not of a model, which may run in several threads.
+# Whether FinalNorm fills in dropped patches. A property of the call: a model may run in several threads.
 FILL_DROPPED: ContextVar[bool] = ContextVar("FILL_DROPPED", default=False)
 
 
-@dataclass
-class TracedTokens(RaggedTokens):
-    """Tokens that say what the ATS layers before kept."""
-
-    trace: tuple[KeptTokens, ...] = ()
-
-
 def by_timms_names(attention: nn.Module) -> SimpleNamespace:
-    """The parts of a transformers attention by the names that `ATSBlock` and `cost.py` use, which are timm's."""
+    """The parts of a transformers attention under timm's names, which `ATSBlock` and `cost.py` use."""
     return SimpleNamespace(
         qkv=None,
         q_proj=attention.q_proj,
@@ -66,115 +51,81 @@ def by_timms_names(attention: nn.Module) -> SimpleNamespace:
 
 
 class TransformersBlock(ATSBlock):
-    """What the ATS versions of the layers have in common; never instantiated, see `host.with_sampler`."""
+    """Base of the ATS versions of the layers; never instantiated, see `handle.attach_to`."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        # Not the host's, which would wrap `forward` in its own checkpointing.
-        pass
+        pass  # transformers' own would wrap `forward` in its checkpointing
 
-    def forward(self, tokens: Tensor | TracedTokens, attention_mask: object = None, **kwargs: object) -> TracedTokens:
-        """Dense [B, N, C] or packed tokens in, packed ones out. Nothing else is looked at: the model has refused what
-        would make a difference, and flex attention's mask, which is always there, masks nothing.
-        """
-        if not isinstance(tokens, TracedTokens):
-            tokens = TracedTokens.from_dense(tokens, num_prefix_tokens(self))
+    def forward(self, tokens: Tensor | RaggedTokens, attention_mask: object = None, **kwargs: object) -> RaggedTokens:
+        """Dense [B, N, C] or packed tokens in, packed ones out."""
+        # The other arguments: the model has refused those that matter; flex attention's mask, always passed, is empty.
+        if not isinstance(tokens, RaggedTokens):
+            tokens = RaggedTokens.from_dense(tokens, num_prefix_of(self))
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            tokens = checkpoint(super().forward, tokens, use_reentrant=False)
-        else:
-            tokens = super().forward(tokens)
-        if self.sampler is None:
-            return tokens
-        return replace(tokens, trace=(*tokens.trace, KeptTokens.of(tokens, self.sampler.block)))
+            return checkpoint(super().forward, tokens, use_reentrant=False)
+        return super().forward(tokens)
 
     @property
     def attn(self) -> SimpleNamespace:
-        """The attention by timm's names."""
         return by_timms_names(self.attention)
 
     def project_q(self, x: Tensor, tokens: RaggedTokens | None = None) -> Tensor:
-        """Queries [T, H, D] of tokens [T, C]."""
         return self.attention.q_proj(x).unflatten(-1, (self.attention.num_attention_heads, -1))
 
     def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [T, H, D]."""
-        heads = (self.attention.num_attention_heads, -1)
-        return self.attention.k_proj(x).unflatten(-1, heads), self.attention.v_proj(x).unflatten(-1, heads)
+        attention = self.attention
+        heads = (attention.num_attention_heads, -1)
+        return attention.k_proj(x).unflatten(-1, heads), attention.v_proj(x).unflatten(-1, heads)
 
 
 class DropoutBranches(TransformersBlock):
-    """ViT and DeiT: dropout behind both branches, no LayerScale, no stochastic depth."""
+    """ViT and DeiT: dropout after both branches, no LayerScale, no stochastic depth."""
 
     drop_path1 = drop_path2 = NO_DROP_PATH
 
     def attention_input(self, x: Tensor) -> Tensor:
-        """What the attention reads of tokens [T, C]."""
         return self.layernorm_before(x)
 
-    def attention_output(self, out: Tensor, x: Tensor) -> Tensor:
-        """Heads' joint output [T, H*D] -> the attention's branch [T, C]."""
+    def attention_output(self, out: Tensor, step: Step) -> Tensor:
         return self.dropout(self.attention.o_proj(out))
 
     def mlp_output(self, x: Tensor) -> Tensor:
-        """The MLP's branch [T, C] of tokens [T, C]."""
         return self.dropout(self.mlp(self.layernorm_after(x)))
 
 
 class ScaledBranches(TransformersBlock):
     """DINOv2: LayerScale and stochastic depth in both branches; `norm1`, `norm2` and `mlp` have timm's names."""
 
-    @property
-    def drop_path1(self) -> nn.Module:
-        """Stochastic depth, which the host has once for both branches."""
-        return self._modules["drop_path"]  # the name is that of a method of ATSBlock
+    drop_path1 = drop_path2 = property(attrgetter("drop_path"))  # one module for both branches
 
-    drop_path2 = drop_path1
-
-    def attention_output(self, out: Tensor, x: Tensor) -> Tensor:
-        """Heads' joint output [T, H*D] -> the attention's branch [T, C]."""
+    def attention_output(self, out: Tensor, step: Step) -> Tensor:
         return self.layer_scale1(self.attention.o_proj(out))
 
     def mlp_output(self, x: Tensor) -> Tensor:
-        """The MLP's branch [T, C] of tokens [T, C]."""
         return self.layer_scale2(self.mlp(self.norm2(x)))
 
 
-class ATSViTLayer(DropoutBranches, vit.ViTLayer):
-    """ViT."""
-
-
-class ATSDeiTLayer(DropoutBranches, deit.DeiTLayer):
-    """DeiT."""
-
-
-class ATSDinov2Layer(ScaledBranches, dinov2.Dinov2Layer):
-    """DINOv2, with the giant's SwiGLU too."""
-
-
-class ATSDinov2WithRegistersLayer(ScaledBranches, registers.Dinov2WithRegistersLayer):
-    """DINOv2 with registers."""
-
-
-BLOCKS: dict[type[nn.Module], type[TransformersBlock]] = {
-    vit.ViTLayer: ATSViTLayer,
-    deit.DeiTLayer: ATSDeiTLayer,
-    dinov2.Dinov2Layer: ATSDinov2Layer,
-    registers.Dinov2WithRegistersLayer: ATSDinov2WithRegistersLayer,
+SCALED = (dinov2.Dinov2Layer, registers.Dinov2WithRegistersLayer)
+VERSIONS: dict[type[nn.Module], type[TransformersBlock]] = {
+    **{kind: version_of(kind, DropoutBranches) for kind in (vit.ViTLayer, deit.DeiTLayer)},
+    **{kind: version_of(kind, ScaledBranches) for kind in SCALED},
 }
 
 
 class FinalNorm(nn.LayerNorm):
-    """The host's final norm, of packed tokens too: [B, N, C] with zeros where a token was dropped."""
+    """The model's final norm, of packed tokens too: [B, N, C] with zeros where a token was dropped."""
 
+    original = nn.LayerNorm
     ats_state: State
 
-    def forward(self, tokens: Tensor | TracedTokens) -> Tensor:
-        """The normalised tokens. With FILL_DROPPED a dropped patch is the mean of the image's patches that
-        are left, so the mean over all of them is the mean over those.
+    def forward(self, tokens: Tensor | RaggedTokens) -> Tensor:
+        """The normalised tokens. With FILL_DROPPED, dropped patches are the mean of the image's kept patches, so the
+        mean of all patches is the mean of the kept ones.
         """
-        if not isinstance(tokens, TracedTokens):
+        if not isinstance(tokens, RaggedTokens):
             return super().forward(tokens)
         if self.ats_state.trace:
-            self.ats_state.last = list(tokens.trace)
+            self.ats_state.last = Trace(tokens.trace)
         x = tokens.to_grid(super().forward(tokens.x))
         if not FILL_DROPPED.get():
             return x
@@ -185,7 +136,7 @@ class FinalNorm(nn.LayerNorm):
         return torch.where(present, x, mean.to(x.dtype))
 
 
-def num_prefix_tokens(layer: nn.Module) -> int:
+def num_prefix_of(layer: nn.Module) -> int:
     """CLS and, with it, DeiT's distillation token or DINOv2's registers."""
     if isinstance(layer, deit.DeiTLayer):
         return 2
@@ -195,13 +146,13 @@ def num_prefix_tokens(layer: nn.Module) -> int:
 
 
 def refusal_of_block(layer: nn.Module) -> str:
-    """What in a layer is not understood; "" if everything is."""
-    if type(layer) not in BLOCKS:
-        return f"is a {type(layer).__name__}; understood are {', '.join(host.__name__ for host in BLOCKS)}"
+    """What ATS does not support in this layer; "" if it supports everything."""
+    if type(layer) not in VERSIONS:
+        return f"is a {type(layer).__name__}; understood are {', '.join(kind.__name__ for kind in VERSIONS)}"
     attention = layer.attention
     if type(attention) not in ATTENTIONS:
         return f"has attention of class {type(attention).__name__}"
-    for name in PROJECTIONS:
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         projection = getattr(attention, name, None)
         if type(projection) is not nn.Linear:
             return f"has attention.{name} of class {type(projection).__name__} instead of Linear"

@@ -1,9 +1,7 @@
-"""Hugging Face transformers' ViT, DeiT and DINOv2 with ATS: base models and image classifiers (`host.py` says how).
+"""Hugging Face transformers' ViT, DeiT and DINOv2 with ATS: base models and image classifiers.
 
-A classifier and the base model inside it change their class together and share one state. What the versions change:
-
-* hidden states and `last_hidden_state` have the host's shape [B, N, C], with exact zeros where a token was dropped;
-* DINOv2's classifiers average the patches that are left.
+A classifier and its base model change their class together (`handle.py`) and share one state. Hidden states keep their
+usual shape [B, N, C], with exact zeros for dropped tokens. DINOv2's classifiers average the kept patches.
 
 Shapes: B images, N = P + grid tokens, P prefix tokens, C channels.
 """
@@ -11,7 +9,7 @@ Shapes: B images, N = P + grid tokens, P prefix tokens, C channels.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from types import SimpleNamespace
 
@@ -20,39 +18,48 @@ from transformers.models.deit import modeling_deit as deit
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
 from transformers.models.vit import modeling_vit as vit
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from ats.compat import transformers_record_registry
 from ats.errors import UserError
 from ats.models.block import ATSBlock
-from ats.models.cost import blocks_multiply_adds, conv_multiply_adds, linear_multiply_adds
-from ats.plugin.handle import Patched, State, with_sampler
-from ats.plugin.transformers import blocks as transformers_blocks
-from ats.plugin.transformers.blocks import BLOCKS, FILL_DROPPED, FinalNorm, by_timms_names, refusal_of_block
-from ats.reduction.sampling import BlockSampler
-from ats.tokens import KeptTokens, RaggedTokens
+from ats.models.cost import BlockGrid, conv_multiply_adds, linear_multiply_adds, vit_block_multiply_adds
+from ats.plugin.handle import Patched, attach_to, refusal_of_blocks, refuse_merging, version_of
+from ats.plugin.transformers.blocks import (
+    FILL_DROPPED,
+    FinalNorm,
+    by_timms_names,
+    num_prefix_of,
+    refusal_of_block,
+)
+from ats.plugin.transformers.blocks import VERSIONS as BLOCK_VERSIONS
+from ats.reduction import Reduction
+from ats.tokens import BlockRecord, KeptTokens, RaggedTokens
 
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 
 
 def dense_outputs(forward: Callable) -> Callable:
-    """A base model's `forward`, with hidden states that are still packed made dense.
-
-    Raises:
-        UserError: the caller asks for what ATS does not have.
-    """
+    """A base model's `forward` that returns dense hidden states and refuses arguments that ATS does not support."""
     signature = inspect.signature(forward)
 
     @wraps(forward)
     def wrapped(self: nn.Module, *args: object, **kwargs: object) -> object:
-        asked = signature.bind(self, *args, **kwargs).arguments
-        refuse_arguments(self.config, asked | asked.get("kwargs", {}))
+        asked, config = signature.bind(self, *args, **kwargs).arguments, self.config
+        asked |= asked.get("kwargs", {})
+        if asked.get("attention_mask") is not None or asked.get("is_causal", getattr(config, "is_causal", False)):
+            raise UserError("attention_mask, is_causal: not supported with ATS. Call without, or ats.unpatch(model).")
+        if asked.get("output_attentions", getattr(config, "output_attentions", False)):
+            raise UserError(
+                "output_attentions: ATS never computes the whole attention matrix. Call without it, or "
+                "ats.unpatch(model); what ATS keeps is in model.ats.last after model.ats.trace = True."
+            )
         return _dense(forward(self, *args, **kwargs))
 
     return wrapped
 
 
 def over_kept_patches(forward: Callable) -> Callable:
-    """The `forward` of a classifier that averages all patches: over those that are left."""
+    """A classifier's `forward` that averages the kept patches, not all."""
 
     @wraps(forward)
     def wrapped(self: nn.Module, *args: object, **kwargs: object) -> object:
@@ -63,17 +70,6 @@ def over_kept_patches(forward: Callable) -> Callable:
             FILL_DROPPED.reset(before)
 
     return wrapped
-
-
-def refuse_arguments(config: object, asked: dict) -> None:
-    """Raise a UserError for an argument of a base model's forward pass that is not understood with ATS."""
-    if asked.get("attention_mask") is not None or asked.get("is_causal", getattr(config, "is_causal", False)):
-        raise UserError("attention_mask, is_causal: not understood with ATS. Call without, or ats.unpatch(model).")
-    if asked.get("output_attentions", getattr(config, "output_attentions", False)):
-        raise UserError(
-            "output_attentions: ATS never computes the whole attention matrix. Call without it, or ats.unpatch(model); "
-            "what ATS keeps is in model.ats.last after model.ats.trace = True."
-        )
 
 
 def _dense(out: object) -> object:
@@ -87,195 +83,122 @@ def _dense(out: object) -> object:
     return out
 
 
-class ATSModel(Patched):
-    """What the ATS versions have in common; never instantiated, see `adopt`."""
+def _base(model: nn.Module) -> nn.Module:
+    """The base model in a classifier, or the model itself."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    base = _base(model)
+    return base.encoder.layer if hasattr(base, "encoder") else base.layers
+
+
+def network(model: nn.Module) -> dict[str, object]:
+    """What `plan_reductions` needs to know about a model."""
+    layers = _layers(model)
+    return {"depth": len(layers), "num_prefix_tokens": num_prefix_of(layers[0]), "has_cls": True}
+
+
+def default_score(model: nn.Module) -> str:
+    """The paper's: all heads read CLS."""
+    return "cls_attention_value_norm"
+
+
+class HubModel(Patched):
+    """Base of the ATS versions; never instantiated, see `attach`."""
+
+    layouts = ("packed",)
+    num_prefix_tokens = property(lambda self: num_prefix_of(_layers(self)[0]))
+    _patch_projection = property(lambda self: _base(self).embeddings.patch_embeddings.projection)
 
     def forward_tokens(self, pixel_values: Tensor) -> tuple[Tensor, list[KeptTokens]]:
-        """Images [B, 3, H, W] -> logits [B, classes] (of a base model: last hidden state [B, N, C]) and, for every ATS
-        block in order, the tokens it kept.
+        """Images [B, 3, H, W] -> logits [B, classes] (of a base model: last hidden state [B, N, C]) and the tokens that
+        every block with a reduction kept, in order.
         """
         state = self.ats_state
         trace, state.trace = state.trace, True
         try:
-            out = self(pixel_values, return_dict=True)
-            kept = state.last
+            out, kept = self(pixel_values, return_dict=True), state.last
         finally:
             state.trace = trace
         if not trace:
             state.last = None
         return out.last_hidden_state if _base(self) is self else out.logits, kept
 
-    def multiply_adds(self, trace: list[KeptTokens], input_shape: tuple[int, ...], *, paper: bool) -> Tensor:
-        """Multiply-adds of each image [B] (float64) of a batch of `input_shape`; see `ats/flops.py`."""
-        base = _base(self)
-        projection = base.embeddings.patch_embeddings.projection
-        sides = zip(input_shape[2:], projection.kernel_size, strict=True)
-        grid = [side // patch for side, patch in sides]
-        blocks = [
-            layer
-            if isinstance(layer, ATSBlock)
-            else SimpleNamespace(attn=by_timms_names(layer.attention), mlp=layer.mlp)
-            for layer in _layers(base)
-        ]
-        num_patches = grid[0] * grid[1]
-        num_tokens = transformers_blocks.num_prefix_tokens(_layers(base)[0]) + num_patches
-        total = blocks_multiply_adds(blocks, trace, num_tokens, input_shape[0], paper=paper)
-        heads = [getattr(self, name, None) for name in HEADS] + [getattr(getattr(base, "pooler", None), "dense", None)]
+    def block_list(self) -> list[nn.Module]:
+        return list(_layers(self))
+
+    def block_grids(self, input_shape: Sequence[int]) -> list[BlockGrid]:
+        return [BlockGrid.of(1, *self._patch_grid(input_shape))] * len(_layers(self))
+
+    def _patch_grid(self, input_shape: Sequence[int]) -> tuple[int, int]:
+        sides = zip(input_shape[2:], self._patch_projection.kernel_size, strict=True)
+        return tuple(side // patch for side, patch in sides)
+
+    def block_cost(self, block: nn.Module, record: BlockRecord, grid: BlockGrid, *, paper: bool, frames: int) -> Tensor:
+        if not isinstance(block, ATSBlock):
+            block = SimpleNamespace(attn=by_timms_names(block.attention), mlp=block.mlp)
+        return vit_block_multiply_adds(block, record, paper=paper)
+
+    def stem_multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int]) -> float:
+        height, width = self._patch_grid(input_shape)
+        pooler = getattr(_base(self), "pooler", None)
+        heads = [getattr(self, name, None) for name in HEADS] + [getattr(pooler, "dense", None)]
         heads = [head for head in heads if isinstance(head, nn.Linear)]
-        return total + conv_multiply_adds(projection, num_patches) + sum(map(linear_multiply_adds, heads))
+        return conv_multiply_adds(self._patch_projection, height * width) + sum(map(linear_multiply_adds, heads))
 
 
-class ATSViTModel(ATSModel, vit.ViTModel):
-    """ViT."""
-
-    forward = dense_outputs(vit.ViTModel.forward)
-
-
-class ATSDeiTModel(ATSModel, deit.DeiTModel):
-    """DeiT: a CLS and a distillation token."""
-
-    forward = dense_outputs(deit.DeiTModel.forward)
-
-
-class ATSDinov2Model(ATSModel, dinov2.Dinov2Model):
-    """DINOv2."""
-
-    forward = dense_outputs(dinov2.Dinov2Model.forward)
-
-
-class ATSDinov2WithRegistersModel(ATSModel, registers.Dinov2WithRegistersModel):
-    """DINOv2 with registers."""
-
-    forward = dense_outputs(registers.Dinov2WithRegistersModel.forward)
-
-
-class ATSViTForImageClassification(ATSModel, vit.ViTForImageClassification):
-    """ViT, read out at CLS."""
-
-
-class ATSDeiTForImageClassification(ATSModel, deit.DeiTForImageClassification):
-    """DeiT, read out at CLS."""
-
-
-class ATSDeiTForImageClassificationWithTeacher(ATSModel, deit.DeiTForImageClassificationWithTeacher):
-    """DeiT, read out at CLS and at the distillation token."""
-
-
-class ATSDinov2ForImageClassification(ATSModel, dinov2.Dinov2ForImageClassification):
-    """DINOv2, read out at CLS and the mean of the patches."""
-
-    forward = over_kept_patches(dinov2.Dinov2ForImageClassification.forward)
-
-
-class ATSDinov2WithRegistersForImageClassification(ATSModel, registers.Dinov2WithRegistersForImageClassification):
-    """DINOv2 with registers, read out at CLS and the mean of the patches."""
-
-    forward = over_kept_patches(registers.Dinov2WithRegistersForImageClassification.forward)
-
-
-MODELS: dict[type[nn.Module], type[ATSModel]] = {
-    vit.ViTModel: ATSViTModel,
-    vit.ViTForImageClassification: ATSViTForImageClassification,
-    deit.DeiTModel: ATSDeiTModel,
-    deit.DeiTForImageClassification: ATSDeiTForImageClassification,
-    deit.DeiTForImageClassificationWithTeacher: ATSDeiTForImageClassificationWithTeacher,
-    dinov2.Dinov2Model: ATSDinov2Model,
-    dinov2.Dinov2ForImageClassification: ATSDinov2ForImageClassification,
-    registers.Dinov2WithRegistersModel: ATSDinov2WithRegistersModel,
-    registers.Dinov2WithRegistersForImageClassification: ATSDinov2WithRegistersForImageClassification,
+BASES = (vit.ViTModel, deit.DeiTModel, dinov2.Dinov2Model, registers.Dinov2WithRegistersModel)
+READING_PREFIX = (  # classifiers of CLS, or of CLS and the distillation token
+    vit.ViTForImageClassification,
+    deit.DeiTForImageClassification,
+    deit.DeiTForImageClassificationWithTeacher,
+)
+AVERAGES = "its head averages the patches, but a merged token counts for several"
+AVERAGING = (dinov2.Dinov2ForImageClassification, registers.Dinov2WithRegistersForImageClassification)
+VERSIONS: dict[type[nn.Module], type[HubModel]] = {
+    **{kind: version_of(kind, HubModel, forward=dense_outputs(kind.forward)) for kind in BASES},
+    **{kind: version_of(kind, HubModel) for kind in READING_PREFIX},
+    **{
+        kind: version_of(kind, HubModel, forward=over_kept_patches(kind.forward), no_merge=AVERAGES)
+        for kind in AVERAGING
+    },
 }
-HOSTS = {version: host for host, version in MODELS.items()}
-for _host, _version in MODELS.items():
-    # save_pretrained writes the class's name into config.json, and pipelines look it up: it stays the host's.
-    _version.__name__ = _host.__name__
-    # transformers finds what it can record (output_hidden_states) by the class, noted when a model is built.
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(_version), _host._can_record_outputs)
+for _original, _version in VERSIONS.items():
+    # save_pretrained writes the class's name into config.json, and pipelines look it up: keep the original's.
+    _version.__name__ = _original.__name__
+    dict.__setitem__(transformers_record_registry(), str(_version), _original._can_record_outputs)
 
 
-def _base(model: nn.Module) -> nn.Module:
-    """The base model in a classifier, or the model itself."""
-    return getattr(model, model.base_model_prefix, model)
-
-
-def _layers(base: nn.Module) -> nn.ModuleList:
-    return base.encoder.layer if hasattr(base, "encoder") else base.layers
-
-
-def adopt(model: nn.Module, samplers: dict[int, BlockSampler]) -> None:
-    """Make `model` its ATS version with these samplers.
-
-    Raises:
-        UserError: they merge or fuse tokens.
+def attach(model: nn.Module, reductions: dict[int, Reduction]) -> None:
+    """Make `model` its ATS version with these reductions. Raises a UserError if they merge tokens, but the model
+    averages its patches.
     """
-    if not all(isinstance(sampler, BlockSampler) for sampler in samplers.values()):
-        raise UserError("The samplers tome and evit are for timm's models and MODEL.NAME ViT, not for transformers'.")
-    base = _base(model)
-    parts = [model] if base is model else [model, base]
-    state = next((part.ats_state for part in parts if type(part) in HOSTS), None) or State()
-    for part in parts:
-        part.ats_state = state
-        part.__class__ = MODELS.get(type(part), type(part))
-    base.layernorm.ats_state = state
-    base.layernorm.__class__ = FinalNorm
-    with_sampler(_layers(base), samplers, BLOCKS)
+    refuse_merging(model, reductions.values(), VERSIONS.get(type(model), type(model)).no_merge, "")
+    parts = dict.fromkeys([model, _base(model), _base(model).layernorm])  # a base model is its own base
+    attach_to(list(parts), _layers(model), reductions, VERSIONS | BLOCK_VERSIONS | {nn.LayerNorm: FinalNorm})
 
 
-def release(model: nn.Module) -> None:
-    """Make `model` its host again."""
-    base = _base(model)
-    with_sampler(_layers(base), {}, BLOCKS)
-    for part in [model] if base is model else [model, base]:
-        if type(part) in HOSTS:
-            part.__class__ = HOSTS[type(part)]
-            del part.ats_state
-    if type(base.layernorm) is FinalNorm:
-        base.layernorm.__class__ = nn.LayerNorm
-        del base.layernorm.ats_state
-
-
-def num_blocks(model: nn.Module) -> int:
-    """Blocks of the network."""
-    return len(_layers(_base(model)))
-
-
-def num_prefix_tokens(model: nn.Module) -> int:
-    """Tokens that are always kept; the first of them is CLS."""
-    return transformers_blocks.num_prefix_tokens(_layers(_base(model))[0])
-
-
-def default_score(model: nn.Module) -> str:
-    """The paper's: all of them read CLS."""
-    return "cls_attention_value_norm"
-
-
-_MASKED = "reconstructs every patch, also those that ATS would drop"
-_BACKBONE = "gives feature maps to a head that needs every patch"
-# Why classes that come near are refused; any other class is refused as one that is not known.
-REASONS = {
-    "ViTForMaskedImageModeling": _MASKED,
-    "DeiTForMaskedImageModeling": _MASKED,
-    "Dinov2Backbone": _BACKBONE,
-    "Dinov2WithRegistersBackbone": _BACKBONE,
-}
+# Why ATS refuses these related classes. It refuses all other classes as unknown.
+REASONS = dict.fromkeys(
+    ("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"),
+    "reconstructs every patch, also those that ATS would drop",
+) | dict.fromkeys(
+    ("Dinov2Backbone", "Dinov2WithRegistersBackbone"), "gives feature maps to a head that needs every patch"
+)
 
 
 def refusal(model: nn.Module) -> str:
     """Why ATS cannot be put into this model; "" if it can."""
-    if type(model) not in MODELS:
-        known = ", ".join(host.__name__ for host in MODELS)
+    if type(model) not in VERSIONS:
+        known = ", ".join(kind.__name__ for kind in VERSIONS)
         reason = REASONS.get(type(model).__name__)
-        return f"{reason + '; ' if reason else ''}the classes understood are transformers' {known}, and no subclass"
+        return f"{reason + '; ' if reason else ''}ATS supports transformers' {known}, and no subclass"
     base, prefix = _base(model), model.base_model_prefix
-    if type(base) in HOSTS:
-        return f"its {prefix} has ATS already; take that out first: ats.unpatch(model.{prefix})"
-    if type(base) not in MODELS:
+    if isinstance(base, Patched):
+        return f"its {prefix} has ATS already; remove it first: ats.unpatch(model.{prefix})"
+    if type(base) not in VERSIONS:
         return f"its {prefix} is a {type(base).__name__}"
-    if len(_layers(base)) == 0:
-        return "it has no blocks"
     if type(base.layernorm) is not nn.LayerNorm:
         return f"its final norm is a {type(base.layernorm).__name__}"
-    for index, layer in enumerate(_layers(base)):
-        reason = refusal_of_block(layer)
-        if reason:
-            return f"block {index} {reason}"
-    return ""
+    return refusal_of_blocks(_layers(model), refusal_of_block)

@@ -1,0 +1,66 @@
+"""Time several passes in one process: every round runs each pass once, in rotating order.
+
+Machines are noisy and throttle, so times are compared within a round. The first rounds warm up (kernels are chosen,
+caches fill, graphs compile) and do not count.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+NUM_WARMUP = 2
+MIN_ROUNDS = 3
+
+
+def interleave(
+    runs: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    max_seconds: float = float("inf"),
+    prepare: Callable[[int], None] = lambda seed: None,
+    label: str = "",
+) -> tuple[dict[str, list[float]], range]:
+    """Run every pass (by its name) once per round. Returns its seconds in every round that counts, and the numbers of
+    these rounds.
+
+    Args:
+        rounds: how many count. max_seconds: start no round after this, once MIN_ROUNDS are done.
+        prepare: called before every pass with the round's number; not timed. label: of the progress bar.
+    """
+    from torch.utils.benchmark import timer  # here, as it looks for a C++ compiler and warns of what it misses
+
+    names, start = list(runs), timer()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    warmup = NUM_WARMUP
+    for index in tqdm(range(rounds + NUM_WARMUP), desc=label, leave=False, disable=None):
+        spent = timer() - start
+        if index == 1 and spent > max_seconds / 4:
+            warmup = 1  # passes this long are warm after one
+        if index >= warmup + MIN_ROUNDS and (spent > max_seconds or index == rounds + warmup):
+            break
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            prepare(index)
+            begin = timer()  # waits for the GPU
+            runs[name]()
+            seconds[name].append(timer() - begin)
+    num_rounds = len(seconds[names[0]])
+    return {name: own[warmup:] for name, own in seconds.items()}, range(warmup, num_rounds)
+
+
+def host_waits(run: Callable[[], object], device: torch.device) -> int | None:
+    """How often a pass makes the host wait for the GPU, as PyTorch reports it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)

@@ -1,0 +1,45 @@
+"""Private names that this package imports from PyTorch, timm and transformers: check them after an upgrade. None of
+them has a public equivalent (PyTorch 2.15, timm 1.0.31, transformers 5.23).
+
+Private attributes of their objects are read where the objects are: `_pos_embed` and `_get_rel_pos_bias` of timm's
+models in `plugin/timm/`, `_can_record_outputs` in `plugin/transformers/model.py`. Tests of the plug-in fail without
+them.
+"""
+
+from __future__ import annotations
+
+# Whether a tensor is inside a torch.func transform (vmap, grad). The Numba and Triton kernels are invisible to those.
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+# Sees every operator with its outputs. PyTorch has no memory statistics for the CPU, so they are counted with this.
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# The innermost `TorchDispatchMode`, such as FlopCounterMode: it wants to see PyTorch's operators, not our kernels.
+from torch.utils._python_dispatch import _get_current_dispatch_mode as current_dispatch_mode
+
+# Visits the tensors among an operator's outputs, however they are nested.
+from torch.utils._pytree import tree_map_only
+
+__all__ = [
+    "TorchDispatchMode",
+    "current_dispatch_mode",
+    "is_functorch_wrapped_tensor",
+    "timm_feature_indices",
+    "transformers_record_registry",
+    "tree_map_only",
+]
+
+
+# timm and transformers are imported inside the functions, so that importing this module stays fast.
+def timm_feature_indices(num_blocks: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+    """The blocks that timm's `forward_intermediates(indices=...)` means, and the last of them."""
+    from timm.models._features import feature_take_indices
+
+    return feature_take_indices(num_blocks, indices)
+
+
+def transformers_record_registry() -> dict:
+    """str(class) -> what transformers records for output_hidden_states. It notes this when it builds a model."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    return _CAN_RECORD_REGISTRY

@@ -1,0 +1,181 @@
+"""Which samples form which batch, and the DataLoader: how its workers report bad files, die and are stopped.
+
+The order of an epoch is a pure function of (seed, epoch), and each process takes its slice of every global batch. So
+neither the number of processes nor stopping and resuming in mid-epoch changes anything. Batch sizes are global: over
+all processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from ats.datasets.base import Draw, Sample
+from ats.errors import UserError
+
+WORKER_DEATH_WAIT = 5.0  # seconds; a worker that closed its pipe has died by then
+
+
+@dataclass(eq=False)
+class TrainBatchSampler(Sampler[list[Draw]]):
+    """One process's share of shuffled batches of `Draw`. Drops an incomplete last batch.
+
+    With `num_repeats` R, an epoch holds R consecutive draws of every R-th image of the shuffled order: the repeated
+    augmentation of Hoffer et al., as in DeiT's RASampler. The epoch keeps its length and sees fewer images more often.
+
+    Shares of a batch may differ by one sample. With `pairs` a process takes samples i and B - 1 - i of the batch
+    together: Mixup mixes exactly these, so it mixes the same samples for any number of processes.
+
+    Raises:
+        UserError: a batch is larger than the data set, or smaller than the number of processes (twice that number with
+            `pairs`).
+    """
+
+    num_samples: int
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    num_repeats: int = 1
+    rank: int = 0
+    world_size: int = 1
+    pairs: bool = False
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
+        least = self.world_size * (2 if self.pairs else 1)
+        if self.batch_size < least:
+            raise UserError(
+                f"The batch size is over all processes: TRAIN.BATCH_SIZE {self.batch_size} is too small for "
+                f"{self.world_size}. Set TRAIN.BATCH_SIZE to at least {least}."
+            )
+        if self.num_samples < self.batch_size:
+            raise UserError(
+                f"The training set has {self.num_samples} samples, fewer than one batch of {self.batch_size}. "
+                f"Set TRAIN.BATCH_SIZE to at most {self.num_samples}."
+            )
+        self.num_batches = self.num_samples // self.batch_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
+        """Choose the epoch of the next iteration, and skip its first `start_batch` batches (after a resume)."""
+        if not 0 <= start_batch <= self.num_batches:
+            raise ValueError(f"start_batch must be in 0..{self.num_batches} (batches per epoch); got {start_batch}.")
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def global_order(self) -> list[Draw]:
+        """All draws of the epoch over all processes, in order: batch b is `[b * batch_size : (b + 1) * batch_size]`."""
+        rng, epoch_size = np.random.default_rng([self.seed, self.epoch]), self.num_batches * self.batch_size
+        permutation = rng.permutation(self.num_samples)
+        seeds = rng.integers(2**32, size=epoch_size)
+        return list(map(Draw, permutation[np.arange(epoch_size) // self.num_repeats].tolist(), seeds.tolist()))
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order, share = self.global_order(), _share_of_pairs if self.pairs else _share
+        for start in range(self.start_batch * self.batch_size, len(order), self.batch_size):
+            yield share(order[start : start + self.batch_size], self.rank, self.world_size)
+
+    def __len__(self) -> int:
+        """Remaining batches of this epoch."""
+        return self.num_batches - self.start_batch
+
+
+@dataclass(eq=False)
+class EvalBatchSampler(Sampler[list[int]]):
+    """Batches of indices in order: each sample exactly once over all processes; none is repeated to fill a batch.
+
+    Each process gets a slice of every global batch. At the end it may get one sample, or one batch, fewer than another.
+    """
+
+    num_samples: int
+    _: KW_ONLY
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, self.num_samples, self.batch_size):
+            batch = range(start, min(start + self.batch_size, self.num_samples))
+            if share := list(_share(batch, self.rank, self.world_size)):
+                yield share
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _share(batch, rank: int, world_size: int):
+    """The slice of a global batch (list or range) of `rank`; sizes differ by at most one."""
+    return batch[len(batch) * rank // world_size : len(batch) * (rank + 1) // world_size]
+
+
+def _share_of_pairs(batch: list, rank: int, world_size: int) -> list:
+    """The pairs (i, B - 1 - i) of `rank`, in an order that makes i and B' - 1 - i of the share a pair again."""
+    num_pairs = len(batch) // 2
+    first, last = num_pairs * rank // world_size, num_pairs * (rank + 1) // world_size
+    middle = batch[num_pairs : len(batch) - num_pairs] if rank == 0 else []
+    return batch[first:last] + middle + batch[len(batch) - last : len(batch) - first]
+
+
+class Loader(DataLoader):
+    """A DataLoader that raises a worker's UserError unchanged, and a worker's death always as a RuntimeError.
+
+    A plain DataLoader would put the worker's traceback into the error's text. So the data set returns the error in
+    place of the batch (`__getitems__`), and it is raised here when its batch is due.
+    """
+
+    def __init__(self, dataset: Dataset, **settings: object):
+        super().__init__(dataset, collate_fn=collate, worker_init_fn=ignore_stop_signals, **settings)
+
+    def __iter__(self) -> Iterator[Sample]:
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, UserError):
+                    # A new one: raising `batch` itself would create a reference cycle with this frame, and an iterator
+                    # freed as part of a cycle waits five seconds for each of its workers.
+                    raise type(batch)(*batch.args)
+                yield batch
+        except (OSError, EOFError) as error:
+            if not self.num_workers:
+                raise
+            # A worker that dies while handing over a batch does not always give PyTorch's own error: its pipe closes
+            # before its SIGCHLD arrives. PyTorch raises that error, which says what killed the worker, when the signal
+            # comes. Wait for it here: while the iterator is being deleted, Python would only print it.
+            time.sleep(WORKER_DEATH_WAIT)
+            raise RuntimeError(
+                f"DataLoader worker exited unexpectedly while a batch was read from it ({error!r})."
+            ) from error
+
+
+def collate(samples: list[Sample] | UserError) -> Sample | UserError:
+    """Stack samples: x [B, 3, (T,) H, W], label and index int64 [B], bad B strings. A UserError passes through."""
+    return samples if isinstance(samples, UserError) else default_collate(samples)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """A `worker_init_fn`: leave stopping to the training process, since schedulers and terminals signal whole groups.
+
+    A SIGTERM from that process itself still counts: PyTorch ends a worker that way if it does not exit on its own.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
+
+
+def _exit_on_parents_sigterm() -> None:
+    parent = multiprocessing.parent_process().pid  # not os.getppid(): that may be a fork server
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def num_cores() -> int:
+    """Cores per process that torchrun started on this machine, within a container's CPU limit where one can be read."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

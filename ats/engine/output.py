@@ -1,0 +1,136 @@
+"""What a run writes in OUTPUT_DIR and on the console: one run at a time, and one configuration.
+
+`config.yaml` is the run's configuration and loads as it is. `log.txt` has its messages (`log_rank1.txt` those of the
+second process); DEBUG messages go nowhere else. The process that runs holds `.lock`. `train_log.py` writes the numbers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import logging.handlers
+import os
+import sys
+from pathlib import Path
+from typing import IO
+
+import simplejson
+from tqdm import tqdm
+
+from ats.config import CfgNode
+from ats.config.keys import keys
+from ats.config.schema import flatten
+from ats.errors import UserError
+
+ROOT = logging.getLogger("ats")
+
+_locks: dict[Path, IO] = {}  # folder -> its lock, which this process holds until it ends
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes to stderr without breaking a running progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _Formatter(logging.Formatter):
+    """`[time] message`, prefixed with the process (except the first) and with the level from WARNING on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"[{self.formatTime(record, '%m-%d %H:%M:%S')}] {process_prefix()}{level}{record.getMessage()}"
+
+
+def process_prefix() -> str:
+    """`"process 1: "` and so on; "" for the first process that torchrun started."""
+    rank = os.environ.get("RANK", "0")
+    return f"process {rank}: " if rank != "0" else ""
+
+
+def setup_logging() -> None:
+    """Send the package's messages to the console, and buffer them for the file that `log_to_file` will name.
+
+    Only the first process prints INFO messages; the others print warnings.
+    """
+    ROOT.setLevel(logging.DEBUG)
+    ROOT.handlers.clear()
+    console = _ConsoleHandler(logging.WARNING if process_prefix() else logging.INFO)
+    console.setFormatter(_Formatter())
+    ROOT.addHandler(console)
+    ROOT.addHandler(logging.handlers.MemoryHandler(1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
+
+
+def log_to_file(path: Path) -> None:
+    """From now on append the package's messages to this file, starting with those buffered since `setup_logging`."""
+    if not ROOT.handlers:
+        setup_logging()
+    file = logging.FileHandler(path)
+    file.setFormatter(_Formatter())
+    for handler in ROOT.handlers[1:]:  # after the console: the buffer, or the file of an earlier run
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            handler.setTarget(file)
+            handler.flush()
+        ROOT.removeHandler(handler)
+        handler.close()
+    ROOT.addHandler(file)
+
+
+def log_plan(plan: dict[str, str]) -> None:
+    """Log what the run will do, one aligned line per item."""
+    for name, value in plan.items():
+        ROOT.info("%-8s  %s", name, value)
+
+
+def open_output_dir(cfg: CfgNode) -> Path:
+    """Create and lock OUTPUT_DIR, start `log.txt` there, and return its path.
+
+    Raises a UserError if another run is using it, or if it cannot be created or written to.
+    """
+    from ats.engine.device import is_main, rank, wait_for_all  # needs PyTorch: imported once the config is right
+
+    output_dir = Path(cfg.OUTPUT_DIR).expanduser()
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if is_main():
+            _lock(output_dir)
+        log_to_file(output_dir / ("log.txt" if is_main() else f"log_rank{rank()}.txt"))
+    except OSError as error:
+        raise UserError(
+            f"OUTPUT_DIR {output_dir} cannot be made or written to: {error.strerror or error}. Type OUTPUT_DIR FOLDER "
+            "with a folder you may write to."
+        ) from error
+    wait_for_all()
+    return output_dir
+
+
+def _lock(folder: Path) -> None:
+    folder = folder.resolve()
+    if folder in _locks:
+        return
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open as long as the process lives
+    try:
+        # A POSIX lock ends with its process, even if the data workers live on for some seconds after a SIGKILL.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        advice = "Stop it, or give this one another OUTPUT_DIR."
+        raise UserError(f"{folder} is in use by another run ({file.read().strip()}). {advice}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    _locks[folder] = file
+
+
+def settings(cfg: CfgNode) -> dict[str, object]:
+    """Every setting that can change a result: the same on every machine and for every OUTPUT_DIR."""
+    machine = {name for name, key in keys().items() if key.machine}
+    # ATS.STAGES came later than the first results: where it is not used, their hashes hold.
+    later = set() if cfg.ATS.STAGES else {"ATS.STAGES"}
+    return {name: value for name, value in flatten(cfg) if name not in machine | later}
+
+
+def config_sha256(cfg: CfgNode) -> str:
+    """Hash of `settings`."""
+    return hashlib.sha256(simplejson.dumps(settings(cfg), sort_keys=True).encode()).hexdigest()

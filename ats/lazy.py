@@ -1,0 +1,34 @@
+"""What is done once, on first use: the import of PyTorch, and properties.
+
+Config files and `--help` need the options that a reduction declares, not its arithmetic, and importing PyTorch takes
+seconds. The files in `ats/reduction/` therefore take `torch` from here; code of your own can import it as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+
+class _LazyTorch(ModuleType):
+    def __getattr__(self, name: str) -> object:
+        value = getattr(import_module("torch"), name)
+        setattr(self, name, value)  # so this is called once per name
+        return value
+
+
+torch = _LazyTorch("torch")
+
+
+class cached:
+    """`functools.cached_property` without its lock: before Python 3.12, torch.compile breaks the graph at the lock."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        value = self.function(instance)
+        setattr(instance, self.function.__name__, value)
+        return value

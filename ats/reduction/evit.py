@@ -1,0 +1,117 @@
+"""EViT (Liang et al., Not All Patches are What You Need, ICLR 2022): the tokens that CLS attends to most stay, and one
+more that is the weighted sum of the others. How many is a share of the tokens present.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ats.lazy import torch
+from ats.options import SHARE, option
+from ats.reduction.base import Reduction, Step, register
+from ats.reduction.merging import repack, rows_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ats.tokens import RaggedTokens
+
+
+@register("evit")
+@dataclass(frozen=True)
+class EViT(Reduction):
+    """Keep by the attention of CLS, behind the attention."""
+
+    title = "EViT"
+    amount = "keep_rate"
+    after_attention = True
+
+    keep_rate: float = option(
+        0.7,
+        "Of ATS.SAMPLER evit: share of the tokens present, prefix tokens not counted, that each of ATS.BLOCKS keeps; "
+        "or a list with one entry per block of the network.",
+        within=SHARE,
+        types=(float, list),
+        per_block=True,
+        give="a share in (0, 1]",
+    )
+    fuse_token: bool = option(
+        True, "Of ATS.SAMPLER evit: the others become one token, weighted by CLS's attention; False: they are dropped."
+    )
+
+    needs_cls = True
+
+    @property
+    def makes_fused(self) -> bool:
+        return self.fuse_token
+
+    def num_kept(self, lengths: Tensor) -> Tensor:
+        """Tokens that stay of `lengths`, prefix tokens counted in both, the fused token in neither."""
+        share = self.keep_rate * (lengths.double() - self.num_prefix_tokens)
+        return self.num_prefix_tokens + share.ceil().to(lengths.dtype)
+
+    def limit(self, max_tokens: int) -> int:
+        kept = self.num_prefix_tokens + math.ceil(self.keep_rate * (max_tokens - self.num_prefix_tokens))
+        return kept + (self.fuse_token and kept < max_tokens)
+
+    def merge(self, step: Step) -> RaggedTokens:
+        """Kept tokens in descending order of CLS's attention; the fused token behind the last.
+
+        In the blocks behind, the fused token gets attention as any other. Its size, if tokens have sizes, is the sum: a
+        reduction behind that weighs by size reads it. Gradients flow through its weights; dropout on the
+        attention weights does not reach them.
+        """
+        from ats.attention import cls_attention
+
+        tokens, layout, num_prefix = step.kept, step.kept.layout, self.num_prefix_tokens
+        if self.num_kept(torch.tensor(tokens.max_tokens)) == tokens.max_tokens:
+            return tokens  # then every sequence keeps all, in any batch
+        dtype = torch.promote_types(step.k.dtype, torch.float32)
+        with torch.autocast(step.k.device.type, enabled=False):
+            bias = None if step.bias is None else step.bias[:, :, 0]
+            q = layout.first_rows(step.q).to(dtype)
+            row = cls_attention(q, step.k.to(dtype), keys=layout, scale=step.scale, bias=bias)
+        score = row.mean(dim=1)  # [S, N]
+        ranked = score[:, num_prefix:].detach().masked_fill(~layout.mask[:, num_prefix:], -1)
+        order = ranked.sort(dim=1, descending=True, stable=True).indices + num_prefix
+        order = torch.cat([torch.arange(num_prefix, device=order.device).expand(order.shape[0], -1), order], dim=1)
+        x, position, size, key_bias = (
+            None if t is None else rows_of(layout.pad(t), order)
+            for t in (tokens.x, tokens.position, tokens.size, tokens.key_bias)
+        )
+        lengths = self.num_kept(layout.lengths)
+        if self.fuse_token:
+            column = torch.arange(layout.longest, device=order.device)
+            fuses = (column >= lengths[:, None]) & layout.mask
+            last = (column == lengths[:, None]) & fuses  # the row behind the last kept one
+            weight = (score.gather(1, order) * fuses)[..., None]
+            x = torch.where(last[..., None], (x * weight).sum(dim=1, keepdim=True).to(x.dtype), x)
+            position = position.masked_fill(last, -1)
+            size = None if size is None else torch.where(last, (size * fuses).sum(dim=1, keepdim=True), size)
+            key_bias = None if key_bias is None else key_bias.masked_fill(last, 0)
+            lengths = lengths + last.sum(dim=1)
+        limit = self.limit(layout.longest)
+        kept = repack(
+            tokens,
+            None if layout.uniform and layout.full else lengths,
+            max_tokens=self.limit(tokens.max_tokens),
+            x=x[:, :limit],
+            position=position[:, :limit],
+            size=None if size is None else size[:, :limit],
+            key_bias=None if key_bias is None else key_bias[:, :limit],
+        )
+        return replace(kept, has_fused=tokens.has_fused or self.fuse_token)
+
+    def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
+        """Of the row of CLS."""
+        return (self.num_kept(num_in) < num_in) * num_in * head_dim * num_heads
+
+    @classmethod
+    def usual_blocks(cls, depth: int) -> list[int]:
+        """Behind a quarter, a half and three quarters of the depth."""
+        return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
+
+    def scaled(self, scale: float, max_tokens: int, stagger: float) -> EViT:
+        return replace(self, keep_rate=min(max(scale, 1e-3), 1.0))

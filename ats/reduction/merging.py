@@ -1,0 +1,144 @@
+"""Parts that merging reductions are made of, on ragged tokens: groups of tokens, their weighted means, and who is near.
+
+Shapes: as in `base.py`; N rows of the longest sequence in the padded layout, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from ats.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ats.reduction.base import Step
+    from ats.tokens import RaggedTokens
+
+
+def sizes(tokens: RaggedTokens, dtype: torch.dtype) -> Tensor:
+    """[T] how many original tokens each token stands for."""
+    return tokens.x.new_ones(tokens.x.shape[0], dtype=dtype) if tokens.size is None else tokens.size
+
+
+def weighted_mean(x: Tensor, weight: Tensor, target: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:
+    """The mean of every group of rows, and each group's total weight.
+
+    Args:
+        x: [T, C]. weight: [T], float32 or better. target: [T] int64, the group of each row; -1: in no group.
+
+    Returns:
+        [num_targets, C] in the dtype of x, and [num_targets]; 0 and 1 where a group has no rows.
+    """
+    target = torch.where(target >= 0, target, num_targets)  # an extra row, cut off: NaN * 0 is NaN
+    total = weight.new_zeros(num_targets + 1).index_add(0, target, weight)[:num_targets]
+    total = torch.where(total > 0, total, 1)
+    summed = weight.new_zeros(num_targets + 1, x.shape[1]).index_add(0, target, x * weight[:, None])[:num_targets]
+    return (summed / total[:, None]).to(x.dtype), total
+
+
+def nearest_kept(step: Step) -> Tensor:
+    """[T] int64: for every token of a block's input the row of `step.kept` that takes it in: itself where it is kept,
+    else the kept candidate whose key is nearest, by the cosine of the keys of all heads as one vector; -1 for padding.
+
+    Prefix tokens take in no others.
+    """
+    layout, kept, num_prefix = step.tokens.layout, step.kept.layout, step.tokens.num_prefix_tokens
+    dtype = torch.promote_types(step.k.dtype, torch.float32)
+    with torch.autocast(step.k.device.type, enabled=False):
+        unit = torch.nn.functional.normalize(step.k.detach().flatten(1).to(dtype), dim=1)
+        similarity = layout.pad(unit) @ kept.pad(unit.index_select(0, step.index)).transpose(1, 2)  # [S, M, M']
+        similarity[:, :, :num_prefix] = -torch.inf
+        similarity = similarity.masked_fill(~kept.mask[:, None], -torch.inf)
+    nearest = layout.unpad(similarity.argmax(dim=2)) + kept.start.index_select(0, layout.sequence)
+    own = torch.arange(step.index.shape[0], device=nearest.device)
+    if not kept.full:  # a row of padding holds some dropped token
+        own = torch.where(kept.mask.flatten(), own, nearest.index_select(0, step.index))
+    nearest = nearest.index_copy(0, step.index, own)
+    return nearest if layout.full else nearest.masked_fill(~layout.mask.flatten(), -1)
+
+
+class Matching(NamedTuple):
+    """Which tokens merge, in the padded layout."""
+
+    order: Tensor  # [S, N'] positions of the tokens that stay, in their new order; of padding anything
+    target: Tensor  # [S, N] where each token goes, as an index into `order`; -1 for padding
+    lengths: Tensor  # [S] tokens that stay
+
+    def merge(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of every group of tokens that become one, weighted by how many original tokens each stands for.
+
+        Args:
+            x: [S, N, C]. size: [S, N], float32 or better.
+
+        Returns:
+            [S, N', C] and the new sizes [S, N'].
+        """
+        num_sequences, length = self.order.shape
+        first = torch.arange(num_sequences, device=x.device)[:, None] * length
+        target = torch.where(self.target >= 0, first + self.target, -1).flatten()
+        x, size = weighted_mean(x.flatten(0, 1), size.flatten(), target, num_sequences * length)
+        return x.unflatten(0, (num_sequences, length)), size.unflatten(0, (num_sequences, length))
+
+
+def bipartite_soft_matching(
+    metric: Tensor, r: int, *, num_prefix_tokens: int = 1, lengths: Tensor | None = None
+) -> Matching:
+    """ToMe, section 3 and its appendix D: tokens at even positions (A) and at odd ones (B); each of A proposes to the
+    one of B it is most similar to (cosine), and the r best proposals merge. Prefix tokens neither propose nor are
+    proposed to. The new order is the prefix, the rest of A, the rest of B: not spatial, and it decides the next split.
+
+    Args:
+        metric: [S, N, D] what is compared.
+        r: 0 or more; in every sequence at most half of the tokens that are not prefix tokens merge.
+        lengths: [S] tokens of each sequence, which come first in its row; None: N.
+    """
+    num_sequences, num_tokens, _ = metric.shape
+    if lengths is None:
+        lengths = torch.full((num_sequences,), num_tokens, device=metric.device)
+    metric = metric.detach()
+    unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(metric.dtype).tiny)
+    similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # [S, A, B]
+    position = torch.arange(num_tokens, device=metric.device)
+    may_merge = (position >= num_prefix_tokens) & (position < lengths[:, None])  # [S, N]
+    allowed = may_merge[:, ::2, None] & may_merge[:, None, 1::2]
+    best, partner = similarity.masked_fill(~allowed, -torch.inf).max(dim=2)
+    num_merged = ((lengths - num_prefix_tokens) // 2).clamp(0, r)
+    rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    merged = rank < num_merged[:, None]  # [S, A]
+
+    # The new order: prefix 0, rest of A 1, rest of B 2, padding and merged tokens behind.
+    place = torch.where(position < num_prefix_tokens, 0, 1 + position % 2).expand(num_sequences, -1)
+    gone = torch.zeros_like(may_merge)
+    gone[:, ::2] = merged
+    place = place.masked_fill(gone | (position >= lengths[:, None]), 3)
+    order = place.argsort(dim=1, stable=True)
+    new_index = order.argsort(dim=1)
+    target = new_index.masked_fill(position >= lengths[:, None], -1)
+    target[:, ::2] = torch.where(merged, new_index.gather(1, 2 * partner + 1), target[:, ::2])
+    longest = num_tokens - max(min(r, (num_tokens - num_prefix_tokens) // 2), 0)
+    return Matching(order[:, :longest], target, lengths - num_merged)
+
+
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """[S, N, ...] -> [S, M, ...], the rows `index` [S, M] of each sequence."""
+    start = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (start + index).flatten()).unflatten(0, index.shape)
+
+
+def repack(
+    tokens: RaggedTokens, lengths: Tensor | None, *, max_tokens: int, x: Tensor, **padded: Tensor | None
+) -> RaggedTokens:
+    """Padded rows as the tokens that go on.
+
+    Args:
+        tokens: what they come from. lengths: [S] rows of each sequence that are tokens; None: all.
+        max_tokens: see `RaggedTokens`. x: [S, N', C].
+        padded: other attributes of `RaggedTokens`, [S, N'] (position, size, key_bias), or None.
+    """
+    layout = tokens.layout.of_lengths(lengths, longest=x.shape[1])
+    if not layout.full:  # rows of padding have no position
+        padded["position"] = torch.where(layout.mask, padded["position"], tokens.num_positions)
+    rows = {name: None if t is None else layout.unpad(t[:, : layout.longest]) for name, t in padded.items()}
+    return replace(tokens, x=layout.unpad(x[:, : layout.longest]), layout=layout, max_tokens=max_tokens, **rows)

@@ -1,0 +1,87 @@
+"""ToMe (Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023): similar tokens merge behind the attention.
+
+How many is a matter of the configuration, the same for all sequences of one length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ats.lazy import torch
+from ats.options import FROM_0, option
+from ats.reduction.base import Reduction, Step, register
+from ats.reduction.merging import bipartite_soft_matching, repack, sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ats.tokens import RaggedTokens
+
+
+@register("tome")
+@dataclass(frozen=True)
+class ToMe(Reduction):
+    """Token merging in one block."""
+
+    title = "ToMe"
+    amount = "r"
+    after_attention = True
+
+    r: int = option(
+        8,
+        "Of ATS.SAMPLER tome: tokens that merge away in each of ATS.BLOCKS (at most half of those present); or a list "
+        "with one entry per block of the network.",
+        within=FROM_0,
+        types=(int, list),
+        per_block=True,
+        give="the number of tokens to merge away, 0 or more",
+    )
+    prop_attn: bool = option(
+        True, "Of ATS.SAMPLER tome: proportional attention, logits plus the log of a token's size."
+    )
+
+    def num_merged(self, num_tokens: int) -> int:
+        """Tokens that merge away of `num_tokens`, prefix tokens counted."""
+        return max(min(self.r, (num_tokens - self.num_prefix_tokens) // 2), 0)
+
+    def limit(self, max_tokens: int) -> int:
+        return max_tokens - self.num_merged(max_tokens)
+
+    def merge(self, step: Step) -> RaggedTokens:
+        """Merge tokens that are similar in the mean of their keys over the heads."""
+        tokens, layout = step.kept, step.kept.layout
+        if self.num_merged(layout.longest) == 0:
+            return tokens
+        lengths = None if layout.uniform and layout.full else layout.lengths
+        dtype = torch.promote_types(step.k.dtype, torch.float32)
+        with torch.autocast(step.k.device.type, enabled=False):
+            metric = layout.pad(step.k.detach().to(dtype).mean(dim=1))
+            matching = bipartite_soft_matching(
+                metric, self.r, num_prefix_tokens=self.num_prefix_tokens, lengths=lengths
+            )
+            x, size = matching.merge(layout.pad(tokens.x), layout.pad(sizes(tokens, dtype)))
+        has_bias = self.prop_attn or tokens.key_bias is not None
+        return repack(
+            tokens,
+            None if lengths is None else matching.lengths,
+            max_tokens=self.limit(tokens.max_tokens),
+            x=x,
+            position=layout.pad(tokens.position).gather(1, matching.order),
+            size=size,
+            key_bias=size.log() if has_bias else None,
+        )
+
+    def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
+        """Of the similarities."""
+        num_a = torch.ceil(num_in / 2)
+        merges = (num_in - self.num_prefix_tokens >= 2) & (self.r > 0)
+        return merges * num_a * (num_in - num_a) * head_dim
+
+    @classmethod
+    def usual_blocks(cls, depth: int) -> list[int]:
+        return list(range(depth))
+
+    def scaled(self, scale: float, max_tokens: int, stagger: float) -> ToMe:
+        return replace(self, r=max(math.floor((1 - scale) * (max_tokens // 2) + stagger), 0))

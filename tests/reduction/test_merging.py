@@ -1,0 +1,452 @@
+"""Reductions that merge, on every network: a new one in one file (`merge_dropped.py`), ToMe and EViT; several in one
+network (ATS.STAGES); against plain loops over images and tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import run_net
+import test_psvit
+import test_timm_config
+import timm_models
+import torch
+import transformers_models
+from helpers import clips, counted_multiply_adds, keep_all, randomise, video_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_models import small_vit
+from test_rivals import pictures, tiny
+from test_sampling import by_definition
+from torch import Tensor, nn
+
+import ats
+from ats.config import get_cfg
+from ats.engine.evaluate import model_name
+from ats.errors import UserError
+from ats.flops import gflops
+from ats.models import build_model
+from ats.models.block import ats_blocks
+from ats.reduction.merging import nearest_kept, weighted_mean
+from ats.tokens import RaggedTokens
+
+OPTIONS = {
+    "merge_dropped": {"num_tokens": 0.6},
+    "tome": {"r": 6},
+    "evit": {"keep_rate": 0.7},
+    "evit, nothing fused": {"keep_rate": 0.7, "fuse_token": False},
+}
+SECTIONS = {"num_tokens": "ATS", "r": "TOME", "keep_rate": "EVIT", "fuse_token": "EVIT"}
+
+
+pytestmark = pytest.mark.usefixtures("merge_dropped")
+
+
+def keys_of(kind: str) -> list[object]:
+    """A row of OPTIONS as config keys."""
+    pairs = {f"{SECTIONS[name]}.{name.upper()}": value for name, value in OPTIONS[kind].items()}
+    return ["ATS.SAMPLER", kind.split(",")[0], *(word for pair in pairs.items() for word in pair)]
+
+
+def timm_by_config(name: str, kind: str | None, layout: str) -> nn.Module:
+    cfg = test_timm_config.config(name, *(["ATS.ENABLE", False] if kind is None else keys_of(kind)))
+    cfg.ATS.LAYOUT = layout
+    return randomise(build_model(cfg)).double().eval()
+
+
+def patched(model: nn.Module, kind: str | None) -> nn.Module:
+    if kind is not None:
+        ats.patch(model, blocks=[1, 3], sampler=kind.split(",")[0], **OPTIONS[kind])
+    return model
+
+
+def vit_by_config(kind: str | None, layout: str, *overrides: object) -> nn.Module:
+    on = ["ATS.ENABLE", False] if kind is None else ["ATS.ENABLE", True, *keys_of(kind), "ATS.BLOCKS", [1, 3]]
+    return tiny(*on, "ATS.LAYOUT", layout, *overrides)
+
+
+def video_by_config(network: str, kind: str | None) -> nn.Module:
+    on = ["ATS.ENABLE", False] if kind is None else ["ATS.ENABLE", True, *keys_of(kind)]
+    return video_model(network, *on)
+
+
+def psvit_by_config(kind: str | None, layout: str) -> nn.Module:
+    if kind is None:
+        return test_psvit.net()
+    words = keys_of(kind)
+    return test_psvit.net(blocks=(2, 4), LAYOUT=layout, settings=dict(zip(words[::2], words[1::2], strict=True)))
+
+
+# (reduction or None for the dense network, layout) -> the network; and its input.
+NETWORKS: dict[str, tuple[Callable[[str | None, str], nn.Module], Callable[[], Tensor]]] = {
+    "ViT": (vit_by_config, lambda: pictures(3)),
+    "distilled ViT": (lambda *how: vit_by_config(*how, "VIT.DISTILLED", True), lambda: pictures(3)),
+    **{
+        name: (lambda kind, _, name=name: video_by_config(name, kind), lambda: clips(2))
+        for name in ("xvit", "divided", "joint", "space_only")
+    },
+    "PS-ViT": (psvit_by_config, lambda: test_psvit.inputs(3)),
+    "timm ViT": (lambda *how: timm_by_config("deit3_small_patch16_224", *how), lambda: pictures(3)),
+    "timm Eva": (lambda *how: timm_by_config("vit_small_patch16_rope_mixed_ape_224", *how), lambda: pictures(3)),
+    "ats.patch, timm ViT": (
+        lambda kind, _: patched(timm_models.small_model("deit_tiny_distilled_patch16_224"), kind),
+        lambda: timm_models.images(timm_models.small_model("deit_tiny_distilled_patch16_224")),
+    ),
+    "ats.patch, transformers ViT": (
+        lambda kind, _: patched(transformers_models.small_model("vit classifier"), kind),
+        lambda: transformers_models.images(),
+    ),
+    "ats.patch, transformers DeiT": (
+        lambda kind, _: patched(transformers_models.small_model("deit with teacher"), kind),
+        lambda: transformers_models.images(),
+    ),
+}  # fmt: skip
+EVERYWHERE = [
+    (network, kind) for network in NETWORKS for kind in OPTIONS if (network, kind) != ("timm Eva", "evit")
+]  # a fused token has no position, which Eva's blocks look up
+
+
+@pytest.mark.parametrize(("network", "kind"), EVERYWHERE)
+def test_an_input_gets_the_same_in_any_batch(network, kind):
+    """Alone, and the batch reversed; and fewer tokens than the dense network has, with other logits."""
+    make, inputs = NETWORKS[network]
+    model, x = make(kind, "packed"), inputs()
+    with torch.no_grad():
+        logits, trace = model.forward_tokens(x)
+        torch.testing.assert_close(model.forward_tokens(x.flip(0))[0], logits.flip(0), atol=1e-10, rtol=0)
+        for i, own in enumerate(x):
+            torch.testing.assert_close(model.forward_tokens(own[None])[0][0], logits[i], atol=1e-10, rtol=0)
+        dense = make(None, "packed")
+        dense = dense(x) if "transformers" not in network else dense(x).logits
+    assert (logits - dense).abs().max() > 1e-6
+    assert len(trace) == 2
+    assert all((after.num_tokens <= before.num_tokens).all() for before, after in pairwise(trace))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_nothing_dropped_nothing_merged(network):
+    """The dense network: every group is one token, and the log of 1 is 0."""
+    make, inputs = NETWORKS[network]
+    model, x = make("merge_dropped", "packed"), inputs()
+    dense = make(None, "packed")
+    with torch.no_grad(), keep_all(model):
+        logits, _ = model.forward_tokens(x)
+        want = dense(x) if "transformers" not in network else dense(x).logits
+    torch.testing.assert_close(logits, want, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(("network", "kind"), EVERYWHERE)
+def test_formula_equals_counter(network, kind):
+    """To the last multiply-add of one input; the paper's accounting leaves out what finding the groups costs.
+
+    Frames are compared padded to the longest of the clip, of which the formula counts the tokens alone.
+    """
+    make, inputs = NETWORKS[network]
+    model, x = make(kind, "packed").float(), inputs()[:1].float()
+    total, trace = counted_multiply_adds(model, x)
+    cost = gflops(model, trace, x.shape)
+    is_padded = kind == "merge_dropped" and network in ("xvit", "divided", "space_only")
+    assert total * (0.99 if is_padded else 1) - 0.5 <= cost.as_run.item() * 1e9 <= total + 0.5
+    assert cost.paper.item() < cost.dense
+
+
+@pytest.mark.parametrize(("network", "kind"), EVERYWHERE)
+def test_gradients_are_finite(network, kind):
+    """In training, with respect to every weight; and some reaches each block."""
+    make, inputs = NETWORKS[network]
+    model = make(kind, "packed").train()
+    model.forward_tokens(inputs())[0].square().sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert sum(bool(grad.any()) for grad in grads.values()) > 0.8 * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("layout", ["padded", "static"])
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("network", ["ViT", "distilled ViT", "PS-ViT", "timm ViT", "timm Eva"])
+def test_layouts_agree(network, kind, layout):
+    """Padding changes where tokens lie, not what they are; gradients too."""
+    if (network, kind) == ("timm Eva", "evit"):
+        with pytest.raises(UserError, match=r"sampler evit does not work with this Eva: .*positions"):
+            NETWORKS[network][0](kind, layout)
+        return
+    make, inputs = NETWORKS[network]
+    packed, other, x = make(kind, "packed"), make(kind, layout), inputs()
+    (want, trace), (got, other_trace) = packed.forward_tokens(x), other.forward_tokens(x)
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+    for entry, padded in zip(trace, other_trace, strict=True):
+        assert torch.equal(entry.num_tokens, padded.num_tokens)
+        assert torch.equal(entry.position, padded.position)
+    for logits in (want, got):
+        logits.square().sum().backward()
+    for p, q in zip(packed.parameters(), other.parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, atol=1e-9 * p.grad.abs().max().item() + 1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "static"])
+def test_a_broken_image_harms_nobody_else(layout):
+    model, x = vit_by_config("merge_dropped", layout), pictures(3)
+    with torch.no_grad():
+        good = model(x)
+        x[1, 0, 3, 3] = torch.nan
+        logits = model(x)
+    torch.testing.assert_close(logits[[0, 2]], good[[0, 2]], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["MViT", "CvT"])
+def test_networks_that_pool_their_keys_refuse_it(name):
+    cfg = get_cfg()
+    cfg.merge_from_list(["MODEL.NAME", name, "ATS.ENABLE", True, "ATS.SAMPLER", "merge_dropped", "ATS.BLOCKS", [9]])
+    with torch.device("meta"), pytest.raises(UserError) as error:
+        build_model(cfg)
+    assert f"ATS.SAMPLER merge_dropped: not for {name}: its keys are" in str(error.value)
+    assert "Choose from inverse_transform, topk, random." in str(error.value)
+
+
+def test_help_and_messages_know_what_is_registered(capsys):
+    """As a value of ATS.SAMPLER, with the options of inverse transform sampling."""
+    run_net.main(["--help", "ATS"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Choices: inverse_transform, topk, random, tome, evit, merge_dropped." in text
+    assert "Read by ATS.SAMPLER inverse_transform, merge_dropped." in text  # ATS.RULE
+    with pytest.raises(UserError, match="Did you mean merge_dropped"):
+        ats.patch(timm_models.small_model("deit_tiny_patch16_224"), blocks=[1], sampler="merge_droped")
+
+
+# ---- laws of the parts
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(3, 12), min_size=1, max_size=4), num_prefix=st.integers(1, 2),
+    layout=st.sampled_from(["packed", "padded", "static"]), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_every_token_goes_to_one_that_stays(lengths, num_prefix, layout, seed):
+    """To itself if it stays, else to the most similar one of its sequence but prefix tokens; mass is conserved."""
+    generator = torch.Generator().manual_seed(seed)
+    longest, num = max(lengths), len(lengths)
+    dense = RaggedTokens.from_dense(torch.randn(num, longest, 6, generator=generator), num_prefix, layout=layout)
+    tokens, _ = dense.keep(torch.arange(longest) < torch.tensor(lengths)[:, None], max_tokens=longest)
+    mask = tokens.layout.mask & (torch.rand(num, tokens.layout.longest, generator=generator) < 0.5)
+    mask[:, : num_prefix + 1] = True  # at least one that can take others in
+    kept, index = tokens.keep(mask, max_tokens=longest)
+    k = torch.randn(tokens.layout.total, 2, 3, generator=generator)
+    step = ats.reduction.Step(tokens, tokens.x, tokens, tokens, k, k, 1.0, kept, mask=mask, index=index)
+    target = nearest_kept(step)
+    sequence = tokens.layout.sequence.tolist()
+    is_token = [True] * len(target) if tokens.layout.full else tokens.layout.mask.flatten().tolist()
+    place = {int(p): i for i, p in zip(range(kept.layout.total), kept.grid_index, strict=True)
+             if kept.layout.full or kept.layout.mask.flatten()[i]}  # fmt: skip
+    for row, goes_to in enumerate(target.tolist()):
+        if not is_token[row]:
+            assert goes_to == -1
+            continue
+        own = int(tokens.grid_index[row])
+        if own in place:
+            assert goes_to == place[own]
+            continue
+        others = {i: torch.cosine_similarity(k[row].flatten(), k[index[i]].flatten(), dim=0).item()
+                  for i in place.values()
+                  if kept.layout.sequence[i] == sequence[row] and kept.position[i] >= num_prefix}  # fmt: skip
+        assert others[goes_to] == pytest.approx(max(others.values()), abs=1e-6)
+    size = torch.randint(1, 5, (len(target),), generator=generator).double() * torch.tensor(is_token)
+    x = tokens.x.double()
+    merged, total = weighted_mean(x, size, target, kept.layout.total)
+    for i in range(num):
+        own, left = (t.layout.sequence == i for t in (tokens, kept))
+        left = left if kept.layout.full else left & kept.layout.mask.flatten()
+        torch.testing.assert_close(total[left].sum(), size[own].sum(), atol=0, rtol=0)
+        torch.testing.assert_close(merged[left].T @ total[left], x[own].T @ size[own], atol=1e-12, rtol=0)
+
+
+# ---- several reductions in one network, against a loop over images and tokens
+
+STAGES = {
+    "merge_dropped": [{"SAMPLER": "merge_dropped", "BLOCKS": [1, 2, 3], "NUM_TOKENS": 30}],
+    "ToMe, merge_dropped": [
+        {"SAMPLER": "tome", "BLOCKS": [0, 1], "R": 9}, {"SAMPLER": "merge_dropped", "BLOCKS": [2, 3], "NUM_TOKENS": 25},
+    ],
+    "ToMe without sizes, merge_dropped": [
+        {"SAMPLER": "tome", "BLOCKS": [0, 1], "R": 9, "PROP_ATTN": False}, {"SAMPLER": "merge_dropped", "BLOCKS": [3]},
+    ],
+    "sampling, ToMe": [
+        {"SAMPLER": "inverse_transform", "BLOCKS": [0, 1]}, {"SAMPLER": "tome", "BLOCKS": [2, 3], "R": 7},
+    ],
+    "sampling, EViT": [
+        {"BLOCKS": [0], "NUM_TOKENS": 50}, {"SAMPLER": "evit", "BLOCKS": [1, 3], "KEEP_RATE": [1.0, 0.6, 1.0, 0.7]},
+    ],
+    "EViT, merge_dropped, ToMe": [
+        {"SAMPLER": "evit", "BLOCKS": [0]}, {"SAMPLER": "merge_dropped", "BLOCKS": [1, 2], "NUM_TOKENS": 28},
+        {"SAMPLER": "tome", "BLOCKS": [3], "R": 4},
+    ],
+}  # fmt: skip
+
+
+def slow(model: nn.Module, image: Tensor, stages: list[dict]) -> Tensor:
+    """Logits [classes] of one image by the network's own modules, token by token."""
+    plan = {block: stage for stage in stages for block in stage["BLOCKS"]}
+    x, size, key_bias = model.embed(image[None])[0], None, None
+    num_prefix, max_tokens = model.num_prefix_tokens, len(x)
+    for index, block in enumerate(model.blocks):
+        stage = plan.get(index, {})
+        sampler = stage.get("SAMPLER", "inverse_transform") if stage else ""
+        attn, n = block.attn, len(x)
+        q, k, v = attn.qkv(block.norm1(x)).reshape(n, 3, attn.num_heads, -1).unbind(1)
+        bias = torch.zeros(n, dtype=x.dtype) if key_bias is None else key_bias
+        groups = [[i] for i in range(n)]
+        if sampler in ("inverse_transform", "merge_dropped"):
+            row = (torch.einsum("hd,nhd->hn", q[0], k) * attn.scale + bias).softmax(-1).sum(0)
+            score = (row * v.flatten(1).norm(dim=1))[num_prefix:]
+            budget = stage.get("NUM_TOKENS", max_tokens)
+            complete = size is None and n == max_tokens
+            chosen = by_definition(score.tolist(), budget - num_prefix, complete=complete, rule="official")
+            stay = [*range(num_prefix), *sorted(i + num_prefix for i in chosen)]
+            max_tokens, groups = min(budget, max_tokens), [[i] for i in stay]
+            if sampler == "merge_dropped":
+                size = torch.ones(n, dtype=x.dtype) if size is None else size
+                for i in sorted(set(range(n)) - set(stay)):
+                    near = [torch.cosine_similarity(k[i].flatten(), k[j].flatten(), dim=0) for j in stay[num_prefix:]]
+                    groups[num_prefix + int(torch.stack(near).argmax())].append(i)
+            weight = torch.ones(n, dtype=x.dtype) if sampler == "inverse_transform" else size
+            x = torch.stack([(weight[g, None] * x[g]).sum(0) / weight[g].sum() for g in groups])
+            q = attn.qkv(block.norm1(x)).reshape(len(x), 3, attn.num_heads, -1)[:, 0]
+        attention = (torch.einsum("qhd,khd->hqk", q, k) * attn.scale + bias).softmax(-1)
+        x = x + attn.proj(torch.einsum("hqk,khd->qhd", attention, v).flatten(1))
+        if sampler == "tome":
+            size = torch.ones(n, dtype=x.dtype) if size is None else size
+            metric, proposals = k.mean(1), []
+            for a in range(2 * -(-num_prefix // 2), n, 2):
+                near = {b: torch.cosine_similarity(metric[a], metric[b], dim=0).item()
+                        for b in range(1, n, 2) if b >= num_prefix}  # fmt: skip
+                best = max(near, key=near.get)
+                proposals.append((near[best], a, best))
+            r = min(stage["R"], (n - num_prefix) // 2)
+            into = {a: b for _, a, b in sorted(proposals, reverse=True)[:r]}
+            rest = [i for parity in (0, 1) for i in range(num_prefix, n) if i % 2 == parity and i not in into]
+            groups = [[i] for i in range(num_prefix)] + [[b, *(a for a in into if into[a] == b)] for b in rest]
+            x = torch.stack([(size[g, None] * x[g]).sum(0) / size[g].sum() for g in groups])
+            max_tokens -= min(stage["R"], (max_tokens - num_prefix) // 2)
+        elif sampler == "evit":
+            rate = stage.get("KEEP_RATE", [0.7] * len(model.blocks))[index]
+            row = attention[:, 0].mean(0)
+            ranked = num_prefix + row[num_prefix:].argsort(descending=True, stable=True)
+            num_kept = int(np.ceil(rate * (n - num_prefix)))
+            gone = ranked[num_kept:]
+            fused = [(row[gone, None] * x[gone]).sum(0, keepdim=True)] if len(gone) else []
+            x = torch.cat([x[:num_prefix], x[ranked[:num_kept]], *fused])
+            left = num_prefix + int(np.ceil(rate * (max_tokens - num_prefix)))
+            max_tokens = left + (left < max_tokens)
+        if sampler in ("tome", "merge_dropped"):
+            size = torch.stack([size[g].sum() for g in groups])
+            with_bias = sampler == "merge_dropped" or stage.get("PROP_ATTN", True) or key_bias is not None
+            key_bias = size.log() if with_bias else None
+        elif sampler == "inverse_transform" and size is not None:
+            size, key_bias = size[stay], None if key_bias is None else key_bias[stay]
+        x = x + block.mlp(block.norm2(x))
+    prefix = model.norm(x[:num_prefix])
+    return model.classify(prefix[None])[0]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "static"])
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_are_what_a_loop_computes(name, distilled, layout):
+    """For every image on its own, whatever the others keep."""
+    model = tiny("ATS.ENABLE", True, "ATS.STAGES", STAGES[name], "ATS.LAYOUT", layout, "VIT.DISTILLED", distilled)
+    dense, x = tiny("ATS.ENABLE", False, "VIT.DISTILLED", distilled), pictures(3)
+    dense.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        logits, trace = model.forward_tokens(x)
+        want = torch.stack([slow(dense, image, STAGES[name]) for image in x])
+    torch.testing.assert_close(logits, want, atol=1e-10, rtol=0)
+    assert [entry.block for entry in trace] == sorted(block for stage in STAGES[name] for block in stage["BLOCKS"])
+    if name == "sampling, ToMe":
+        assert len(trace[-1].num_tokens.unique()) > 1  # ragged behind sampling, and behind ToMe
+
+
+def test_sizes_carry_over_from_stage_to_stage():
+    """Every patch is in one token; a key's bias is the log of its size."""
+    model, outputs = tiny("ATS.ENABLE", True, "ATS.STAGES", STAGES["ToMe, merge_dropped"]), []
+    for block in ats_blocks(model):
+        block.register_forward_hook(lambda _module, _args, out: outputs.append(out))
+    with torch.no_grad():
+        model(pictures(3))
+    assert len(outputs) == 4
+    for tokens in outputs:
+        assert tokens.layout.pad(tokens.size).sum(1).tolist() == [65] * 3
+        assert torch.equal(tokens.key_bias, tokens.size.log())
+        assert tokens.size[tokens.prefix_index()].tolist() == [1] * 3
+    assert outputs[-1].size.max() > 4
+
+
+@torch.no_grad()
+def test_stages_of_a_patched_model():
+    """`ats.patch(model, stages=...)` is MODEL.NAME timm/<name> with ATS.STAGES; it can be changed and taken out."""
+    stages = STAGES["ToMe, merge_dropped"]
+    spoken = [{name.lower(): value for name, value in stage.items()} for stage in stages]
+    ours = timm_by_config_with_stages(stages)
+    host = timm_models.timm.create_model(
+        "deit3_small_patch16_224", num_classes=4, img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3
+    )
+    host = host.double().eval()
+    host.load_state_dict(ours.state_dict())
+    x = pictures(2)
+    dense = host(x)
+    ats.patch(host, stages=spoken)
+    want, trace = ours.forward_tokens(x)
+    torch.testing.assert_close(host(x), want, atol=1e-12, rtol=0)
+    assert [entry.block for entry in trace] == [0, 1, 2, 3]
+    assert trace[1].num_tokens.tolist() == [17 - 8 - 4] * 2  # at most half of the 16, then of the 8 patches
+    host.ats.stages = [{"blocks": [3], "num_tokens": 9}]
+    assert [type(block).__name__ for block in host.blocks] == ["Block"] * 3 + ["ATSViTBlock"]
+    with pytest.raises(UserError, match=r"stages\[1\] blocks: block 0 is in two stages"):
+        host.ats.stages = [{"sampler": "tome", "blocks": [0]}, {"blocks": [0]}]
+    with pytest.raises(UserError, match=r"stages\[0\] r -1 \(block 0\)"):
+        host.ats.stages = [{"sampler": "tome", "blocks": [0], "r": -1}]
+    with pytest.raises(UserError, match=r"stages\[0\] num_tokens is no option of stages\[0\] sampler tome"):
+        host.ats.stages = [{"sampler": "tome", "blocks": [0], "num_tokens": 9}]
+    with pytest.raises(UserError, match="not both"):
+        ats.patch(ats.unpatch(host), stages=spoken, blocks=[1])
+    assert torch.equal(host(x), dense)
+
+
+def timm_by_config_with_stages(stages: list[dict]) -> nn.Module:
+    return (
+        randomise(build_model(test_timm_config.config("deit3_small_patch16_224", "ATS.STAGES", stages))).double().eval()
+    )
+
+
+def test_trains_with_dropout_and_stochastic_depth():
+    model = small_vit(sampler="merge_dropped", num_tokens=0.5, drop_path_rate=0.5, attn_drop_rate=0.1, drop_rate=0.1)
+    model.train()(pictures(4)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_half_precision():
+    """Under autocast sizes stay whole numbers and logits finite."""
+    model, outputs = tiny("ATS.ENABLE", True, *keys_of("merge_dropped"), dtype=torch.float32), []
+    ats_blocks(model)[-1].register_forward_hook(lambda _module, _args, out: outputs.append(out))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(pictures(2, torch.float32)).isfinite().all()
+    assert outputs[0].layout.pad(outputs[0].size).sum(1).tolist() == [65, 65]
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ([], "ViT + ATS"),
+        (["ATS.SAMPLER", "topk"], "ViT + ATS (topk)"),
+        (["ATS.SAMPLER", "keep_all"], "ViT + ATS (keep_all)"),
+        (["ATS.SAMPLER", "merge_dropped"], "ViT + merge_dropped"),
+        (["ATS.STAGES", STAGES["sampling, EViT"]], "ViT + ATS + EViT"),
+        (["ATS.ENABLE", False], "ViT dense"),
+    ],
+)
+def test_tables_name_them(keys, name, keep_all):
+    cfg = get_cfg()
+    cfg.merge_from_list(["ATS.ENABLE", True, *keys])
+    assert model_name(cfg) == name

@@ -1,0 +1,79 @@
+"""tools/prepare_kinetics.py: csv files for a folder of videos, and smaller copies of the videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import prepare_kinetics
+import pytest
+from clips import encode, noise, read_numbers
+
+from ats.config import load_config
+from ats.datasets import build_dataset
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    """Two classes: numbered, rotated, large and broken videos."""
+    folder = tmp_path / "raw"
+    encode(folder / "train" / "zebra" / "a.mp4", noise(6, height=96, width=128))
+    encode(folder / "train" / "a horse" / "b c.webm", 20, codec="vp9")
+    encode(folder / "val" / "zebra" / "d.mp4", noise(6, height=96, width=160), rotation=90)
+    (folder / "val" / "zebra" / "broken.mp4").write_bytes(b"nothing")
+    (folder / "val" / "zebra" / "notes.txt").write_text("")
+    return folder
+
+
+def test_prepare_kinetics(raw, capsys):
+    """Sorted classes, relative paths, bad files listed; a second run changes nothing and rechecks only the bad file."""
+    arguments = ["--videos", str(raw), "--separator", ",", "--workers", "1"]
+    assert prepare_kinetics.main(arguments) == 0
+    assert (raw / "train.csv").read_text() == "train/a horse/b c.webm,0\ntrain/zebra/a.mp4,1\n"
+    assert (raw / "test.csv").read_text() == (raw / "val.csv").read_text() == "val/zebra/d.mp4,1\n"
+    assert "broken.mp4\tCannot read the video" in (raw / "bad_files.txt").read_text()
+    assert "1 files cannot be read and are left out" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
+    assert prepare_kinetics.main(arguments) == 0
+    assert before == {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
+    assert "1/1" in capsys.readouterr().err
+    settings = ["TRAIN.DATASET", "kinetics", "TEST.DATASET", "kinetics", "TEST.NUM_ENSEMBLE_VIEWS", "2"]
+    settings += ["DATA.PATH_TO_DATA_DIR", str(raw), "DATA.PATH_LABEL_SEPARATOR", ",", "MODEL.NUM_CLASSES", "2"]
+    cfg = load_config(None, settings)
+    assert [len(build_dataset(cfg, split)) for split in ("train", "val", "test")] == [2, 1, 6]
+
+
+def test_prepare_kinetics_shrinks(raw, tmp_path):
+    """Short side 48, upright, same frames; small videos are copied; the originals stay."""
+    output = tmp_path / "small"
+    sizes = {path: path.stat().st_size for path in raw.rglob("*.*")}
+    counts = prepare_kinetics.prepare_kinetics(raw, output, short_side=48, num_workers=2)
+    assert counts == {"train": 2, "val": 1, "test": 1, "bad": 1}
+    assert {path: path.stat().st_size for path in raw.rglob("*.*")} == sizes
+    shapes = {}
+    for name in ("train/zebra/a.mp4", "train/a horse/b c.webm", "val/zebra/d.mp4"):
+        with prepare_kinetics.Video(output / name) as video:
+            shapes[name] = (video.num_frames, *video.read([0]).shape[1:3])
+            if name.endswith("webm"):
+                assert read_numbers(video.read([0, 7, 19])) == [0, 7, 19]
+    assert list(shapes.values()) == [(6, 48, 64), (20, 48, 64), (6, 80, 48)]
+    stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*.mp4")}
+    assert prepare_kinetics.prepare_kinetics(raw, output, short_side=48, num_workers=1) == counts
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.mp4")} == stamps
+    assert not [*output.rglob("*.partial"), *output.rglob("*.tmp")]
+
+
+def test_prepare_kinetics_names_what_is_wrong(raw, tmp_path, capsys):
+
+    def error(*arguments) -> str:
+        assert prepare_kinetics.main(["--workers", "1", *map(str, arguments)]) == 1
+        return capsys.readouterr().err
+
+    assert "has no train/<class>" in error("--videos", tmp_path / "none")
+    assert "type --output FOLDER" in error("--videos", raw, "--short-side", 48)
+    assert "--short-side 47 must be an even" in error("--videos", raw, "--output", tmp_path / "o", "--short-side", 47)
+    (raw / "val" / "lion").mkdir()
+    assert "val has classes that train/ has not: lion" in error("--videos", raw)
+    (tmp_path / "flat" / "train" / "cat").mkdir(parents=True)
+    assert "hold no videos (.mp4" in error("--videos", tmp_path / "flat")
+    (tmp_path / "flat" / "train" / "cat" / "a.mp4").write_text("")
+    assert "None of the 1 videos can be read" in error("--videos", tmp_path / "flat")

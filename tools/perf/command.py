@@ -1,0 +1,39 @@
+"""The command line that the tools in this folder share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from tabulate import tabulate
+
+from ats.cli.parser import Parser, split_overrides
+from ats.config import load_config
+from ats.errors import UserError, exit_status
+
+
+def make_parser(about: str, *, source: str = "") -> Parser:
+    """--cfg, --rounds and --debug; `source` names an optional first argument, "" there is none."""
+    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    if source:
+        parser.add_argument("source", nargs="?", default="", metavar=source, help="default: generated files")
+    parser.add_argument("--cfg", metavar="FILE", help="config; KEY VALUE pairs override its keys")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed rounds (default: 15)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run_tool(parser: Parser, measure: Callable[..., list[dict]], argv: Sequence[str] | None) -> int:
+    """Print the rows of `measure(args, cfg)` as a table; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def run() -> None:
+        overrides, others = split_overrides(argv)
+        args = parser.parse_args(others)
+        if args.rounds < 1:
+            raise UserError(f"--rounds {args.rounds} must be at least 1.")
+        rows = measure(args, load_config(args.cfg, overrides))
+        print(tabulate(rows, headers="keys", floatfmt=".4g"))
+
+    return exit_status(run, debug="--debug" in argv)
