@@ -6,6 +6,7 @@ caches fill, graphs compile) and do not count.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 
@@ -14,6 +15,13 @@ from tqdm import tqdm
 
 NUM_WARMUP = 2
 MIN_ROUNDS = 3
+
+
+def timer() -> float:
+    """Seconds, once the GPU has nothing left to do. PyTorch's own warns where there is a CUDA compiler but no GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def interleave(
@@ -31,8 +39,6 @@ def interleave(
         rounds: how many count. max_seconds: start no round after this, once MIN_ROUNDS are done.
         prepare: called before every pass with the round's number; not timed. label: of the progress bar.
     """
-    from torch.utils.benchmark import timer  # here, as it looks for a C++ compiler and warns of what it misses
-
     names, start = list(runs), timer()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     warmup = NUM_WARMUP
@@ -45,7 +51,7 @@ def interleave(
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
             prepare(index)
-            begin = timer()  # waits for the GPU
+            begin = timer()
             runs[name]()
             seconds[name].append(timer() - begin)
     num_rounds = len(seconds[names[0]])
