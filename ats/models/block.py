@@ -54,9 +54,11 @@ class ATSBlock(nn.Module):
     def forward(self, tokens: RaggedTokens) -> RaggedTokens:
         """Run the whole block: its input tokens -> its kept tokens."""
         step, attended = self.attend(self.prepare(tokens))
+        record = self._record(step, attended)
+        del step  # its keys and values: memory that the MLP needs
         self._begin("rest")
         out = self.finish(attended)
-        out.record = self._record(step, out)
+        out.record = record
         return out
 
     def attend(self, tokens: RaggedTokens) -> tuple[Step, RaggedTokens]:
