@@ -151,6 +151,8 @@ def _plan(model: nn.Module, settings: dict) -> dict[int, Reduction]:
         stages = [{name: value for name, value in settings.items() if name in ("sampler", "blocks", *own)}]
         namings = [str]
     for stage, naming in zip(stages, namings, strict=True):
+        if "share_frames" in stage:
+            raise UserError(f"{naming('share_frames')}: images have no frames; leave it out.")
         blocks, name = stage.get("blocks"), naming("blocks")
         if not isinstance(blocks, list) or not blocks:
             what = f"{name} is empty" if blocks == [] else f"{name} {blocks!r}"

@@ -66,7 +66,8 @@ class EViT(Reduction):
         from ats.attention import cls_attention
 
         tokens, layout, num_prefix = step.kept, step.kept.layout, self.num_prefix_tokens
-        if self.num_kept(torch.tensor(tokens.max_tokens)) == tokens.max_tokens:
+        num_patches = tokens.max_tokens - num_prefix
+        if math.ceil(self.keep_rate * num_patches) == num_patches:  # numbers of the configuration
             return tokens  # then every sequence keeps all, in any batch
         dtype = torch.promote_types(step.k.dtype, torch.float32)
         with torch.autocast(step.k.device.type, enabled=False):

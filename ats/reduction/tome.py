@@ -52,8 +52,8 @@ class ToMe(Reduction):
     def merge(self, step: Step) -> RaggedTokens:
         """Merge tokens that are similar in the mean of their keys over the heads."""
         tokens, layout = step.kept, step.kept.layout
-        if self.num_merged(layout.longest) == 0:
-            return tokens
+        if self.num_merged(tokens.max_tokens) == 0:
+            return tokens  # then no sequence has any to merge, in any batch
         lengths = None if layout.uniform and layout.full else layout.lengths
         dtype = torch.promote_types(step.k.dtype, torch.float32)
         with torch.autocast(step.k.device.type, enabled=False):

@@ -135,6 +135,20 @@ def test_a_function_of_ones_own_can_be_pickled():
         del REDUCTIONS["all_of_them"]
 
 
+@torch.no_grad()
+def test_tome_on_ragged_tokens_does_not_look_at_the_batch():
+    """A sequence too short to merge alone keeps the same bound and sizes as beside longer ones."""
+    stages = [{"BLOCKS": [0], "NUM_TOKENS": 3, "MIN_TOKENS": 0, "RULE": "paper"}, {"SAMPLER": "tome", "BLOCKS": [1]}]
+    stages += [{"BLOCKS": [2], "NUM_TOKENS": 0.5, "MIN_TOKENS": 0}]
+    models = [test_rivals.tiny("ATS.ENABLE", True, "ATS.STAGES", stages, "ATS.LAYOUT", own) for own in LAYOUTS]
+    x = test_rivals.pictures(12)
+    want = torch.cat([models[0](image[None]) for image in x])
+    for model in models:
+        logits, trace = model.forward_tokens(x)
+        torch.testing.assert_close(logits, want, rtol=0, atol=1e-11)
+        assert trace.records[1].max_tokens == models[0].forward_tokens(x[:1])[1].records[1].max_tokens == 2
+
+
 BEHIND_EVIT = {
     "ToMe": {"SAMPLER": "tome", "R": 7},
     "paper's rule": {"NUM_TOKENS": 6, "MIN_TOKENS": 0, "RULE": "paper"},
