@@ -8,12 +8,18 @@ exception that escapes is our bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import io
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
 
 logger = logging.getLogger(__name__)
+
+# Control characters, line and paragraph separators, marks that reverse the direction of text, and surrogates, which
+# stand for bytes that are not UTF-8.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -47,13 +53,15 @@ def exit_status(
     Args:
         prefix: of the error's line; the process, if there are several.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does; a file name may hold what the terminal does not know
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run()
     except (UserError, OSError) as error:
         if debug:
             raise
         logger.debug("error: %s", error)  # for log.txt
-        print(f"{prefix}error: {error}", file=sys.stderr)
+        print(f"{prefix}error: {printable_lines(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if debug:
@@ -69,6 +77,18 @@ def exit_status(
 def counted(number: int, noun: str, plural: str = "") -> str:
     """`"1 epoch"`, `"2 epochs"`; give `plural` for irregular nouns."""
     return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def printable(name: str) -> str:
+    """A file name, or any other text from outside, as messages show it: with escapes for what could clear the terminal,
+    fake a line of the log, or not be written as UTF-8.
+    """
+    return UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], name)
+
+
+def printable_lines(text: str) -> str:
+    """`printable` for a message of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,13 +36,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
 from ats.datasets.decode import Video
-from ats.errors import UserError, exit_status
+from ats.datasets.folders import class_folders, files_below
+from ats.errors import UserError, counted, exit_status, printable
 from ats.files import atomic_write
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
 GOP_SIZE = 48  # frames from one key frame to the next; a seek decodes half of them on average
 KNOWN = "checked.json"
+LINE_BREAK = re.compile("[\r\n]")
+
+logger = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
@@ -57,7 +64,7 @@ def find_videos(videos: Path) -> list[Item]:
         UserError: there are none, or a split has a class that train/ does not have.
     """
     splits = [split for split in SPLITS if (videos / split).is_dir()]
-    classes = {split: sorted(entry.name for entry in os.scandir(videos / split) if entry.is_dir()) for split in splits}
+    classes = {split: class_folders(videos / split) for split in splits}
     if not any(classes.values()):
         raise UserError(
             f"{videos} has no train/<class>, val/<class> or test/<class>: name the right folder with --videos."
@@ -67,18 +74,25 @@ def find_videos(videos: Path) -> list[Item]:
     for split in splits:
         if unknown := sorted(set(classes[split]) - set(names)):
             raise UserError(f"{videos / split} has classes that {splits[0]}/ has not: {', '.join(unknown[:5])}.")
-        for label, name in enumerate(names):
-            files = sorted((videos / split / name).glob("*"))
-            items += [
-                Item(str(path.relative_to(videos)), split, label) for path in files if path.suffix.lower() in EXTENSIONS
-            ]
+        labels = {name: label for label, name in enumerate(names)}
+        paths = files_below(videos / split, EXTENSIONS, noun="video")
+        in_class = [path for path in paths if path.count("/") == 1]
+        items += [Item(f"{split}/{path}", split, labels[path.split("/")[0]]) for path in in_class]
+        if num_others := len(paths) - len(in_class):
+            message = "%s: %s not directly in a class folder, and so left out."
+            logger.warning(message, videos / split, counted(num_others, "video is", "videos are"))
     if not items:
         raise UserError(f"The class folders in {videos} hold no videos ({', '.join(EXTENSIONS)}).")
     return items
 
 
-def prepare(name: str, *, videos: Path, output: Path, short_side: int) -> tuple[str, str]:
+def prepare(
+    name: str, *, videos: Path, output: Path, short_side: int, ambiguous: frozenset[Path] = frozenset()
+) -> tuple[str, str]:
     """Check a video, and shrink it if `short_side` is not 0.
+
+    Args:
+        ambiguous: paths without suffix that several videos have, which must not become one .mp4.
 
     Returns:
         The path of the video to list, and "" or the reason why it is bad.
@@ -91,11 +105,12 @@ def prepare(name: str, *, videos: Path, output: Path, short_side: int) -> tuple[
                 return str(path), ""
             target = output / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial_path = target.with_name(f".{target.stem}.partial")
+            partial_path = target.with_name(f".{target.name}.partial")
             if min(first.shape[:2]) <= short_side:
                 shutil.copyfile(path, partial_path)
             else:
-                target = target.with_suffix(".mp4")
+                keep_suffix = Path(name).with_suffix("") in ambiguous and target.suffix != ".mp4"
+                target = target.with_name(f"{target.name}.mp4") if keep_suffix else target.with_suffix(".mp4")
                 shrink(video, partial_path, short_side=short_side)
         os.replace(partial_path, target)
         return str(target), ""
@@ -152,7 +167,9 @@ def prepare_kinetics(
     known = _read_known(output / KNOWN)
     todo = {item.name: _stamp(videos / item.name, short_side) for item in items}
     todo = {name: stamp for name, stamp in todo.items() if not _is_done(known.get(name), stamp)}
-    work = partial(prepare, videos=videos, output=output, short_side=short_side)
+    stems = Counter(Path(item.name).with_suffix("") for item in items)
+    ambiguous = frozenset(stem for stem, number in stems.items() if number > 1)
+    work = partial(prepare, videos=videos, output=output, short_side=short_side, ambiguous=ambiguous)
     num_workers = min(num_workers or os.cpu_count() or 1, len(todo) or 1)
     try:
         with tqdm(total=len(todo), desc="videos", unit="video", mininterval=0.5) as bar:
@@ -176,7 +193,10 @@ def _map(work: Callable[[str], tuple[str, str]], names: list[str], *, num_worker
 
 
 def _stamp(path: Path, short_side: int) -> list[int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError:  # a link that leads nowhere; `prepare` says so
+        return [-1, -1, short_side]
     return [status.st_size, status.st_mtime_ns, short_side]
 
 
@@ -196,6 +216,8 @@ def _write_lists(items: list[Item], known: dict[str, list], *, output: Path, sep
     bad = []
     for item in items:
         _, path, reason = known[item.name]
+        if LINE_BREAK.search(path):
+            path, reason = printable(path), reason or "a csv file cannot hold a name with a line break"
         if reason:
             bad.append(f"{path}\t{reason}")
         else:

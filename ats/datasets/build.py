@@ -10,12 +10,12 @@ from typing import Literal, get_args
 import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import Dataset, Subset
-from torchvision.datasets.folder import find_classes
 
 from ats.checkpoint import to_fine_tune
 from ats.datasets import transforms
 from ats.datasets.base import Split
 from ats.datasets.decode import ClipSampling
+from ats.datasets.folders import class_folders
 from ats.datasets.imagenet import ImageNet
 from ats.datasets.kinetics import Kinetics, read_csv
 from ats.datasets.loader import EvalBatchSampler, Loader, TrainBatchSampler, num_cores
@@ -95,9 +95,8 @@ def build_imagenet(cfg: CfgNode, split: Split) -> ImageNet:
 def _check_same_classes(val: ImageNet) -> None:
     """Refuse a val folder whose classes, and so whose labels, differ from those of the train folder beside it."""
     folder = os.path.join(os.path.dirname(val.folder), "train")
-    try:
-        theirs, ours = set(find_classes(folder)[0]), set(val.classes)
-    except FileNotFoundError:  # nothing to compare with
+    theirs, ours = set(class_folders(folder) if os.path.isdir(folder) else ()), set(val.classes)
+    if not theirs:  # nothing to compare with
         return
     for more, fewer, missing in ((folder, val.folder, theirs - ours), (val.folder, folder, ours - theirs)):
         if missing:

@@ -10,24 +10,31 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
+import re
+import stat
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cache
 from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ats.datasets.base import FileDataset
+from ats.datasets.folders import class_folders, files_below
 from ats.datasets.transforms import Transform
-from ats.errors import NoSuchSplit, UserError, counted
+from ats.errors import NoSuchSplit, UserError, counted, printable
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own default limit; checked here too because some programs turn that off
 # Not every format Pillow can open: for EPS it would start Ghostscript, whatever the file's name.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+# Tags of TIFF, and their values.
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339
+WHITE_IS_ZERO, SEPARATE, SIGNED = 0, 2, 2
 
 
 @dataclass(eq=False, repr=False)
@@ -47,8 +54,9 @@ class ImageNet(FileDataset):
         self.classes, files = _scan(self.folder)  # the names of the class folders, sorted
         # Arrays, not lists: reading a list entry writes its reference count, so copy-on-write would end up giving
         # every worker its own copy of the 1.3 million paths.
-        self.files = np.array([os.fsencode(os.path.relpath(path, self.folder)) for path, _ in files])
-        self.labels = np.array([label for _, label in files])  # int64, one per image
+        self.files = np.array(list(map(os.fsencode, files)))
+        label = {name: label for label, name in enumerate(self.classes)}
+        self.labels = np.array([label[_class_of(path)] for path in files])  # int64, one per image
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,13 +72,17 @@ class ImageNet(FileDataset):
 
 
 def read_image(path: str) -> Image.Image:
-    """Decode an image file and convert it to RGB, as torchvision's ImageFolder does.
+    """Decode an image file and convert it to RGB, as torchvision's ImageFolder does: neither turned as its EXIF data
+    say, nor put on a background where it is transparent.
 
-    Raises a UserError if the file is missing, is not an image, is damaged, or is too large to decode safely.
+    Raises a UserError if the file is missing, is not an image, is damaged, is too large to decode safely, or holds
+    numbers of unknown range.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for ever
+            raise ValueError("it is not a regular file")
         with open(path, "rb") as file, open_image(file) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise anything: OSError, SyntaxError, struct.error, ...
@@ -78,7 +90,30 @@ def read_image(path: str) -> Image.Image:
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "it is not an image, or its header is damaged"
         advice = "Restore the file, or remove it from the data set."
-        raise UserError(f"Cannot read the image {path}: {reason}. {advice}") from error
+        raise UserError(f"Cannot read the image {printable(path)}: {printable(reason)}. {advice}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image with 8 bits for each of red, green and blue.
+
+    Of 16 bits the upper 8 are taken. Pillow itself does so where there are several channels, but clips single ones.
+    """
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    bits = max(tags.get(BITS_PER_SAMPLE, (16,)))
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if reason := (
+        (SIGNED in tags.get(SAMPLE_FORMAT, ()) and "signed integers, whose range is unknown")
+        or (image.mode == "F" and "floating-point numbers, whose range is unknown")
+        or (image.mode == "I" and not is_16_bit and "32-bit integers, whose range is unknown")
+        or (tags.get(PLANES) == SEPARATE and bits > 8 and "in separate planes, which Pillow misreads")
+    ):
+        raise ValueError(f"its pixels are {reason}; save it with 8 bits per channel")
+    if not is_16_bit:
+        return image.convert("RGB")
+    pixels = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts these with 8 bits, but not with 16
+        pixels = 255 - pixels
+    return Image.fromarray(pixels).convert("RGB")
 
 
 def open_image(file: BinaryIO) -> Image.Image:
@@ -92,8 +127,8 @@ def open_image(file: BinaryIO) -> Image.Image:
     return image
 
 
-def _scan(folder: str) -> tuple[list[str], list[tuple[str, int]]]:
-    """The class names, and the path and label of every image, both sorted."""
+def _scan(folder: str) -> tuple[list[str], list[str]]:
+    """The class names, and the paths of all images relative to `folder`, both sorted."""
     root = os.path.dirname(folder)
     expected = (
         f"DATA.PATH_TO_DATA_DIR must be a folder with this content:\n"
@@ -106,30 +141,38 @@ def _scan(folder: str) -> tuple[list[str], list[tuple[str, int]]]:
         raise UserError(f"DATA.PATH_TO_DATA_DIR is not set. {expected}")
     if not os.path.isdir(folder):
         raise NoSuchSplit(f"The data folder {folder} does not exist. {expected}")
-    try:
-        classes, class_to_label = find_classes(folder)
-    except FileNotFoundError:
-        raise UserError(f"The data folder {folder} has no class folders in it. {expected}") from None
-    skipped: Counter[str] = Counter()
-
-    def is_image(path: str) -> bool:
-        name = os.path.basename(path)
-        is_read = has_file_allowed_extension(name, IMG_EXTENSIONS)
-        if not is_read and not name.startswith("."):
-            skipped[os.path.splitext(name)[1].lower() or "without extension"] += 1
-        return is_read
-
-    files = make_dataset(folder, class_to_label, is_valid_file=is_image, allow_empty=True)
-    extensions = ", ".join(IMG_EXTENSIONS)
+    classes = class_folders(folder)
+    if not classes:
+        raise UserError(f"The data folder {folder} has no class folders in it. {expected}")
+    paths = files_below(folder, IMG_EXTENSIONS, noun="image")
+    known = set(classes)
+    files = [path for path in paths if _class_of(path) in known]
     if not files:
+        extensions = ", ".join(IMG_EXTENSIONS)
         raise UserError(f"The class folders in {folder} hold no images ({extensions}). {expected}")
-    if skipped:
-        counts = ", ".join(f"{count} {extension}" for extension, count in skipped.most_common())
-        message = "%s: %s; skipped %s: only %s are read."
-        logger.warning(message, folder, counted(len(files), "image"), counts, extensions)
-    with_images = {label for _, label in files}
-    if empty := [name for label, name in enumerate(classes) if label not in with_images]:
-        names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+    if num_beside := len(paths) - len(files):
+        message = "%s: %s not in a class folder, and so left out."
+        logger.warning(message, folder, counted(num_beside, "image is", "images are"))
+    if empty := sorted(known - set(map(_class_of, files))):
+        names = ", ".join(map(printable, empty[:5])) + (", ..." if len(empty) > 5 else "")
         message = "%d of the %d class folders in %s hold no image: %s. Their labels keep their places."
         logger.warning(message, len(empty), len(classes), folder, names)
+    _warn_about_numbers(root, tuple(classes))
     return classes, files
+
+
+def _class_of(path: str) -> str:
+    return path.split(os.sep, 1)[0]
+
+
+@cache  # one warning, not one per split
+def _warn_about_numbers(root: str, classes: Sequence[str]) -> None:
+    """A network trained elsewhere, in numeric order, would get other labels here."""
+    if all(re.fullmatch(r"[-+]?\d+(\.\d+)?", name) for name in classes) and sorted(classes, key=float) != list(classes):
+        shown = ", ".join(f"{name} has label {label}" for label, name in enumerate(classes[:6]))
+        logger.warning(
+            "The class folders in %s are named by numbers, but labels follow the names as text: folder %s%s. If your "
+            "checkpoint was trained with labels in numeric order, rename the folders so that both orders agree: 00, "
+            "01, 02, ...",
+            *(root, shown, ", ..." if len(classes) > 6 else ""),
+        )

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ats.config import CfgNode
 from ats.config.keys import keys
 from ats.config.schema import flatten
-from ats.errors import UserError
+from ats.errors import UserError, printable_lines
 
 ROOT = logging.getLogger("ats")
 
@@ -40,7 +40,8 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"[{self.formatTime(record, '%m-%d %H:%M:%S')}] {process_prefix()}{level}{record.getMessage()}"
+        message = printable_lines(record.getMessage())
+        return f"[{self.formatTime(record, '%m-%d %H:%M:%S')}] {process_prefix()}{level}{message}"
 
 
 def process_prefix() -> str:
@@ -66,7 +67,7 @@ def log_to_file(path: Path) -> None:
     """From now on append the package's messages to this file, starting with those buffered since `setup_logging`."""
     if not ROOT.handlers:
         setup_logging()
-    file = logging.FileHandler(path)
+    file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(_Formatter())
     for handler in ROOT.handlers[1:]:  # after the console: the buffer, or the file of an earlier run
         if isinstance(handler, logging.handlers.MemoryHandler):

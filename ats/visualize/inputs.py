@@ -9,11 +9,12 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ats.config import CfgNode
 from ats.config.keys import keys
 from ats.datasets.build import build_clip_transforms, build_transform, clip_sampling, input_shape
+from ats.datasets.folders import class_folders, files_below
 from ats.datasets.imagenet import read_image
 from ats.datasets.kinetics import read_clip, read_csv
 from ats.errors import UserError, suggest
@@ -40,10 +41,13 @@ def list_files(paths: Iterable[Path], *, clips: bool) -> list[Path]:
         if path.is_file() and path.suffix.lower() in others:
             other = "an image" if clips else "a clip"
             raise UserError(f"{path} is {other}, but the network of this config takes {kind}s.")
-        below = sorted(f for f in path.rglob("*") if f.suffix.lower() in extensions and f.is_file())
-        if path.is_dir() and not below:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        below = [path / name for name in files_below(path, extensions, noun=kind)]
+        if not below:
             raise UserError(f"The folder {path} holds no {kind} ({', '.join(extensions)}).")
-        files += below if path.is_dir() else [path]
+        files += sorted(below)
     return files
 
 
@@ -96,7 +100,7 @@ def _names_of_folders(cfg: CfgNode) -> list[str]:
         return []
     try:
         if not takes_clips(cfg):
-            names = find_classes(os.path.join(root, "val"))[0]
+            names = class_folders(os.path.join(root, "val"))
             if all(re.fullmatch(r"n\d{8}", name) for name in names):
                 descriptions = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
                 names = [descriptions.get(name, name) for name in names]

@@ -155,7 +155,7 @@ def test_class_count_mismatch(tree):
 
 
 def test_other_files_are_counted(tree, caplog):
-    """Once per split, by extension; hidden files are not counted."""
+    """Once per split, by extension; hidden files apart."""
     for i in range(3):
         Image.new("RGB", (SIZE, SIZE)).save(tree / "train" / "n00000001" / f"{i}.GIF")
     for name in ("notes.txt", ".DS_Store"):
@@ -164,6 +164,7 @@ def test_other_files_are_counted(tree, caplog):
     build_dataset(make_cfg(tree), "val")
     assert caplog.text.count("skipped") == 1
     assert f"{tree}/train: 12 images; skipped 3 .gif, 1 .txt: only .jpg, .jpeg, .png" in caplog.text
+    assert ".webp are read; left out 1 hidden." in caplog.text
 
 
 def test_val_without_some_classes_of_train(tree):

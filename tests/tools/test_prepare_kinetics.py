@@ -77,3 +77,34 @@ def test_prepare_kinetics_names_what_is_wrong(raw, tmp_path, capsys):
     assert "hold no videos (.mp4" in error("--videos", tmp_path / "flat")
     (tmp_path / "flat" / "train" / "cat" / "a.mp4").write_text("")
     assert "None of the 1 videos can be read" in error("--videos", tmp_path / "flat")
+
+
+def test_prepare_kinetics_and_odd_names(tmp_path, caplog):
+    """Each video is listed once under its own name, and no name breaks a line of the csv files."""
+    raw, output = tmp_path / "raw", tmp_path / "small"
+    folder = raw / "train" / "a"
+    encode(folder / "x.mp4", noise(3, height=96, width=128))
+    encode(folder / "x.mkv", noise(4, height=96, width=128))
+    encode(folder / "bytes \udcff.mp4", noise(5, height=96, width=128))
+    for name in ("two\nlines 0.mp4", "two\rlines.mp4", "deep/y.mp4"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((folder / "x.mp4").read_bytes())
+    (folder / "gone.mp4").symlink_to("/nowhere")
+    (folder / "loop").symlink_to(".")
+    assert (
+        prepare_kinetics.main(["--videos", str(raw), "--output", str(output), "--short-side", "48", "--workers", "2"])
+        == 0
+    )
+    lines = (output / "train.csv").read_text(errors="surrogateescape").splitlines()
+    names = ["bytes \udcff.mp4", "x.mkv.mp4", "x.mp4"]
+    assert lines == [f"train/a/{name} 0" for name in names]
+    for name, num_frames in zip(names, (5, 4, 3), strict=True):
+        with prepare_kinetics.Video(output / "train" / "a" / name) as video:
+            assert video.num_frames == num_frames
+    bad = (output / "bad_files.txt").read_text().splitlines()
+    assert len(bad) == 3
+    assert r"two\nlines 0.mp4" in "".join(bad)
+    assert "gone.mp4\t" in bad[0]
+    assert "there is no such file" in bad[0]
+    assert "7 videos; left out 1 linked twice or in a loop" in caplog.text
+    assert "1 video is not directly in a class folder" in caplog.text

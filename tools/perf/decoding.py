@@ -28,6 +28,7 @@ from command import make_parser, run_tool  # beside this file
 
 from ats.datasets.build import clip_sampling
 from ats.datasets.decode import Video
+from ats.datasets.folders import files_below
 from ats.datasets.kinetics import read_csv
 from ats.errors import UserError
 
@@ -41,7 +42,7 @@ def find_videos(source: str, cfg: CfgNode, *, limit: int = 16) -> list[str]:
         UserError: there are none.
     """
     if Path(source).is_dir():
-        paths = sorted(str(p) for p in Path(source).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+        paths = [os.path.join(source, name) for name in files_below(source, sorted(VIDEO_SUFFIXES), noun="video")]
     else:
         separator = cfg.DATA.PATH_LABEL_SEPARATOR
         listing = read_csv(source, separator=separator, num_classes=cfg.MODEL.NUM_CLASSES)

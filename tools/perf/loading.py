@@ -24,7 +24,6 @@ import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import find_classes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a clone that is not installed
 
@@ -32,6 +31,7 @@ from command import make_parser, run_tool  # beside this file
 
 from ats.datasets.base import Draw, generators_unchanged, seed_generators
 from ats.datasets.build import build_loader, build_transform
+from ats.datasets.folders import class_folders
 from ats.datasets.transforms import Transform
 from ats.errors import UserError
 
@@ -104,7 +104,7 @@ def compare_loading(cfg: CfgNode, *, rounds: int) -> list[dict[str, str | float]
     try:
         rows = []
         for split in splits:
-            cfg.MODEL.NUM_CLASSES = len(find_classes(root / split)[0])
+            cfg.MODEL.NUM_CLASSES = len(class_folders(root / split))
             rows.append(_compare_split(cfg, split, rounds))
         return rows
     finally:

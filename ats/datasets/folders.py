@@ -1,0 +1,128 @@
+"""What is in a data folder: the one place that lists folders, so that all commands see the same classes and files.
+
+Names that begin with a dot (`.ipynb_checkpoints`, `.DS_Store`, `._cat.png`) are left out. Symbolic links are followed,
+but each real file is listed once: a link to a file or folder that is listed anyway adds nothing. What is neither a file
+nor a folder, such as a FIFO, is left out too.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from ats.errors import UserError, counted, printable
+
+logger = logging.getLogger(__name__)
+
+LEFT_OUT = HIDDEN, REPEATED, SPECIAL = "hidden", "linked twice or in a loop", "neither file nor folder"
+
+
+def class_folders(folder: str | os.PathLike) -> list[str]:
+    """Names of the folders in `folder`, sorted as text, so that the i-th has label i.
+
+    Raises a UserError if `folder` cannot be read, or if a link in it leads nowhere: the labels may depend on it.
+    """
+    inside, names = os.path.join(os.path.realpath(folder), ""), []
+    for entry in _entries(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_symlink():
+            if not os.path.exists(entry.path):
+                raise UserError(
+                    f"The link {printable(entry.path)} leads nowhere. Restore what it leads to or, if it is not a "
+                    "class, remove it: labels follow the sorted names of the class folders."
+                )
+            if inside.startswith(os.path.join(os.path.realpath(entry.path), "")):
+                continue  # a loop
+        if entry.is_dir():
+            names.append(entry.name)
+    return sorted(names)
+
+
+def files_below(root: str | os.PathLike, extensions: Sequence[str], *, noun: str) -> list[str]:
+    """Paths, relative to `root`, of all files below it that have one of the extensions, class by class: sorted by the
+    folder in `root`, then by the file's own folder, then by name.
+
+    One warning counts what is left out and calls the files `noun`s. A link that leads nowhere is listed, as a missing
+    file: an error when it is read is better than a smaller data set.
+
+    Raises a UserError if a folder cannot be read.
+    """
+    skipped: Counter[str] = Counter()
+
+    def wanted(path: str) -> bool:
+        extension = os.path.splitext(path)[1].lower()
+        skipped[extension or "without extension"] += extension not in extensions
+        return extension in extensions
+
+    inside = os.path.join(os.path.realpath(root), "")
+    files, links, seen = [], deque([""]), set()  # seen: real paths
+    while links:  # `root` itself first, so that a file has the label of the folder that it lies in
+        link = links.popleft()
+        path = os.path.join(root, link)
+        real = os.path.realpath(path)
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                skipped[REPEATED] += 1
+            elif wanted(link):
+                files.append(link)
+            continue
+        if real in seen or (link and inside.startswith(os.path.join(real, ""))):
+            skipped[REPEATED] += 1
+        elif stat.S_ISREG(mode):
+            if wanted(link):
+                files.append(link)
+                seen.add(real)
+        elif stat.S_ISDIR(mode):
+            below, folders, more = _walk(path, skipped)
+            below = list(filter(wanted, below))
+            new = [name for name in below if os.path.join(real, name) not in seen]
+            skipped[REPEATED] += len(below) - len(new)
+            files += [os.path.join(link, name) for name in new]
+            links += [os.path.join(link, name) for name in sorted(more, key=lambda name: (name.count(os.sep), name))]
+            if links:  # ImageNet has 1.3 million files, and usually no links
+                seen.update([real, *(os.path.join(real, name) for name in [*new, *folders])])
+        else:
+            skipped[SPECIAL] += 1
+    left_out = ", ".join(f"{number} {what}" for what in LEFT_OUT if (number := skipped.pop(what, 0)))
+    others = ", ".join(f"{number} {printable(extension)}" for extension, number in skipped.most_common() if number)
+    report = [f"skipped {others}: only {', '.join(extensions)} are read"] if others else []
+    report += [f"left out {left_out}"] if left_out else []
+    if report:
+        found = f"{printable(os.fspath(root))}: {counted(len(files), noun)}"
+        logger.warning("%s; %s.", found, "; ".join(report))
+    return sorted(files, key=lambda path: (path.split(os.sep, 1)[0], *os.path.split(path)))
+
+
+def _walk(top: str | os.PathLike, skipped: Counter[str]) -> tuple[list[str], list[str], list[str]]:
+    """The files, folders and links below `top`, relative to it, without following links; counts what it skips."""
+    files, folders, links = [], [], []
+    for folder in chain([""], folders):  # which grows
+        for entry in _entries(os.path.join(top, folder)):
+            path = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
+                skipped[HIDDEN] += 1
+            elif entry.is_symlink():
+                links.append(path)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif entry.is_file(follow_symlinks=False):
+                files.append(path)
+            else:
+                skipped[SPECIAL] += 1
+    return files, folders, links
+
+
+def _entries(folder: str | os.PathLike) -> Iterator[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise UserError(f"Cannot read the folder {printable(os.fspath(folder))}: {error.strerror}.") from error
