@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ats.config import load_config
-from ats.datasets import build_transform
+from ats.datasets import build_transform, transforms
 from ats.datasets.transforms import Augmentation, eval_transform, train_transform
 from ats.errors import UserError
 
@@ -41,6 +41,37 @@ def test_eval_transform_by_hand(photo):
     pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(eval_transform(224)(photo), (pixels - mean[:, None, None]) / std[:, None, None])
+
+
+@pytest.mark.parametrize("size", [(3000, 40), (40, 3001), (1, 500), (641, 3), (701, 2)])
+def test_thin_images_are_cropped_before_they_are_enlarged(size, photo, monkeypatch):
+    """With the same result as timm's, give or take rounding."""
+    from timm.data import create_transform
+
+    image = photo.resize(size)
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    for crop_size, crop_ratio in ((56, 1.0), (56, 0.875), (50, 0.9)):
+        timms = create_transform(crop_size, is_training=False, crop_pct=crop_ratio, interpolation="bicubic", **plain)
+        want, ours = timms(image), eval_transform(crop_size, crop_ratio=crop_ratio, **plain)
+        assert (ours(image) - want).abs().max() < 1.5 / 255
+        monkeypatch.setattr(transforms, "MAX_ASPECT", 1000)  # not thin, so not cropped first
+        assert torch.equal(ours(image), want)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (4_000_000, 2)])
+def test_thin_images_take_little_memory(size, monkeypatch):
+    """With a short side of 256 pixels, 60,000 x 1 would have 4 gigapixels; training crops before it resizes."""
+    resize = Image.Image.resize
+
+    def small_only(image, size, *args, **kwargs):
+        assert size[0] * size[1] < 10**6
+        return resize(image, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", small_only)
+    augmentation, image = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", re_prob=1.0), Image.new("RGB", size)
+    for transform in (eval_transform(224), train_transform(224, augmentation)):
+        assert transform(image).shape == (3, 224, 224)
 
 
 @pytest.mark.parametrize("training", [False, True])
