@@ -13,6 +13,7 @@ points than tokens select more of the tokens.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -23,7 +24,7 @@ from ats.cli import as_typed
 from ats.cli.parser import command, command_parser, parse_overrides
 from ats.config import CfgNode, find_shipped, load_config
 from ats.engine.output import setup_logging
-from ats.errors import UserError
+from ats.errors import UserError, printable
 
 if TYPE_CHECKING:
     from ats.budget.calibration import Calibration
@@ -132,10 +133,11 @@ def with_overrides(text: str, cfg: CfgNode, overrides: list[str]) -> str:
 def write(path: Path, yaml: str, *, cfg: str, argv: list[str], report: str) -> None:
     """Write a config on top of --cfg, with the command and its report as a comment."""
     base = os.path.relpath(find_shipped(cfg).resolve(), path.resolve().parent)
-    typed = as_typed("python tools/calibrate.py") + " " + shlex.join(argv)
+    base = base if re.fullmatch(r"[\w./-]+", base) else json.dumps(base)
+    typed = printable(as_typed("python tools/calibrate.py") + " " + shlex.join(argv))
     comment = "".join(f"# {line}".rstrip() + "\n" for line in ["Found by", f"  {typed}", "", *report.splitlines()])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{comment}_BASE_: {base}\n\n{yaml}")
+    path.write_text(f"{comment}_BASE_: {base}\n\n{yaml}", encoding="utf-8")
 
 
 def run(argv: list[str]) -> None:

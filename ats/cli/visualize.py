@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from ats.cli import as_typed
 from ats.cli.parser import command, command_parser, looks_like_key, split_overrides
 from ats.config import CfgNode, load_config
-from ats.errors import UserError
+from ats.errors import UserError, printable
 
 if TYPE_CHECKING:
     from ats.visualize.compare import Networks, SampleView
@@ -84,6 +84,7 @@ def draw_files(
     from ats.visualize.inputs import read_input
 
     stems: Counter[str] = Counter()
+    taken = set(map(real_name, files))  # the inputs, and what is drawn already
     bad: list[str] = []
     for file in files:
         try:
@@ -92,15 +93,32 @@ def draw_files(
             bad.append(str(error))
             continue
         [view] = networks.compare(x[None])
-        stems[file.stem] += 1
-        stem = file.stem if stems[file.stem] == 1 else f"{file.stem}_{stems[file.stem]}"
-        written = [draw_strip(output / f"{stem}.png", view, title=file.name, names=names)]
+        picture = free_path(output, file.stem, stems=stems, taken=taken)
+        written = [draw_strip(picture, view, title=file.name, names=names)]
         if view.picture.shape[1] > 1:
-            written.append(animate_view(output / f"{stem}.gif", view))
+            written.append(animate_view(picture.with_suffix(".gif"), view))
         dense, ats = (f"{names[guess.label]} {100 * guess.confidence:.1f} %" for guess in (view.dense, view.ats))
         cost = f"{view.gflops:.4g} of {view.dense_gflops:.4g} GFLOPs"
-        print(f"{file}: dense {dense}; with ATS {ats}; {cost}; {', '.join(map(str, written))}")
+        print(printable(f"{file}: dense {dense}; with ATS {ats}; {cost}; {', '.join(map(str, written))}"))
     return bad
+
+
+def free_path(folder: Path, stem: str, *, stems: Counter[str], taken: set[str]) -> Path:
+    """`folder/stem.png`, or with _2, _3, ... after the stem: the first path that is not in `taken`, which it joins.
+
+    `stems` counts how often each stem was asked for.
+    """
+    while True:
+        number = stems[stem] = stems[stem] + 1
+        path = folder / f"{stem}{f'_{number}' if number > 1 else ''}.png"
+        if (real := real_name(path)) not in taken:
+            taken.add(real)
+            return path
+
+
+def real_name(path: Path) -> str:
+    """The same for all paths of a file, even where file systems take "A" and "a" for the same name."""
+    return str(path.resolve()).casefold()
 
 
 def animate_view(path: Path, view: SampleView) -> Path:
@@ -129,14 +147,15 @@ def report_validation(cfg: CfgNode, networks: Networks, path: Path, *, config: s
     validation.defrost()
     validation.TRAIN.DATASET = cfg.TEST.DATASET
     loader = build_loader(validation, "val")  # for videos: the middle clip, not all test views
+    weights, data = Path(cfg.TEST.CHECKPOINT_FILE_PATH).name or "of timm", cfg.DATA.PATH_TO_DATA_DIR
     details = [
         describe_model(cfg, networks.ats),
-        f"Weights: {Path(cfg.TEST.CHECKPOINT_FILE_PATH).name or 'of timm'}. "
-        f"Data: {cfg.DATA.PATH_TO_DATA_DIR}, {len(loader.dataset)} samples.",
+        printable(f"Weights: {weights}. Data: {data}, {len(loader.dataset)} samples."),
         ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
+    title = printable(Path(config).stem)
     with explain_lost_process():
-        print(write_page(path, networks, loader, title=Path(config).stem, names=names, details=details))
+        print(printable(str(write_page(path, networks, loader, title=title, names=names, details=details))))
 
 
 main = command(run)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ats.errors import UserError
+from ats.errors import UserError, printable
 
 MAX_REPLACEMENTS = 16  # unreadable files in a row before giving up
 
@@ -103,7 +103,8 @@ class FileDataset(Dataset[Sample], ABC):
                     return Sample(self.blank(), self.label(index), index, self.path(index))
                 bad = bad or self.path(index)
                 index = int(np.random.default_rng([self.seed, index, attempt]).integers(len(self)))
-        raise UserError(f"{bad} cannot be read, and neither can the {MAX_REPLACEMENTS - 1} files tried in its place.")
+        others = f"the {MAX_REPLACEMENTS - 1} files tried in its place"
+        raise UserError(f"{printable(bad)} cannot be read, and neither can {others}.")
 
 
 def seed_generators(seed: int) -> None:

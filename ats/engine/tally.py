@@ -18,7 +18,7 @@ from torch import Tensor
 from ats.config import CfgNode
 from ats.datasets import Kinetics, Sample
 from ats.engine.device import all_gather, all_reduce
-from ats.errors import UserError
+from ats.errors import UserError, printable
 from ats.flops import Gflops
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Ensemble:
         """The batch without the clips that cannot be read; their videos are marked as skipped and named in the log."""
         good = torch.tensor([not path for path in batch.bad])
         for path in sorted(set(filter(None, batch.bad))):
-            logger.warning("%s cannot be read; its video is left out.", path)
+            logger.warning("%s cannot be read; its video is left out.", printable(path))
         self._mark_seen(batch.index[~good])
         self.skipped[batch.index[~good] // self.num_views] = True
         return Sample(batch.x[good], batch.label[good], batch.index[good], [""] * int(good.sum()))

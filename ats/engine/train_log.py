@@ -21,7 +21,7 @@ from ats.config import CfgNode
 from ats.engine.device import is_main
 from ats.engine.step import StepStats
 from ats.engine.tally import Result
-from ats.errors import UserError, counted
+from ats.errors import UserError, counted, printable
 from ats.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -203,11 +203,11 @@ class BadFiles:
         """
         for path in bad:
             if path and path not in self._paths:
-                logger.warning("%s cannot be read; another sample takes its place.", path)
+                logger.warning("%s cannot be read; another sample takes its place.", printable(path))
                 self._paths.add(path)
         num_read, num_bad = self.counts = [self.counts[0] + num_read, self.counts[1] + num_bad]
         if num_bad > self.max_fraction * max(num_read, self.grace):
-            first = "".join(f"\n  {path}" for path in sorted(self._paths)[:5])
+            first = "".join(f"\n  {printable(path)}" for path in sorted(self._paths)[:5])
             more = f"\n  and {len(self._paths) - 5} more" if len(self._paths) > 5 else ""
             raise UserError(
                 f"{num_bad} of the {num_read} training samples read so far cannot be read, more than "

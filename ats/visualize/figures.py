@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ats.errors import UserError
+from ats.errors import UserError, printable_lines
 from ats.visualize.compare import Guess, SampleView
 from ats.visualize.grids import BlockView
 from ats.visualize.pictures import fade, heat
@@ -35,7 +35,7 @@ def draw_strip(path: str | Path, view: SampleView, *, title: str, names: Sequenc
     """
     figure = _image_strip(view, names) if view.picture.shape[1] == 1 else _clip_strip(view, names)
     cost = f"{view.gflops:.3g} of {view.dense_gflops:.3g} GFLOPs ({100 * view.gflops / view.dense_gflops:.0f} %)"
-    figure.suptitle(f"{title}   ", x=0.01, ha="left", fontsize=10, fontweight="bold")
+    figure.suptitle(f"{plain(title)}   ", x=0.01, ha="left", fontsize=10, fontweight="bold")
     figure.text(0.99, 0.985, cost, ha="right", va="top", fontsize=8.5, color=GREY)
     figure.savefig(_with_folder(path), dpi=150)
     return Path(path)
@@ -88,7 +88,7 @@ def _draw_guesses(axis: Axes, view: SampleView, names: Sequence[str]) -> None:
         label = label if len(label) <= 20 else f"{label[:19]}…"
         axis.text(0, top, name, fontsize=7, color=GREY, va="top")
         axis.text(1, top, f"{100 * guess.confidence:.1f} %", fontsize=7, color=GREY, va="top", ha="right")
-        axis.text(0, top - 0.13, label, fontsize=9, fontweight="bold", va="top")
+        axis.text(0, top - 0.13, plain(label), fontsize=9, fontweight="bold", va="top")
         axis.barh(top - 0.36, 1, height=0.05, color="#e4e7ec")
         axis.barh(top - 0.36, guess.confidence, height=0.05, color=colour)
 
@@ -128,7 +128,7 @@ def _draw_lines(
     """Draw lines of N pictures: (name, pictures [3, N, H, W], N texts below them). `above`: texts above the first."""
     axes = figure.subplots(len(lines), lines[0][1].shape[1], squeeze=False, gridspec_kw=SPACE)
     for row, (name, pictures, below) in zip(axes, lines, strict=True):
-        row[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center", color=GREY)
+        row[0].set_ylabel(plain(name), fontsize=8, rotation=0, ha="right", va="center", color=GREY)
         for axis, picture, text in zip(row, pictures.unbind(1), below, strict=True):
             _show(axis, picture, below=text)
     for axis, text in zip(axes[0], above, strict=False):
@@ -140,10 +140,15 @@ def _show(axis: Axes, picture: Tensor, *, above: str = "", below: str | int = ""
     axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
     if above:
         axis.set_title(above, fontsize=8)
-    axis.set_xlabel(below, fontsize=8, labelpad=2)
+    axis.set_xlabel(plain(str(below)), fontsize=8, labelpad=2)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
+
+
+def plain(text: str) -> str:
+    """A name as matplotlib writes it: not taken for a formula, whose mistakes are errors."""
+    return printable_lines(text).replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:

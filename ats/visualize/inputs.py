@@ -17,7 +17,7 @@ from ats.datasets.build import build_clip_transforms, build_transform, clip_samp
 from ats.datasets.folders import class_folders, files_below
 from ats.datasets.imagenet import read_image
 from ats.datasets.kinetics import read_clip, read_csv
-from ats.errors import UserError, suggest
+from ats.errors import UserError, printable, suggest
 
 CLIP_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg")
 IMAGENET_1K = "imagenet-1k"
@@ -87,7 +87,7 @@ def class_names(cfg: CfgNode, source: str = "") -> list[str]:
                 f"--classes {source}: cannot be read ({error}). Give a file with one name per line, or {IMAGENET_1K}."
             ) from error
     if len(names) == num_classes:
-        return names
+        return list(map(printable, names))
     if source:
         raise UserError(f"--classes {source} has {len(names)} names, but MODEL.NUM_CLASSES is {num_classes}.")
     return [f"class {label}" for label in range(num_classes)]

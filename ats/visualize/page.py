@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ats.datasets import Loader, Sample
-from ats.errors import UserError
+from ats.errors import UserError, printable
 from ats.flops import gflops
 from ats.visualize.compare import Guess, Networks, SampleView, guesses
 from ats.visualize.grids import BlockView
@@ -171,7 +171,7 @@ def _card(networks: Networks, dataset: Dataset[Sample], row: Row, names: Sequenc
     [view] = networks.compare(sample.x[None])
     name = Path(dataset.path(row.index)) if hasattr(dataset, "path") else Path(f"sample {row.index}")
     return {
-        "name": "/".join(name.parts[-2:]),
+        "name": printable("/".join(name.parts[-2:])),
         "label": names[row.label],
         "right": row.ats.label == row.label,
         "ats": [names[row.ats.label], row.ats.confidence],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ats.checkpoint import save_safetensors
 from ats.cli.visualize import main, make_parser, split_words
 from ats.config import get_cfg, load_config
 from ats.datasets import build_dataset
-from ats.errors import UserError
+from ats.errors import UserError, printable
 from ats.models import build_model
 from ats.visualize.inputs import class_names, read_input
 
@@ -92,6 +93,57 @@ def test_bad_files_do_not_stop_the_others(words, colours, tmp_path, capsys):
     assert said.err.startswith("error: 2 of 4 files cannot be read; the others are drawn.\n")
     assert f"Cannot read the image {tmp_path}/bad.png" in said.err
     assert f"Cannot read the image {tmp_path}/empty.jpg" in said.err
+
+
+def test_every_file_gets_a_picture_of_its_own(words, colours, tmp_path, capsys):
+    """Neither pictures of other files nor the files themselves are written over, whatever the names are."""
+    folder, content = tmp_path / "in", (colours / "val" / "red" / "0.png").read_bytes()
+    names = ["a/x.png", "a/x_2.png", "b/x.png", "b/x.jpg", "c/X.png", "x.png", "x_3.png"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    assert main([*words, str(folder), "-o", str(folder)]) == 0
+    assert all((folder / name).read_bytes() == content for name in names)
+    written = [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert len({path.casefold() for path in written}) == len(names)
+    assert sorted(map(str, folder.glob("*.png"))) == sorted([*written, str(folder / "x.png"), str(folder / "x_3.png")])
+
+
+def test_odd_names(words, colours, tmp_path, capsys):
+    """Names that are not UTF-8, clear the terminal, fake a line or look like a formula are drawn and shown escaped, in
+    the list, in the pictures and in the report.
+    """
+    classes = {"blue": "b\udcff", "green": "$\\frac$", "red": "red\x1b[31m", "yellow": "y\n[01-01] done"}
+    names = [
+        "plain.png",
+        "\udcff\xe9.png",
+        "clear\x1b[2J\x9b.png",
+        "two\nerror: lines.png",
+        "$x^$.png",
+        "\u202egnp.png",
+    ]
+    for number, (old, new) in enumerate(classes.items()):
+        folder = tmp_path / "data" / "val" / new
+        folder.mkdir(parents=True)
+        for name in names[number : number + 2]:
+            (folder / name).write_bytes((colours / "val" / old / "0.png").read_bytes())
+    (tmp_path / "data" / "val" / "b\udcff" / "bad\udcff\x1b[2J.png").write_text("")
+    words += ["DATA.PATH_TO_DATA_DIR", str(tmp_path / "data"), "-o", str(tmp_path / "look")]
+    assert main([*words, str(tmp_path / "data")]) == 1
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == len(list((tmp_path / "look").iterdir())) == 8
+    assert r"/\udcffé.png: dense " in said.out
+    assert r"/clear\x1b[2J\x9b.png: dense " in said.out
+    assert r"/two\nerror: lines.png: dense " in said.out
+    assert r"bad\udcff\x1b[2J.png: it is not an image" in said.err
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", said.out + said.err)
+    (tmp_path / "data" / "val" / "b\udcff" / "bad\udcff\x1b[2J.png").unlink()
+    assert main([*words, "--report", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    content = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    cards = [card for group in content["groups"] for card in group["cards"]]
+    assert {card["label"] for card in cards} >= {r"b\udcff", r"red\x1b[31m"}
+    assert all(printable(text) == text for card in cards for text in (card["name"], card["label"], card["ats"][0]))
 
 
 def test_clips(video_words, tmp_path, capsys):
