@@ -20,12 +20,12 @@ import io
 import re
 import sys
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
@@ -36,14 +36,17 @@ from ats.files import atomic_write
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
+WNID = "n[0-9]{8}"
+AGAIN = "Download it again; images that are already unpacked will be kept."
 MAX_BYTES = 256 * 1024**2  # of a file in an archive; the largest official one has 15 MB
 
 
 class Devkit(NamedTuple):
-    """The wnids of the classes that have images, and the wnid of each validation image, in order."""
+    """What the devkit says about the images."""
 
-    wnids: set[str]
-    val_wnids: list[str]
+    wnids: set[str]  # of the classes that have images
+    val_wnids: list[str]  # the class of each validation image, in order
+    num_train: dict[str, int]  # training images of each class; empty if it does not say
 
 
 def read_devkit(path: Path) -> Devkit:
@@ -54,16 +57,25 @@ def read_devkit(path: Path) -> Devkit:
     """
     from scipy.io import loadmat  # slow to import
 
-    with _open(path) as archive:
-        content = {
-            name: _read(archive, archive.getmember(f"ILSVRC2012_devkit_t12/data/{name}"))
-            for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
-        }
-    synsets = loadmat(io.BytesIO(content["meta.mat"]), squeeze_me=True)["synsets"]
-    # Inner nodes of the WordNet tree (num_children > 0) also have ids, but no images.
-    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if row["num_children"] == 0}
-    labels = content["ILSVRC2012_validation_ground_truth.txt"].split()
-    return Devkit(set(wnids.values()), [wnids[int(label)] for label in labels])
+    names = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+    with _open(path) as archive, _damage(path):
+        meta, labels = (_read(archive, archive.getmember(f"ILSVRC2012_devkit_t12/data/{name}")) for name in names)
+        while archive.fileobj.read(2**20):  # to the end, where gzip compares check sums
+            pass
+        synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+        # Inner nodes of the WordNet tree (num_children > 0) also have ids, but no images.
+        classes = {int(row["ILSVRC2012_ID"]): row for row in synsets if row["num_children"] == 0}
+        wnids = {number: str(row["WNID"]) for number, row in classes.items()}
+        for wnid in wnids.values():  # they become folders
+            if not re.fullmatch(WNID, wnid):
+                raise tarfile.ReadError(f"meta.mat has the class {wnid!r}, which is not like n01440764")
+        if not wnids or len(set(wnids.values())) < len(wnids):
+            raise tarfile.ReadError("meta.mat has no classes, or one of them twice")
+        if unknown := {label.decode() for label in labels.split()} - set(map(str, wnids)):
+            raise tarfile.ReadError(f"{names[1]} has the label {min(unknown)[:20]!r}, which is no class of meta.mat")
+        has_counts = "num_train_images" in (synsets.dtype.names or ())
+        num_train = {wnids[n]: int(row["num_train_images"]) for n, row in classes.items()} if has_counts else {}
+        return Devkit(set(wnids.values()), [wnids[int(label)] for label in labels.split()], num_train)
 
 
 def arrange_val(archive: Path, output: Path, *, devkit: Devkit) -> int:
@@ -77,18 +89,20 @@ def arrange_val(archive: Path, output: Path, *, devkit: Devkit) -> int:
     """
 
     def target(name: str) -> str:
-        match = re.fullmatch(r"(?:.*/)?(ILSVRC2012_val_(\d{8})\.JPEG)", name)
+        match = re.fullmatch(r"(?:.*/)?(ILSVRC2012_val_([0-9]{8})\.JPEG)", name)
         number = int(match[2]) if match else 0
         if not 1 <= number <= len(devkit.val_wnids):
-            raise UserError(f"{archive} holds {name!r}, none of the {len(devkit.val_wnids)} validation images.")
+            raise UserError(
+                f"{archive} holds {name!r}, none of the {len(devkit.val_wnids)} validation images that {DEVKIT} lists."
+            )
         return f"{devkit.val_wnids[number - 1]}/{match[1]}"
 
     with _open(archive) as tar, tqdm(total=len(devkit.val_wnids), desc="val", unit="image") as bar:
-        num_found, num_written = _extract(tar, output / "val", target=target, bar=bar)
-    if num_found != len(devkit.val_wnids):
+        num_found, num_written = _extract(tar, output / "val", archive=archive, target=target, bar=bar)
+    if not num_found == len(devkit.val_wnids) > 0:
         raise UserError(
-            f"{archive} is incomplete: {num_found} of {len(devkit.val_wnids)} images. Download it again; "
-            "images that are already unpacked will be kept."
+            f"{archive} is incomplete: {num_found} of the {len(devkit.val_wnids)} images that {DEVKIT} lists. Download "
+            f"{'it' if devkit.val_wnids else DEVKIT} again; images that are already unpacked will be kept."
         )
     return num_written
 
@@ -100,54 +114,78 @@ def arrange_train(archive: Path, output: Path, *, devkit: Devkit | None = None) 
         The number of images written; those that were already there do not count.
 
     Raises:
-        UserError: the archive is damaged, or classes are missing (checked if the devkit is given).
+        UserError: the archive is damaged, or classes or images are missing (checked if the devkit is given).
     """
     found, num_written = set(), 0
     with _open(archive) as outer, tqdm(total=archive.stat().st_size, desc="train", unit="B", unit_scale=True) as bar:
-        for member in outer:
-            match = re.fullmatch(r"(?:.*/)?(n\d{8})\.tar", member.name)
+        for member in _files(outer, archive):
+            match = re.fullmatch(rf"(?:.*/)?({WNID})\.tar", member.name)
             if not match or (devkit and match[1] not in devkit.wnids):
                 raise UserError(f"{archive} holds {member.name!r}, which is not the archive of a class.")
             wnid = match[1]
             bar.set_description(f"train {wnid}")
 
             def target(name: str, wnid: str = wnid) -> str:
-                match = re.fullmatch(rf"(?:.*/)?({wnid}_\d+\.JPEG)", name)
+                match = re.fullmatch(rf"(?:.*/)?({wnid}_[0-9]+\.JPEG)", name)
                 if not match:
                     raise UserError(f"{wnid}.tar in {archive} holds {name!r}, which is not an image of that class.")
                 return f"{wnid}/{match[1]}"
 
-            with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                num_written += _extract(inner, output / "train", target=target)[1]
+            with _damage(archive):
+                inner = tarfile.open(fileobj=outer.extractfile(member), mode="r:")  # noqa: SIM115 - holds no file
+            num_found, num_new = _extract(inner, output / "train", archive=archive, target=target)
+            expected = devkit.num_train.get(wnid, num_found) if devkit else num_found
+            if num_found != expected:
+                raise UserError(
+                    f"{archive} is incomplete: {wnid}.tar in it has {num_found} of {expected} images. {AGAIN}"
+                )
+            num_written += num_new
             found.add(wnid)
             bar.update(member.size)
     if devkit and found != devkit.wnids:
-        raise UserError(
-            f"{archive} is incomplete: {len(found)} of {len(devkit.wnids)} classes. Download it again; "
-            "images that are already unpacked will be kept."
-        )
+        raise UserError(f"{archive} is incomplete: {len(found)} of {len(devkit.wnids)} classes. {AGAIN}")
     return num_written
 
 
 def _extract(
-    tar: tarfile.TarFile, folder: Path, *, target: Callable[[str], str], bar: tqdm | None = None
+    tar: tarfile.TarFile, folder: Path, *, archive: Path, target: Callable[[str], str], bar: tqdm | None = None
 ) -> tuple[int, int]:
     """Write the files of an archive to `folder / target(name)`; returns how many it holds, and how many were new."""
     num_found = num_written = 0
-    for member in tar:
-        if not member.isfile():
-            continue
+    for member in _files(tar, archive):
         path = folder / target(member.name)
         num_found += 1
         if not (path.is_file() and path.stat().st_size == member.size):
-            content = _read(tar, member)
-            _check_image(content, member.name)
+            with _damage(archive):
+                content = _read(tar, member)
+                _check_image(content, member.name)
             with atomic_write(path, sync=False) as temporary:
                 temporary.write_bytes(content)
             num_written += 1
         if bar is not None:
             bar.update()
     return num_found, num_written
+
+
+def _files(tar: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
+    """The files of an archive, without hidden ones; refuses links and other members, and a name that comes twice."""
+    names: set[str] = set()
+    while True:
+        with _damage(archive):
+            if (member := tar.next()) is None:
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes damage for the end
+                    raise tarfile.ReadError("it is cut off or damaged")
+                return
+            name = member.name.rpartition("/")[2]
+            if member.isdir() or name.startswith("."):  # macOS adds "._" files
+                continue
+            if not member.isfile():
+                raise tarfile.ReadError(f"{member.name!r} is not a file")
+            if name in names:
+                raise tarfile.ReadError(f"it holds {name!r} twice")
+            names.add(name)
+        yield member
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -172,17 +210,27 @@ def _check_image(content: bytes, name: str) -> None:
 
 
 @contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Whatever is raised while an archive is read (nothing may be written here) means that the download is bad."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # tarfile and scipy raise anything: TarError, zlib.error, KeyError, TypeError, ...
+        reason = f"{error}".partition("\n")[0].rstrip(".:") or type(error).__name__
+        raise UserError(f"{path} is damaged or is not the official archive ({reason}). Download it again.") from error
+
+
+@contextmanager
 def _open(path: Path) -> Iterator[tarfile.TarFile]:
-    """Open an archive; an error while reading it means that the download is bad."""
     if not path.is_file():
         raise UserError(
             f"{path} does not exist. Get it from https://image-net.org and name its folder with --archives."
         )
-    try:
-        with tarfile.open(path) as archive:
-            yield archive
-    except (tarfile.TarError, EOFError, zlib.error, KeyError) as error:
-        raise UserError(f"{path} is damaged or is not the official archive ({error}). Download it again.") from error
+    with _damage(path):
+        archive = tarfile.open(path)  # noqa: SIM115 - closed below
+    with archive:
+        yield archive
 
 
 def prepare_imagenet(archives: str | Path, output: str | Path, *, splits: list[str] | None = None) -> dict[str, int]:
