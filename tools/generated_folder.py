@@ -72,22 +72,28 @@ def write_manifest(folder: Path, kind: Kind, manifest: dict) -> None:
 
 
 def checksums(folder: Path, kind: Kind) -> list[str]:
-    """`<sum>  <name>` of every file and folder in `folder` but the manifest and the sums, sorted by name."""
-    paths = sorted(path for path in folder.iterdir() if path.name not in (kind.manifest, SUMS))
-    return [f"{checksum(path)}  {path.name}" for path in paths]
+    """`<sum>  <name>` of every file and folder in `folder`, sorted by name; not of hidden ones, manifest and sums."""
+    names = sorted(path.name for path in folder.iterdir())
+    names = [name for name in names if name not in (kind.manifest, SUMS) and not name.startswith(".")]
+    return [f"{checksum(folder / name)}  {name}" for name in names]
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, or of the names (relative to `path`) and bytes of all files below a folder, sorted by name."""
+    """SHA-256 of a file, or of the names (relative to `path`) and bytes of all files below a folder, sorted by name.
+
+    Hidden files, which Jupyter and macOS add, do not count, as the loaders do not read them either.
+    """
     digest = hashlib.sha256()
     if path.is_file():
         digest.update(path.read_bytes())
         return digest.hexdigest()
     files = [os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names]
     for name, file_path in sorted((os.path.relpath(file, path).replace(os.sep, "/"), file) for file in files):
+        if name.startswith(".") or "/." in name:
+            continue
         with open(file_path, "rb", buffering=0) as file:  # pathlib takes three times as long for 25,000 files
             content = file.read()
-        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(os.fsencode(name) + f"\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
 

@@ -73,7 +73,9 @@ def find_videos(videos: Path) -> list[Item]:
     items = []
     for split in splits:
         if unknown := sorted(set(classes[split]) - set(names)):
-            raise UserError(f"{videos / split} has classes that {splits[0]}/ has not: {', '.join(unknown[:5])}.")
+            raise UserError(
+                f"{videos / split} has classes that {splits[0]}/ has not: {', '.join(map(printable, unknown[:5]))}."
+            )
         labels = {name: label for label, name in enumerate(names)}
         paths = files_below(videos / split, EXTENSIONS, noun="video")
         in_class = [path for path in paths if path.count("/") == 1]

@@ -19,7 +19,7 @@ from ats.datasets.folders import class_folders
 from ats.datasets.imagenet import ImageNet
 from ats.datasets.kinetics import Kinetics, read_csv
 from ats.datasets.loader import EvalBatchSampler, Loader, TrainBatchSampler, num_cores
-from ats.errors import UserError, counted, suggest
+from ats.errors import UserError, counted, printable, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,9 @@ def _check_same_classes(val: ImageNet) -> None:
         return
     for more, fewer, missing in ((folder, val.folder, theirs - ours), (val.folder, folder, ours - theirs)):
         if missing:
-            names = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            names = ", ".join(map(printable, sorted(missing)[:5])) + (
+                f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            )
             raise UserError(
                 f"{fewer} has no folder for: {names}. Labels follow the sorted names, so it needs the class folders "
                 f"of {more}; one without images may be empty."

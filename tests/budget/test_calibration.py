@@ -367,3 +367,13 @@ def test_mistakes_on_the_command_line(digits, tmp_path, capsys, words, message):
     error = capsys.readouterr().err
     assert message in error[error.index("error: ") :]
     assert "Traceback" not in error
+
+
+def test_command_writes_odd_names_into_the_config(tiny_config, tmp_path):
+    """A name on the command line that is not UTF-8, or has a new line or a colon, does not break the file."""
+    base, output = tmp_path / "a: b \udcff\n#.yaml", tmp_path / "out" / "mine.yaml"
+    tiny_config.rename(base)
+    argv = ["--cfg", str(base), "OUTPUT_DIR", "x\nMODEL: 3\n"]
+    tool.write(output, "ATS: {NUM_TOKENS: 9}\n", cfg=str(base), argv=argv, report="a report")
+    cfg = load_config(output)
+    assert (cfg.VIT.EMBED_DIM, cfg.ATS.NUM_TOKENS) == (32, 9)

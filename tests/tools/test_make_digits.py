@@ -153,7 +153,9 @@ def test_more_copies_keep_the_first_ones(few_digits, tmp_path):
 
 
 def test_second_run_verifies_and_repairs(few_digits, tmp_path):
-    """A second run does nothing; a damaged, lost or added file, and another setting, make it run again."""
+    """A second run does nothing; a damaged, lost or added file, and another setting, make it run again. Hidden files do
+    not count.
+    """
     output = tmp_path / "digits"
 
     def make(**settings) -> bool:
@@ -168,8 +170,12 @@ def test_second_run_verifies_and_repairs(few_digits, tmp_path):
     assert file.read_bytes() == original
     file.unlink()
     assert make()
-    (output / "train" / "0" / "stray.png").write_bytes(original)
+    (output / "train" / "0" / "stray\udcff.png").write_bytes(original)
     assert make()
+    for folder in (output, output / "val", output / "val" / "0"):
+        (folder / ".DS_Store").touch()
+        (folder / ".ipynb_checkpoints").mkdir()
+        (folder / ".ipynb_checkpoints" / "0-checkpoint.png").write_bytes(original)
     assert not make()
     assert make(size=48)
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
