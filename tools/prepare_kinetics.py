@@ -36,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
 from ats.datasets.decode import Video
-from ats.datasets.folders import class_folders, files_below
+from ats.datasets.folders import class_folders, files_below, warn_about_numbers
 from ats.errors import UserError, counted, exit_status, printable
 from ats.files import atomic_write
 
@@ -70,6 +70,7 @@ def find_videos(videos: Path) -> list[Item]:
             f"{videos} has no train/<class>, val/<class> or test/<class>: name the right folder with --videos."
         )
     names = classes[splits[0]]
+    warn_about_numbers(str(videos), tuple(names))
     items = []
     for split in splits:
         if unknown := sorted(set(classes[split]) - set(names)):

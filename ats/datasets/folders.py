@@ -10,9 +10,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import stat
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import chain
 
 from ats.errors import UserError, counted, printable
@@ -32,16 +34,36 @@ def class_folders(folder: str | os.PathLike) -> list[str]:
         if entry.name.startswith("."):
             continue
         if entry.is_symlink():
-            if not os.path.exists(entry.path):
+            try:
+                os.stat(entry.path)
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    continue
                 raise UserError(
-                    f"The link {printable(entry.path)} leads nowhere. Restore what it leads to or, if it is not a "
-                    "class, remove it: labels follow the sorted names of the class folders."
-                )
+                    f"The link {printable(entry.path)} leads nowhere ({error.strerror}). Restore what it leads to or, "
+                    "if it is not a class, remove it: labels follow the sorted names of the class folders."
+                ) from error
             if inside.startswith(os.path.join(os.path.realpath(entry.path), "")):
                 continue  # a loop
         if entry.is_dir():
             names.append(entry.name)
     return sorted(names)
+
+
+@cache  # one warning, not one per split
+def warn_about_numbers(root: str, classes: Sequence[str]) -> None:
+    """Warn if the names are numbers that sort in another order than as text. `root`: the folder with the splits.
+
+    A network trained elsewhere, in numeric order, gets other labels here.
+    """
+    if all(re.fullmatch(r"[-+]?\d+(\.\d+)?", name) for name in classes) and sorted(classes, key=float) != list(classes):
+        shown = ", ".join(f"{name} has label {label}" for label, name in enumerate(classes[:6]))
+        logger.warning(
+            "The class folders in %s are named by numbers, but labels follow the names as text: folder %s%s. If your "
+            "checkpoint was trained with labels in numeric order, rename the folders so that both orders agree: 00, "
+            "01, 02, ...",
+            *(root, shown, ", ..." if len(classes) > 6 else ""),
+        )
 
 
 def files_below(root: str | os.PathLike, extensions: Sequence[str], *, noun: str) -> list[str]:

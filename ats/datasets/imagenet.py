@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import stat
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cache
 from typing import BinaryIO, Literal
 
 import numpy as np
@@ -23,7 +20,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ats.datasets.base import FileDataset
-from ats.datasets.folders import class_folders, files_below
+from ats.datasets.folders import class_folders, files_below, warn_about_numbers
 from ats.datasets.transforms import Transform
 from ats.errors import NoSuchSplit, UserError, counted, printable
 
@@ -157,22 +154,9 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
         names = ", ".join(map(printable, empty[:5])) + (", ..." if len(empty) > 5 else "")
         message = "%d of the %d class folders in %s hold no image: %s. Their labels keep their places."
         logger.warning(message, len(empty), len(classes), folder, names)
-    _warn_about_numbers(root, tuple(classes))
+    warn_about_numbers(root, tuple(classes))
     return classes, files
 
 
 def _class_of(path: str) -> str:
     return path.split(os.sep, 1)[0]
-
-
-@cache  # one warning, not one per split
-def _warn_about_numbers(root: str, classes: Sequence[str]) -> None:
-    """A network trained elsewhere, in numeric order, would get other labels here."""
-    if all(re.fullmatch(r"[-+]?\d+(\.\d+)?", name) for name in classes) and sorted(classes, key=float) != list(classes):
-        shown = ", ".join(f"{name} has label {label}" for label, name in enumerate(classes[:6]))
-        logger.warning(
-            "The class folders in %s are named by numbers, but labels follow the names as text: folder %s%s. If your "
-            "checkpoint was trained with labels in numeric order, rename the folders so that both orders agree: 00, "
-            "01, 02, ...",
-            *(root, shown, ", ..." if len(classes) > 6 else ""),
-        )
