@@ -70,22 +70,22 @@ class Kinetics(FileDataset):
     def blank(self) -> Tensor:
         return torch.full_like(self.transforms[0](np.zeros((self.sampling.num_frames, 8, 8, 3), np.uint8)), torch.nan)
 
+    def listed_in(self, index: int) -> str:
+        return f"{self.listing.csv}, line {self.listing.lines[index // self.num_views]}"
+
     def load(self, index: int) -> Tensor:
-        """Decode and transform sample `index`: float32 [3, T, H, W]. Errors name its line in the csv file."""
+        """Decode and transform sample `index`: float32 [3, T, H, W]."""
         video, rest = divmod(index, self.num_views)
         clip, crop = divmod(rest, len(self.transforms))
-        try:
-            if self.split == "train":
-                return self.transforms[0](read_clip(self.path(index), self.sampling))
-            # The crops of a clip are consecutive samples: decode once for all of them.
-            if self._last is None or self._last[0] != (video, clip):
-                # SlowFast validates on random clips; the middle one is the same in every run.
-                use_offset = self.sampling.use_offset_sampling or self.split == "val"
-                sampling = self.sampling._replace(use_offset_sampling=use_offset)
-                self._last = (video, clip), read_clip(self.path(index), sampling, clip=clip, num_clips=self.num_clips)
-            return self.transforms[crop](self._last[1])
-        except UserError as error:
-            raise UserError(f"{self.listing.csv}, line {self.listing.lines[video]}: {error}") from error
+        if self.split == "train":
+            return self.transforms[0](read_clip(self.path(index), self.sampling))
+        # The crops of a clip are consecutive samples: decode once for all of them.
+        if self._last is None or self._last[0] != (video, clip):
+            # SlowFast validates on random clips; the middle one is the same in every run.
+            use_offset = self.sampling.use_offset_sampling or self.split == "val"
+            sampling = self.sampling._replace(use_offset_sampling=use_offset)
+            self._last = (video, clip), read_clip(self.path(index), sampling, clip=clip, num_clips=self.num_clips)
+        return self.transforms[crop](self._last[1])
 
 
 def read_clip(path: str, sampling: ClipSampling, *, clip: int | None = None, num_clips: int = 1) -> np.ndarray:

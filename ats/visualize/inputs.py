@@ -13,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
 from ats.config import CfgNode
 from ats.config.keys import keys
+from ats.datasets.base import read_errors
 from ats.datasets.build import build_clip_transforms, build_transform, clip_sampling, input_shape
 from ats.datasets.imagenet import read_image
 from ats.datasets.kinetics import read_clip, read_csv
@@ -52,10 +53,11 @@ def read_input(path: Path, cfg: CfgNode) -> Tensor:
     UserError, with the path, if it cannot be read.
     """
     try:
-        if not takes_clips(cfg):
-            return build_transform(cfg, "test")(read_image(str(path)))
-        frames = read_clip(str(path), clip_sampling(cfg)._replace(use_offset_sampling=True), clip=0)
-        return build_clip_transforms(cfg, "val")[0](frames)
+        with read_errors(str(path)):
+            if not takes_clips(cfg):
+                return build_transform(cfg, "test")(read_image(str(path)))
+            frames = read_clip(str(path), clip_sampling(cfg)._replace(use_offset_sampling=True), clip=0)
+            return build_clip_transforms(cfg, "val")[0](frames)
     except UserError as error:  # its advice is about data sets
         raise UserError(str(error).replace(" Restore the file, or remove it from the data set.", "")) from error
 
