@@ -30,8 +30,9 @@ class NoSuchSplit(UserError):
     """The folder or list of a split does not exist."""
 
 
-class Stopped(Exception):
-    """A signal stopped the training after it had saved a checkpoint.
+class Stopped(BaseException):
+    """A signal stopped the training after it had saved a checkpoint. Like KeyboardInterrupt it may be raised anywhere,
+    and nothing that copes with errors, such as a bad file, may catch it.
 
     Attributes:
         status: the process's exit status: 143 after SIGTERM, 130 after SIGINT.

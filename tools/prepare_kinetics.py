@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
@@ -125,13 +124,7 @@ def shrink(video: Video, target: Path, *, short_side: int) -> None:
     """Re-encode a video as h264 in mp4: short side `short_side` pixels, upright, with the same time stamps."""
     with av.open(str(target), "w", format="mp4") as container:
         stream = None
-        for frame, turns in video.frames():
-            if turns:
-                turned = av.VideoFrame.from_ndarray(
-                    np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-                )
-                turned.pts, turned.time_base = frame.pts, frame.time_base
-                frame = turned
+        for frame in video.frames():
             scale = short_side / min(frame.width, frame.height)
             width, height = (2 * round(side * scale / 2) for side in (frame.width, frame.height))
             if stream is None:

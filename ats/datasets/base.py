@@ -60,7 +60,11 @@ class FileDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def load(self, index: int) -> Tensor:
-        """Read and transform sample `index`; raise a UserError if the file is bad."""
+        """Read and transform sample `index`. Whatever it raises means that the file is bad."""
+
+    def listed_in(self, index: int) -> str:
+        """Where the file of sample `index` is listed, for errors; "" if it is in no list."""
+        return ""
 
     def blank(self) -> Tensor:
         """The x of a skipped sample."""
@@ -92,19 +96,39 @@ class FileDataset(Dataset[Sample], ABC):
     def _read(self, key: int | Draw) -> Sample:
         if isinstance(key, Draw):
             seed_generators(key.seed)
-        index, bad = key.index if isinstance(key, Draw) else int(key), ""
+        index, bad, reason = key.index if isinstance(key, Draw) else int(key), "", None
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                return Sample(self.load(index), self.label(index), index, bad)
-            except UserError:
+                with read_errors(self.path(index), listed_in=self.listed_in(index)):
+                    return Sample(self.load(index), self.label(index), index, bad)
+            except UserError as error:
+                reason = reason or error
                 if self.on_bad == "raise":
                     raise
                 if self.on_bad == "skip":
                     return Sample(self.blank(), self.label(index), index, self.path(index))
                 bad = bad or self.path(index)
                 index = int(np.random.default_rng([self.seed, index, attempt]).integers(len(self)))
-        others = f"the {MAX_REPLACEMENTS - 1} files tried in its place"
-        raise UserError(f"{printable(bad)} cannot be read, and neither can {others}.")
+        others = f"neither can the {MAX_REPLACEMENTS - 1} files tried in its place"
+        raise UserError(f"{printable(bad)} cannot be read, and {others}. {reason}") from reason
+
+
+@contextmanager
+def read_errors(path: str, *, kind: str = "file", listed_in: str = "") -> Iterator[None]:
+    """Turn whatever is raised while a file is read into a UserError with its path, because a damaged file can make a
+    decoder raise anything, even a MemoryError. One that already is a UserError keeps its text.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = str(error)
+        if not isinstance(error, UserError):
+            message = getattr(error, "strerror", None) or message.rstrip(".")
+            if not message or not isinstance(error, OSError | ValueError):
+                message = ": ".join(filter(None, (type(error).__name__, message)))
+            what = f"the {kind} {printable(path)}: {printable(message)}"
+            message = f"Cannot read {what}. Restore the file, or remove it from the data set."
+        raise UserError(f"{listed_in}: {message}" if listed_in else message) from error
 
 
 def seed_generators(seed: int) -> None:

@@ -8,7 +8,8 @@
 
 The sampling is SlowFast's (`get_start_end_idx`, `temporal_sampling`). Frames are counted in display order: frame i is
 the i-th frame that decoding the whole file would give. `Video` reads the time stamps from the file's packets, which
-needs no decoding, and decodes from the last key frame before the clip.
+needs no decoding, and decodes from the last key frame before the clip. Where a packet may not be a frame it decodes
+everything.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Container, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from fractions import Fraction
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -26,14 +27,16 @@ import torch
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from ats.datasets.base import read_errors
+from ats.datasets.packets import is_cut_off, num_shown
 from ats.errors import UserError
 
 MAX_PIXELS = 8192 * 8192  # per frame; more is a mistake or an attempt to exhaust memory
 # Formats FFmpeg may use: video containers, not lists of other files (concat, hls, dash, image2, sdp, ...).
 CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
-
-# Top-level boxes of mp4 and mov. Anything else may be data that somebody appended.
-BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"sidx", b"mfra", b"uuid", b"udta"}
+TIMED = {"mp4", "matroska"}  # those whose packets have the time stamps of the frames
+PROGRESSIVE = (0, 1)  # FFmpeg's field orders "unknown" and "progressive"; in the others a packet may be half a frame
+DAMAGED = "it is cut off or damaged"
 
 
 class ClipSampling(NamedTuple):
@@ -81,8 +84,9 @@ class Video(AbstractContextManager):
         self._container: av.container.InputContainer | None = None
         self._reformatter = VideoReformatter()
         try:
-            with self._errors_with_path():
+            with read_errors(self.path, kind="video"):
                 self._open()
+                self._size = self._stream.codec_context.width, self._stream.codec_context.height
                 self._scan()
         except UserError:
             self.close()
@@ -98,7 +102,8 @@ class Video(AbstractContextManager):
             self._container = None
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
-        """uint8 RGB [len(indices), H, W, 3], rotated for display as the file says. Any order; indices may repeat.
+        """uint8 RGB [len(indices), H, W, 3], turned and mirrored for display as the file says. Any order; indices may
+        repeat. If the resolution changes, frames are resized to that of the video's first frame.
 
         Raises:
             UserError: a frame is damaged.
@@ -106,56 +111,92 @@ class Video(AbstractContextManager):
         """
         if not len(indices) or min(indices) < 0 or max(indices) >= self.num_frames:
             raise IndexError(f"{self.path} has frames 0 to {self.num_frames - 1}; got {indices}.")
-        with self._errors_with_path():
+        with read_errors(self.path, kind="video"):
             if self._pts is None:
                 frames = self._decode_by_count(set(indices))
             else:
                 frames = self._decode_by_time({self._pts[i]: i for i in set(indices)})
-        return np.stack([frames[i] for i in indices])
+            if any((frame.width, frame.height) != self._size for frame in frames.values()):
+                first = next(self._frames_from_start())  # not self._size, the header's, which is wrong in some files
+                self._size = first.width, first.height
+            rgb = {i: self._to_rgb(frame) for i, frame in frames.items()}
+            return np.stack([rgb[i] for i in indices])
 
-    def frames(self) -> Iterator[tuple[av.VideoFrame, int]]:
-        """Every frame as FFmpeg decodes it, and the number of quarter turns to the left that display it upright.
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """Every frame, turned and mirrored for display as the file says.
 
         Raises a UserError if the file is damaged.
         """
-        with self._errors_with_path():
+        with read_errors(self.path, kind="video"):
             for frame in self._frames_from_start():
                 if frame.is_corrupt:
-                    raise UserError("it is cut off or damaged")
-                yield frame, _quarter_turns(frame)
+                    raise ValueError(DAMAGED)
+                if frame.side_data.get("DISPLAYMATRIX") is None:
+                    yield frame
+                else:
+                    pixels = np.ascontiguousarray(upright(frame.to_ndarray(format="rgb24"), frame))
+                    turned = av.VideoFrame.from_ndarray(pixels)
+                    turned.pts, turned.time_base = frame.pts, frame.time_base
+                    yield turned
 
     def _open(self) -> None:
         if not os.path.isfile(self.path):
-            raise UserError("there is no such file")
+            raise ValueError("there is no such file")
         # "file:" and the whitelists: neither a path like http:// nor a playlist in the file can open anything else.
         options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
         try:
             self._container = av.open(f"file:{self.path}", metadata_errors="ignore", options=options)
         except av.ArgumentError as error:
-            raise UserError(f"it is not in one of the supported containers ({CONTAINERS})") from error
+            raise ValueError(f"it is not in one of the supported containers ({CONTAINERS})") from error
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:  # a cover picture in a sound file does not count
-            raise UserError("it has no video stream")
+            raise ValueError("it has no video stream")
         self._stream = streams[0]
-        width, height = self._stream.codec_context.width, self._stream.codec_context.height
-        if width * height > MAX_PIXELS:
-            raise UserError(f"its frames of {width} x {height} pixels are too large")
-        self._stream.codec_context.thread_count = 1  # the workers already read clips in parallel
+        codec = self._stream.codec_context
+        if codec.width * codec.height > MAX_PIXELS:
+            raise ValueError(f"its frames of {codec.width} x {codec.height} pixels are too large")
+        codec.options = {"max_pixels": str(MAX_PIXELS)}  # of frames that are larger than the header says
+        codec.thread_count = 1  # the workers already read clips in parallel
 
     def _scan(self) -> None:
         """Find time stamps (in display order), key frames and rate from the packets alone."""
-        packets = [packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard]
-        if any(packet.is_corrupt for packet in packets) or is_cut_off(self.path):
-            raise UserError("it is cut off or damaged")
-        pts = sorted({packet.pts for packet in packets if packet.pts is not None})
-        # In other containers (AVI) packets may lack time stamps or have other ones than the frames: count frames.
-        is_reliable = bool(set(self._container.format.name.split(",")) & {"mp4", "matroska"})
-        self._pts = pts if is_reliable and len(pts) == len(packets) else None
-        self._key_pts = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
-        self.num_frames = len(pts) if self._pts is not None else sum(1 for _ in self._frames_from_start())
+        codec, first, shown, is_counted = self._stream.codec_context, None, [], False
+        self._key_pts: list[int] = []
+        for packet in self._container.demux(self._stream):
+            if not packet.size:
+                continue
+            first = first or packet
+            if packet.is_discard:
+                continue
+            if packet.is_corrupt:
+                raise ValueError(DAMAGED)
+            if packet.is_keyframe and packet.pts is not None:
+                self._key_pts.append(packet.pts)
+            number = num_shown(codec.codec.canonical_name, memoryview(packet))
+            is_counted |= number is None or (number > 0 and packet.pts is None)
+            shown += [packet.pts] * (number or 0)
+        if is_cut_off(self.path):
+            raise ValueError(DAMAGED)
+        self._key_pts.sort()
+        pts = sorted({stamp for stamp in shown if stamp is not None})
+        self._pts = None if is_counted or not self._are_of_frames(pts, shown, first) else pts
+        self.num_frames = len(pts) if self._pts else sum(1 for _ in self._frames_from_start())
         if not self.num_frames:
-            raise UserError("it has no frames")
+            raise ValueError("it has no frames")
         self.fps = self._rate(pts)
+
+    def _are_of_frames(self, pts: list[int], shown: list[int], first: av.Packet | None) -> bool:
+        """Whether `pts`, which are those of the packets `shown` but sorted, are the time stamps that the decoder gives
+        to the frames. Where they may not be, frames are counted by decoding.
+        """
+        codec = self._stream.codec_context
+        if not TIMED & set(self._container.format.name.split(",")) or codec.field_order not in PROGRESSIVE:
+            return False
+        if not pts or len(pts) != len(shown) or not first.is_keyframe or first.pts is None or first.pts > pts[0]:
+            return False  # what is shown before the first key frame may not decode
+        # Some programs write times of decoding. They ascend, and the first is that of the first packet.
+        is_delayed = first.dts is not None and first.dts < first.pts
+        return shown != pts or is_delayed or not codec.has_b_frames
 
     def _rate(self, pts: list[int]) -> float:
         """The declared rate, as in SlowFast; the measured one if the file declares none or a wrong one."""
@@ -178,93 +219,42 @@ class Video(AbstractContextManager):
             codec.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
             yield from packet.decode()
 
-    def _decode_by_time(self, wanted: dict[int, int]) -> dict[int, np.ndarray]:
+    def _decode_by_time(self, wanted: dict[int, int]) -> dict[int, av.VideoFrame]:
         """Frames by index; `wanted` maps time stamps to indices."""
         key_pts = [pts for pts in self._key_pts if pts <= min(wanted)]
         for start in key_pts[:-3:-1]:  # an open group of pictures may need the previous key frame
             found = {}
             for frame in self._frames_from(start, wanted):
                 if frame.pts in wanted and not frame.is_corrupt:
-                    found[wanted[frame.pts]] = self._to_rgb(frame)
+                    found[wanted[frame.pts]] = frame
                 if len(found) == len(wanted):
                     return found
         return self._decode_by_count(set(wanted.values()))  # damage, or frames with other time stamps
 
-    def _decode_by_count(self, wanted: set[int]) -> dict[int, np.ndarray]:
+    def _decode_by_count(self, wanted: set[int]) -> dict[int, av.VideoFrame]:
         """Frames by index, decoding from the start."""
         found = {}
         for i, frame in enumerate(self._frames_from_start()):
             if i in wanted and not frame.is_corrupt:
-                found[i] = self._to_rgb(frame)
+                found[i] = frame
             if i >= max(wanted):
                 break
         if missing := sorted(wanted - set(found)):
-            raise UserError(f"it is cut off or damaged: frame {missing[0]} of {self.num_frames} does not decode")
+            raise ValueError(f"{DAMAGED}: frame {missing[0]} of {self.num_frames} does not decode")
         return found
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        return np.rot90(rgb, _quarter_turns(frame))
-
-    @contextmanager
-    def _errors_with_path(self) -> Iterator[None]:
-        """Raise FFmpeg's errors, and reasons given as a UserError, as a UserError with path and advice."""
-        try:
-            yield
-        except (av.FFmpegError, UserError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(
-                f"Cannot read the video {self.path}: {reason}. Restore the file, or remove it from the data set."
-            ) from error
+        width, height = self._size
+        rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1)
+        return upright(rgb.to_ndarray(), frame)
 
 
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    return round(frame.rotation / 90) % 4
-
-
-def is_cut_off(path: str | os.PathLike) -> bool:
-    """Whether an mp4, mov, mkv, webm or avi file ends before its last box, segment or chunk; False for other formats.
-
-    FFmpeg reads such a file as if it were complete. A file without sizes (a live recording), or cut between two
-    fragments, looks complete.
-    """
-    end = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(4096)
-        if head[:4] == b"\x1a\x45\xdf\xa3":  # EBML
-            return _matroska_end(head) > end
-        if head[:4] == b"RIFF":
-            return int.from_bytes(head[4:8], "little") + 8 > end
-        return _boxes_end(file, end) > end
-
-
-def _boxes_end(file: BinaryIO, end: int) -> int:
-    """End of the last top-level box; 0 if unknown."""
-    position = 0
-    while position + 8 <= end:
-        file.seek(position)
-        header = file.read(16)
-        size, kind = int.from_bytes(header[:4]), header[4:8]
-        size = int.from_bytes(header[8:16]) if size == 1 else size
-        if kind not in BOXES or size < 8:  # size 0: up to the end of the file
-            return 0
-        position += size
-    return position
-
-
-def _matroska_end(head: bytes) -> int:
-    """End of the segment; 0 if unknown."""
-    header_size, position = _ebml_size(head, 4)
-    position += header_size
-    if header_size < 0 or head[position : position + 4] != b"\x18\x53\x80\x67":  # Segment
-        return 0
-    size, position = _ebml_size(head, position + 4)
-    return 0 if size < 0 else position + size
-
-
-def _ebml_size(data: bytes, position: int) -> tuple[int, int]:
-    """The size field at `position` (-1: unknown, as in a live recording), and the position after it."""
-    first = data[position] if position < len(data) else 0
-    length = 9 - first.bit_length()  # bytes: one plus the number of leading zero bits
-    value = int.from_bytes(data[position : position + length]) & (1 << 7 * length) - 1
-    return -1 if value == (1 << 7 * length) - 1 or not first else value, position + length
+def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """The pixels [H, W, 3] of a frame, turned and mirrored as its display matrix says, to the nearest quarter turn."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

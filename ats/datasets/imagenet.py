@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ats.datasets.base import FileDataset
+from ats.datasets.base import FileDataset, read_errors
 from ats.datasets.folders import class_folders, files_below, warn_about_numbers
 from ats.datasets.transforms import Transform
 from ats.errors import NoSuchSplit, UserError, counted, printable
@@ -75,19 +75,14 @@ def read_image(path: str) -> Image.Image:
     Raises a UserError if the file is missing, is not an image, is damaged, is too large to decode safely, or holds
     numbers of unknown range.
     """
-    try:
+    with read_errors(path, kind="image"):
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for ever
             raise ValueError("it is not a regular file")
-        with open(path, "rb") as file, open_image(file) as image:
-            return to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file can raise anything: OSError, SyntaxError, struct.error, ...
-        reason = getattr(error, "strerror", None) or f"{error}".rstrip(".") or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "it is not an image, or its header is damaged"
-        advice = "Restore the file, or remove it from the data set."
-        raise UserError(f"Cannot read the image {printable(path)}: {printable(reason)}. {advice}") from error
+        try:
+            with open(path, "rb") as file, open_image(file) as image:
+                return to_rgb(image)
+        except Image.UnidentifiedImageError as error:
+            raise ValueError("it is not an image, or its header is damaged") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

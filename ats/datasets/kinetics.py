@@ -3,13 +3,18 @@
     abseiling/4YTwq0-73Y8_000044_000054.mp4 0
     air drumming/-VtLx-mcPds_000012_000022.mp4 1
 
-The label follows the last separator, so paths may contain separators.
+The label follows the last separator, so paths may contain separators. A path in quotation marks is read as pandas and
+Excel write it.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
+import logging
 import os
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
@@ -23,7 +28,10 @@ from ats.datasets.decode import ClipSampling, Video
 from ats.datasets.transforms import ClipTransform
 from ats.errors import NoSuchSplit, UserError
 
+logger = logging.getLogger(__name__)
+
 SEPARATORS = (" ", ",", "\t", ";")
+NO_TABLE = "Remove it; pandas leaves it out with to_csv(..., header=False, index=False)."
 
 
 class Listing(NamedTuple):
@@ -70,22 +78,22 @@ class Kinetics(FileDataset):
     def blank(self) -> Tensor:
         return torch.full_like(self.transforms[0](np.zeros((self.sampling.num_frames, 8, 8, 3), np.uint8)), torch.nan)
 
+    def listed_in(self, index: int) -> str:
+        return f"{self.listing.csv}, line {self.listing.lines[index // self.num_views]}"
+
     def load(self, index: int) -> Tensor:
-        """Decode and transform sample `index`: float32 [3, T, H, W]. Errors name its line in the csv file."""
+        """Decode and transform sample `index`: float32 [3, T, H, W]."""
         video, rest = divmod(index, self.num_views)
         clip, crop = divmod(rest, len(self.transforms))
-        try:
-            if self.split == "train":
-                return self.transforms[0](read_clip(self.path(index), self.sampling))
-            # The crops of a clip are consecutive samples: decode once for all of them.
-            if self._last is None or self._last[0] != (video, clip):
-                # SlowFast validates on random clips; the middle one is the same in every run.
-                use_offset = self.sampling.use_offset_sampling or self.split == "val"
-                sampling = self.sampling._replace(use_offset_sampling=use_offset)
-                self._last = (video, clip), read_clip(self.path(index), sampling, clip=clip, num_clips=self.num_clips)
-            return self.transforms[crop](self._last[1])
-        except UserError as error:
-            raise UserError(f"{self.listing.csv}, line {self.listing.lines[video]}: {error}") from error
+        if self.split == "train":
+            return self.transforms[0](read_clip(self.path(index), self.sampling))
+        # The crops of a clip are consecutive samples: decode once for all of them.
+        if self._last is None or self._last[0] != (video, clip):
+            # SlowFast validates on random clips; the middle one is the same in every run.
+            use_offset = self.sampling.use_offset_sampling or self.split == "val"
+            sampling = self.sampling._replace(use_offset_sampling=use_offset)
+            self._last = (video, clip), read_clip(self.path(index), sampling, clip=clip, num_clips=self.num_clips)
+        return self.transforms[crop](self._last[1])
 
 
 def read_clip(path: str, sampling: ClipSampling, *, clip: int | None = None, num_clips: int = 1) -> np.ndarray:
@@ -115,8 +123,8 @@ def read_csv(path: str, *, separator: str, num_classes: int, prefix: str = "", a
         allow_outside: accept paths that leave `prefix`.
 
     Raises:
-        UserError: the file is missing or empty, a line is not a path and a label, a label is out of range, or a path
-            leaves `prefix`.
+        UserError: the file is missing or empty, a line is not a path and a label, a label is out of range, there is a
+            header or a column of row numbers, or a path leaves `prefix`.
     """
     separator = separator.replace("\\t", "\t")
     if not separator:
@@ -126,40 +134,95 @@ def read_csv(path: str, *, separator: str, num_classes: int, prefix: str = "", a
             f"There is no {path}. DATA.PATH_TO_DATA_DIR must be a folder with train.csv, val.csv and test.csv: one "
             f"line `path{separator}label` per video; tools/prepare_kinetics.py writes them."
         )
-    entries = []
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            for number, text in enumerate(file, start=1):
-                if line := text.strip():
-                    where = f"{path}, line {number}"
-                    video, label = _parse(line, separator, where=where, num_classes=num_classes)
-                    video = _resolve(video, prefix, where=where) if prefix and not allow_outside else video
-                    entries.append((os.fsencode(video), label, number))
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    if not entries:
-        raise UserError(f"{path} is empty: it needs one line `path{separator}label` per video.")
     # As in SlowFast, except that without a prefix SlowFast resolves relative paths against the working directory.
     folder = os.path.expanduser(prefix) or os.path.dirname(path)
-    return Listing(path, folder, *map(np.array, zip(*entries, strict=True)))
+    lines = _lines(path)
+    if not lines:
+        raise UserError(f"{path} is empty: it needs one line `path{separator}label` per video.")
+    _refuse_header(lines, separator, where=f"{path}, line {lines[0][0]}")
+    parsed = [_parse(line, separator, where=f"{path}, line {n}", num_classes=num_classes) for n, line in lines]
+    videos = _as_here([video for video, _ in parsed], folder=folder, separator=separator, listing=path)
+    if prefix and not allow_outside:
+        numbered = zip(lines, videos, strict=True)
+        videos = [_resolve(video, prefix, where=f"{path}, line {n}") for (n, _), video in numbered]
+    columns = [os.fsencode(video) for video in videos], [label for _, label in parsed], [n for n, _ in lines]
+    return Listing(path, folder, *map(np.array, columns))
+
+
+def _lines(path: str) -> list[tuple[int, str]]:
+    """The lines that are not empty, with their numbers from 1."""
+    try:
+        with open(path, "rb") as file:  # Excel's "Unicode text", and what PowerShell writes, is UTF-16
+            encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        with open(path, encoding=encoding, errors="surrogateescape") as file:
+            return [(number, line) for number, text in enumerate(file, start=1) if (line := text.strip())]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _split(line: str, separator: str) -> tuple[str, int] | None:
+    """The path and the label of a line; None if it is not of this form."""
+    path, _, label = line.rpartition(separator)
+    if '"' in line and len(separator) == 1:
+        try:
+            fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
+        except csv.Error:  # the quotation mark is part of the path
+            fields = []
+        path, label = fields if len(fields) == 2 else (path, label)
+    path, label = path.strip(), label.strip()
+    is_number = label.isascii() and label.isdigit() and len(label) < 19
+    return (path, int(label)) if path and is_number else None
 
 
 def _parse(line: str, separator: str, *, where: str, num_classes: int) -> tuple[str, int]:
-    def split(separator: str) -> tuple[str, int] | None:
-        path, found, label = line.rpartition(separator)
-        is_number = label.strip().isascii() and label.strip().isdigit()
-        return (path.strip(), int(label)) if found and path.strip() and is_number else None
-
-    parsed = split(separator)
+    parsed = _split(line, separator)
     if parsed is None:
-        shown = line if len(line) <= 100 else f"{line[:100]}..."
-        others = [other for other in SEPARATORS if other != separator and split(other)]
-        advice = f" Type DATA.PATH_LABEL_SEPARATOR {others[0]!r}." if others else ""
-        raise UserError(f"{where}: {shown!r} is not `path{separator}label` with a label from 0 on.{advice}")
+        shape = f"`path{separator}label` with a label from 0 on"
+        raise UserError(f"{where}: {_shown(line)} is not {shape}.{_advise_separator(line, separator)}")
     if (label := parsed[1]) >= num_classes:
         advice = "Correct the line or the key."
         raise UserError(f"{where}: label {label} is not below MODEL.NUM_CLASSES {num_classes}. {advice}")
     return parsed
+
+
+def _refuse_header(lines: list[tuple[int, str]], separator: str, *, where: str) -> None:
+    """Refuse a first line that names columns: words, none of which looks like a path."""
+    first = lines[0][1]
+    words = re.split(r"[ ,;\t]+", first.replace('"', ""))
+    is_words = len(words) > 1 and words[-1][:1].isalpha() and not re.search(r"[./\\]", first)
+    if is_words or first.lower().startswith("sep="):
+        advice = _advise_separator(lines[1][1], separator) if len(lines) > 1 else ""
+        raise UserError(f"{where}: {_shown(first)} is a header. {NO_TABLE}{advice}")
+
+
+def _advise_separator(line: str, separator: str) -> str:
+    """What to type if another separator fits the line."""
+    others = [other for other in SEPARATORS if _split(line, other)]
+    return f" Type DATA.PATH_LABEL_SEPARATOR {others[0]!r}." if others and not _split(line, separator) else ""
+
+
+def _shown(line: str) -> str:
+    return repr(line if len(line) <= 100 else f"{line[:100]}...")
+
+
+def _as_here(videos: list[str], *, folder: str, separator: str, listing: str) -> list[str]:
+    """The paths with / for the \\ of Windows. Refuses the numbers of columns or lines that pandas adds. A line that
+    names a file as it stands is right.
+    """
+
+    def exists(video: str) -> bool:
+        return os.path.exists(os.path.join(folder, video))
+
+    if len(videos) > 1 and not exists(videos[0]):
+        if videos[0].strip(separator) == "0":
+            raise UserError(f"{listing}, line 1: it numbers the columns. {NO_TABLE}")
+        if all(video.startswith(f"{i}{separator}") for i, video in enumerate(videos)):
+            raise UserError(f"{listing}: the first column numbers the lines. {NO_TABLE}")
+    first = next((video for video in videos if "\\" in video), None)
+    if first is None or exists(first) or not exists(first.replace("\\", "/")):
+        return videos
+    logger.warning("%s: its paths are Windows', so each \\ is read as /.", listing)
+    return [video.replace("\\", "/") for video in videos]
 
 
 def _resolve(path: str, prefix: str, *, where: str) -> str:

@@ -164,8 +164,9 @@ def ignore_stop_signals(worker: int) -> None:
     A SIGTERM from that process itself still counts: PyTorch ends a worker that way if it does not exit on its own.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot say who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
 
 
 def _exit_on_parents_sigterm() -> None:

@@ -28,19 +28,20 @@ from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, Resize, v2
-from torchvision.transforms.v2.functional import resized_crop
+from torchvision.transforms.v2.functional import resized_crop as resized_crop_of_images
 
 from ats.datasets.base import generators_unchanged
 from ats.errors import UserError
 
 MEAN, STD = IMAGE_MEAN_STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-MAX_ASPECT = 64  # long side / short side of images that are enlarged as a whole
 CLIP_MEAN, CLIP_STD = CLIP_MEAN_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)  # SlowFast's
 
 Transform = Callable[[Image.Image], Tensor]
 ClipTransform = Callable[[np.ndarray], Tensor]
 RGB = Sequence[float]  # a number per channel
-Frames = Callable[[np.ndarray], np.ndarray]
+
+# Long side / short side up to which images and clips are enlarged as a whole.
+MAX_IMAGE_ASPECT, MAX_CLIP_ASPECT = 64, 8
 
 
 class Augmentation(NamedTuple):
@@ -81,7 +82,7 @@ class ResizeAndCrop:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         short, short_resized, (side, _) = min(image.size), self.resize.size, self.crop.size
-        if short >= short_resized or max(image.size) <= MAX_ASPECT * short:
+        if short >= short_resized or max(image.size) <= MAX_IMAGE_ASPECT * short:
             return self.crop(self.resize(image))
         starts, ends, corners = [], [], ([], [])
         for length in image.size:
@@ -148,22 +149,49 @@ def normalise(frames: np.ndarray, *, mean: RGB = CLIP_MEAN, std: RGB = CLIP_STD)
     return clip.sub_(torch.tensor(mean).view(3, 1, 1, 1)).div_(torch.tensor(std).view(3, 1, 1, 1))
 
 
+def resized_shape(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width of a frame resized to `short_side`, with the long side rounded down."""
+    if min(height, width) == short_side:
+        return height, width
+    long_side = math.floor(max(height, width) / min(height, width) * short_side)
+    return (long_side, short_side) if width < height else (short_side, long_side)
+
+
 def resize_short_side(clip: Tensor, size: int) -> Tensor:
     """Resize [3, T, H, W] to short side `size`: bilinear, no antialiasing, the long side rounded down."""
-    height, width = clip.shape[2:]
-    if min(height, width) == size:
-        return clip
-    long_side = math.floor(max(height, width) / min(height, width) * size)
-    shape = (long_side, size) if width < height else (size, long_side)
-    return interpolate(clip, shape, mode="bilinear", align_corners=False)
+    shape = resized_shape(*clip.shape[2:], size)
+    return clip if shape == clip.shape[2:] else interpolate(clip, shape, mode="bilinear", align_corners=False)
 
 
-def crop_along(clip: Tensor, size: int, crop: int) -> Tensor:
-    """[3, T, H, W] -> [3, T, size, size]: left (0), middle (1), right (2); if upright, top, middle, bottom."""
-    height, width = clip.shape[2:]
+def resized_crop(clip: Tensor, short_side: int, *, top: int, left: int, size: int) -> Tensor:
+    """[3, T, H, W] -> [3, T, size, size]: the square at (top, left) of the clip resized to `short_side`."""
+    shape = resized_shape(*clip.shape[2:], short_side)
+    if max(shape) > MAX_CLIP_ASPECT * short_side:  # resized as a whole, a thin strip would fill the memory
+        is_wide = shape[1] > shape[0]
+        clip = sample_along(clip, 3 if is_wide else 2, shape[is_wide], start=left if is_wide else top, size=size)
+        shape, top, left = (shape[0], size) if is_wide else (size, shape[1]), *((top, 0) if is_wide else (0, left))
+    if shape != clip.shape[2:]:
+        clip = interpolate(clip, shape, mode="bilinear", align_corners=False)
+    return clip[:, :, top : top + size, left : left + size]
+
+
+def sample_along(clip: Tensor, dim: int, length: int, *, start: int, size: int) -> Tensor:
+    """Entries `start` to `start + size` of dimension `dim` resized to `length`, as `interpolate` computes them."""
+    last = clip.shape[dim] - 1
+    place = ((torch.arange(start, start + size).double() + 0.5) * (last + 1) / length - 0.5).clamp(0, last)
+    low = place.floor().long()
+    weight = (place - low).float().view(-1, *[1] * (clip.ndim - 1 - dim))
+    return torch.lerp(clip.index_select(dim, low), clip.index_select(dim, (low + 1).clamp(max=last)), weight)
+
+
+def crop_along(clip: Tensor, *, short_side: int, size: int, crop: int) -> Tensor:
+    """[3, T, H, W] -> [3, T, size, size] of the resized clip: left (0), middle (1), right (2); if upright, top, middle,
+    bottom.
+    """
+    height, width = resized_shape(*clip.shape[2:], short_side)
     tops, lefts = ((0, math.ceil(free / 2), free) for free in (height - size, width - size))
     top, left = (tops[crop], lefts[1]) if height > width else (tops[1], lefts[crop])
-    return clip[:, :, top : top + size, left : left + size]
+    return resized_crop(clip, short_side, top=top, left=left, size=size)
 
 
 def eval_clip_transform(
@@ -178,8 +206,8 @@ def eval_clip_transform(
             f"Clips are tested at a short side of {short_side} pixels, too small for a crop of DATA.TEST_CROP_SIZE "
             f"{crop_size}. With one spatial crop the short side is DATA.TRAIN_JITTER_SCALES[0]: raise it."
         )
-    resize, cut = partial(resize_short_side, size=short_side), partial(crop_along, size=crop_size, crop=crop)
-    return Compose([partial(normalise, mean=mean, std=std), resize, cut, Tensor.contiguous])
+    cut = partial(crop_along, short_side=short_side, size=crop_size, crop=crop)
+    return Compose([partial(normalise, mean=mean, std=std), cut, Tensor.contiguous])
 
 
 def train_clip_transform(
@@ -202,9 +230,10 @@ def train_clip_transform(
     """
     a, steps = augmentation, []
     if multi_scales:
-        steps.append(_multi_scale_crop(crop_size, multi_scales))
+        steps.append(partial(multi_scale_crop, crop_size=crop_size, scales=tuple(multi_scales)))
     if a.auto_augment:
-        steps.append(_auto_augment(a.auto_augment, crop_size=crop_size, interpolation=a.interpolation))
+        policy = _auto_augment(a.auto_augment, crop_size=crop_size, interpolation=a.interpolation)
+        steps.append(partial(augment_alike, policy=policy))
     steps.append(partial(normalise, mean=mean, std=std))
     if a.scale and not multi_scales:
         _check_ranges(a)
@@ -216,40 +245,60 @@ def train_clip_transform(
                 f"DATA.TRAIN_JITTER_SCALES must be [low, high], the range of the short side, at least the crop size: "
                 f"{crop_size} <= low <= high; got [{low}, {high}]."
             )
-        steps.append(lambda clip: resize_short_side(clip, round(random.uniform(low, high))))
-        steps.append(v2.RandomCrop(crop_size))
+        steps.append(partial(jittered_crop, scales=(low, high), size=crop_size))
     if a.hflip:
         steps.append(v2.RandomHorizontalFlip(a.hflip))
     steps.append(Tensor.contiguous)
     if a.re_prob:
         erase = RandomErasing(a.re_prob, mode=a.re_mode, max_count=a.re_count, device="cpu")
-        # Frames as channels: the rectangle is the same in all, the noise is not.
-        steps.append(lambda clip: erase(clip.view(-1, crop_size, crop_size)).view_as(clip))
+        steps.append(partial(erase_alike, erase=erase))
     return Compose(steps)
 
 
-def _multi_scale_crop(crop_size: int, scales: Sequence[float]) -> Frames:
+# The steps are functions of this module, not closures: data workers that are not forked get them as a pickle.
+
+
+def jittered_crop(clip: Tensor, *, scales: tuple[float, float], size: int) -> Tensor:
+    """SlowFast's crop: resize the short side to a random size in `scales` (pixels), then take a random square."""
+    short_side = round(random.uniform(*scales))
+    free = (side - size for side in resized_shape(*clip.shape[2:], short_side))
+    top, left = (int(torch.randint(space + 1, ())) if space else 0 for space in free)  # v2.RandomCrop's draws
+    return resized_crop(clip, short_side, top=top, left=left, size=size)
+
+
+def multi_scale_crop(frames: np.ndarray, *, crop_size: int, scales: Sequence[float]) -> np.ndarray:
     """TSN's crop: sides of equal or adjacent scales, at one of 13 places, resized to `crop_size` with antialiasing."""
     sides = [(i, j) for i in range(len(scales)) for j in range(len(scales)) if abs(i - j) <= 1]
     # Corners, centre, middles of the borders and of the quarters, in quarters of the free space.
     places = [(y, x) for y in range(5) for x in range(5) if (y + x) % 2 == 0]
-
-    def crop(frames: np.ndarray) -> np.ndarray:
-        full_height, full_width = frames.shape[1:3]
-        short_side = min(full_height, full_width)
-        i, j = random.choice(sides)
-        height, width = round(short_side * scales[i]), round(short_side * scales[j])
-        y, x = random.choice(places)
-        top, left = (full_height - height) * y // 4, (full_width - width) * x // 4
-        clip = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-        clip = resized_crop(clip, top, left, height, width, [crop_size, crop_size], antialias=True)
-        return clip.permute(0, 2, 3, 1).numpy()
-
-    return crop
+    full_height, full_width = frames.shape[1:3]
+    short_side = min(full_height, full_width)
+    i, j = random.choice(sides)
+    height, width = round(short_side * scales[i]), round(short_side * scales[j])
+    y, x = random.choice(places)
+    top, left = (full_height - height) * y // 4, (full_width - width) * x // 4
+    clip = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    clip = resized_crop_of_images(clip, top, left, height, width, [crop_size, crop_size], antialias=True)
+    return clip.permute(0, 2, 3, 1).numpy()
 
 
-def _auto_augment(policy: str, *, crop_size: int, interpolation: str) -> Frames:
-    """timm's policy, applied to every frame with the same random numbers."""
+def erase_alike(clip: Tensor, *, erase: RandomErasing) -> Tensor:
+    """Random erasing with frames as channels: the rectangle is the same in all, the noise is not."""
+    return erase(clip.view(-1, *clip.shape[2:])).view_as(clip)
+
+
+def augment_alike(frames: np.ndarray, *, policy: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """Apply timm's policy to every frame with the same random numbers."""
+    *others, last = map(Image.fromarray, frames)
+    result = []
+    for image in others:
+        with generators_unchanged():
+            result.append(np.asarray(policy(image)))
+    return np.stack([*result, np.asarray(policy(last))])
+
+
+def _auto_augment(policy: str, *, crop_size: int, interpolation: str) -> Callable[[Image.Image], Image.Image]:
+    """timm's policy, for clips."""
     settings = {"translate_const": int(crop_size * 0.45)}
     if interpolation != "random":
         settings["interpolation"] = str_to_pil_interp(interpolation)
@@ -257,13 +306,4 @@ def _auto_augment(policy: str, *, crop_size: int, interpolation: str) -> Frames:
     with _timm_errors(policy):
         augment = make(policy, settings)
     fix_posterize(augment)
-
-    def run(frames: np.ndarray) -> np.ndarray:
-        *others, last = map(Image.fromarray, frames)
-        result = []
-        for image in others:
-            with generators_unchanged():
-                result.append(np.asarray(augment(image)))
-        return np.stack([*result, np.asarray(augment(last))])
-
-    return run
+    return augment

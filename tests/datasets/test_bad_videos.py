@@ -7,7 +7,7 @@ from pathlib import Path
 
 import av
 import pytest
-from clips import encode, noise
+from clips import encode, noise, remux
 from test_decode import sound
 
 from ats.checkpoint import save_safetensors
@@ -139,3 +139,14 @@ def test_shorter_than_the_clip_is_not_bad(folder):
         assert sample.bad == ""
         assert sample.x.isfinite().all()
     assert (sample.x[:, 2] == sample.x[:, 3]).all()
+
+
+def test_resolution_that_changes_is_not_bad(folder):
+    """Two recordings that somebody joined: every frame of a clip gets the size of the first."""
+    parts = [encode(folder / f"part{s}.webm", noise(20, height=48 * s, width=64 * s), codec="vp9") for s in (1, 2)]
+    remux(folder / "joined.webm", parts).rename(folder / f"{BAD}.mp4")
+    for split in ("train", "val", "test"):
+        dataset = build_dataset(make_cfg(folder, "DATA.SAMPLING_RATE", 8), split)
+        sample = dataset[BAD * dataset.num_views]
+        assert sample.bad == ""
+        assert sample.x.isfinite().all()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from clips import encode, noise, numbered_frame, read_numbers
+from av.bitstream import BitStreamFilterContext
+from clips import encode, noise, numbered_frame, read_numbers, remux
 
 from ats.datasets.decode import ClipSampling, Video
 from ats.errors import UserError
@@ -115,18 +117,121 @@ def test_variable_frame_rate(tmp_path, codec, suffix):
             assert read_numbers(video.read(indices)) == indices
 
 
-@pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_rotated_video_is_turned(tmp_path, rotation):
-    """The header's rotation is counter-clockwise: 90 moves the top left corner to the bottom left."""
+def assert_like_decoding_everything(path: Path) -> int:
+    """Compares every frame, and single ones; returns their number."""
+    every = decode_everything(path)
+    with Video(path) as video:
+        assert video.num_frames == len(every)
+        for indices in ([0], [len(every) - 1], [5, 6, 7], list(range(len(every)))):
+            assert np.array_equal(video.read(indices), every[indices])
+    return len(every)
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix"),
+    [("vp8", "webm"), ("vp8", "mkv"), ("vp9", "webm"), ("vp9", "mp4"), ("av1", "webm"), ("av1", "mp4")],
+)
+def test_packets_that_show_nothing_are_no_frames(tmp_path, codec, suffix):
+    """Alternate reference frames in packets of their own, each with its own time stamp."""
+    plain, num_packets = encode(tmp_path / "plain.mkv", 40, codec=codec, gop_size=12), 0
+
+    def hide(packets: list[av.Packet]) -> list[av.Packet]:
+        nonlocal num_packets
+        if codec == "av1":  # has such frames of its own, in packets together with one that is shown
+            split = BitStreamFilterContext("av1_frame_split", packets[0].stream)
+            packets = [part for packet in packets for part in split.filter(packet)]
+        num_packets, result = len(packets), []
+        for number, packet in enumerate(packets):
+            data = bytearray(packet)
+            if packet.is_keyframe and number:
+                data[0] &= ~{"vp8": 16, "vp9": 2, "av1": 0}[codec]  # show_frame
+            result.append(av.Packet(bytes(data)))
+            result[-1].is_keyframe, result[-1].time_base = packet.is_keyframe, Fraction(1, 1000)
+            result[-1].pts = result[-1].dts = 10 * number
+        return result
+
+    path = remux(tmp_path / f"hidden.{suffix}", [plain], hide)
+    assert 30 < assert_like_decoding_everything(path) < num_packets
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_time_stamps_in_the_order_of_decoding(tmp_path, codec, suffix):
+    """Some programs give frames the time stamps of decoding: these do not say in which order they are shown."""
+
+    def use_order(packets: list[av.Packet]) -> list[av.Packet]:
+        for number, packet in enumerate(packets):
+            packet.pts = packet.dts = 40 * number
+        return packets
+
+    plain = encode(tmp_path / "plain.mkv", codec=codec)
+    assert_like_decoding_everything(remux(tmp_path / f"clip.{suffix}", [plain], use_order))
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_file_that_starts_with_an_open_group(tmp_path, codec):
+    """Frames shown before the first key frame lack their references; some decoders leave them out."""
+    options = {"h264": {"x264-params": ""}, "hevc": {"x265-params": "log-level=none:"}}[codec]
+    options = {k: f"{v}open-gop=1:bframes=4:keyint=10:min-keyint=10:scenecut=0:b-adapt=0" for k, v in options.items()}
+    plain = encode(tmp_path / "plain.mkv", noise(40), codec=codec, options=options)
+
+    def cut(packets: list[av.Packet]) -> list[av.Packet]:
+        return packets[[i for i, packet in enumerate(packets) if packet.is_keyframe][1] :]
+
+    assert 20 < assert_like_decoding_everything(remux(tmp_path / "clip.mkv", [plain], cut)) < 40
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+def test_trimmed_without_decoding(tmp_path, suffix):
+    """Frames with negative time stamps: an edit list (mp4, mov) says that they are not shown."""
+    plain = encode(tmp_path / "plain.mp4", noise(60))
+
+    def shift(packets: list[av.Packet]) -> list[av.Packet]:
+        for packet in packets:
+            packet.pts, packet.dts = packet.pts - 8000, packet.dts - 8000
+        return packets
+
+    assert_like_decoding_everything(remux(tmp_path / f"clip.{suffix}", [plain], shift))
+
+
+TURNED = [(degrees, hflip) for degrees in (0, 90, 180, 270) for hflip in (False, True)]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(("degrees", "hflip"), [*TURNED, (30, False), (100, True)])
+def test_display_matrix(tmp_path, degrees, hflip, suffix):
+    """Frames are turned to the left by the nearest quarter turn, then mirrored: all eight ways to hold a phone."""
     frame = np.zeros((48, 64, 3), np.uint8)
     frame[:16, :16] = 255
-    path = encode(tmp_path / "clip.mp4", [frame] * 3, rotation=rotation)
+    frame[:16, 48:] = 128
+    path = encode(tmp_path / f"clip.{suffix}", [frame] * 3, rotation=degrees, hflip=hflip)
+    turned = np.rot90(frame, round(degrees / 90))
+    expected = turned[:, ::-1] if hflip else turned
     with Video(path) as video:
-        shown = video.read([1])[0]
-    assert shown.shape == ((48, 64, 3) if rotation == 180 else (64, 48, 3))
-    corners = {90: (-1, 0), 180: (-1, -1), 270: (0, -1)}
-    for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
-        assert (shown[corner].mean() > 127) == (corner == corners[rotation])
+        shown = [video.read([1])[0], next(video.frames()).to_ndarray(format="rgb24")]
+    for pixels in shown:
+        assert pixels.shape == expected.shape
+        assert np.abs(pixels.astype(int) - expected).mean() < 8
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("vp9", "mp4"), ("vp9", "webm"), ("vp8", "avi")])
+def test_resolution_that_changes_in_the_middle(tmp_path, codec, suffix):
+    """All frames get the size of the first, whether it is read or not; those that have it do not change."""
+    parts = [
+        encode(
+            tmp_path / f"{s}.{suffix}",
+            [numbered_frame(s + i, height=48 * s, width=64 * s) for i in range(9)],
+            codec=codec,
+        )
+        for s in (1, 2)
+    ]
+    with Video(remux(tmp_path / f"joined.{suffix}", parts)) as video, Video(parts[0]) as first:
+        assert video.num_frames == 18
+        for indices in ([14, 17], [0, 8, 9, 17]):
+            frames = video.read(indices)
+            assert frames.shape[1:] == (48, 64, 3)
+            assert read_numbers(frames) == [1 + i if i < 9 else 2 + i - 9 for i in indices]
+        assert np.array_equal(video.read([0, 3, 8]), first.read([0, 3, 8]))
 
 
 def test_header_without_counts_and_durations(tmp_path):

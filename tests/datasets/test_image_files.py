@@ -158,8 +158,12 @@ def test_pillows_warning_as_an_error_is_a_bad_file(tmp_path, monkeypatch, recwar
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
     warnings.simplefilter("error")
-    with pytest.raises(UserError, match=rf"Cannot read the image {tmp_path}/a\.png: Image size \(200 pixels\) exceeds"):
+    with pytest.raises(
+        UserError, match=rf"Cannot read the image {tmp_path}/a\.png: .*Image size \(200 pixels\) exceeds"
+    ):
         read_image(str(tmp_path / "a.png"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(UserError, match=rf"Cannot read the image {tmp_path}/a\.png: Image size \(200 pixels\) exceeds"):
+    with pytest.raises(
+        UserError, match=rf"Cannot read the image {tmp_path}/a\.png: .*Image size \(200 pixels\) exceeds"
+    ):
         read_image(str(tmp_path / "a.png"))

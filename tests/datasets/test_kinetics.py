@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import random
 from pathlib import Path
@@ -163,6 +164,14 @@ def write(folder: Path, text: str, name: str = "test.csv") -> str:
         (",", "a, b.mp4,1\r\nc.mp4, 0\r\n", ["a, b.mp4", "c.mp4"]),
         ("\t", "a b,c.mp4\t2", ["a b,c.mp4"]),
         (",", "\ufeffä.mp4,1\n", ["ä.mp4"]),
+        (" ", '"a b.mp4" 1\r\nc.mp4 "0"\r\n', ["a b.mp4", "c.mp4"]),
+        (",", '"a, ""b"".mp4",1\n"c.mp4", "0"\n', ['a, "b".mp4', "c.mp4"]),
+        (";", '\ufeff"a;b.mp4";1\r\n', ["a;b.mp4"]),
+        ("\\t", '"a b.mp4"\t1\n', ["a b.mp4"]),
+        # quotation marks that belong to the name
+        (" ", '"Hi" she said.mp4 1\na "b".mp4 0\n"c.mp4 2\nd" 1\n', ['"Hi" she said.mp4', 'a "b".mp4', '"c.mp4', 'd"']),
+        (",", '"Hi".mp4,1\n', ['"Hi".mp4']),
+        (" ", "a\\b.mp4 1\n", ["a\\b.mp4"]),
     ],
 )
 def test_lines_are_split_at_the_last_separator(tmp_path, separator, text, paths):
@@ -175,7 +184,17 @@ def test_lines_are_split_at_the_last_separator(tmp_path, separator, text, paths)
     ("text", "match"),
     [
         ("a.mp4 0\nb.mp4\n", r"test\.csv, line 2: 'b\.mp4' is not `path label`"),
-        ("path label\na.mp4 0\n", r"line 1: 'path label' is not"),
+        ("path label\na.mp4 0\n", r"line 1: 'path label' is a header\. Remove it; .*header=False, index=False\)\.$"),
+        ("\npath,label\na.mp4,0\n", r"line 2: 'path,label' is a header\. .* Type DATA\.PATH_LABEL_SEPARATOR ','"),
+        (",path,label\n0,a.mp4,0\n", r"line 1: ',path,label' is a header"),
+        ('"path";"label"\n', r"line 1: .* is a header"),
+        ("sep=;\na.mp4;0\n", r"line 1: 'sep=;' is a header.*SEPARATOR ';'"),
+        ("0 1\na.mp4 0\n", r"line 1: it numbers the columns\. Remove it"),
+        ("0 a.mp4 1\n1 b.mp4 2\n", r"test\.csv: the first column numbers the lines\. Remove it.*index=False"),
+        ("a cat\n", r"line 1: 'a cat' is a header"),
+        ("a.mp4 cat\nb.mp4 0\n", r"line 1: 'a\.mp4 cat' is not `path label`"),
+        ('"a b.mp4",0\n', r"line 1: .* Type DATA\.PATH_LABEL_SEPARATOR ','"),
+        (f"a.mp4 {'9' * 5000}\n", r"line 1: .* is not `path label`"),
         ("a.mp4,0\n", r"line 1: .* Type DATA\.PATH_LABEL_SEPARATOR ','"),
         ("a.mp4 0\n\n\nb.mp4 -1\n", r"line 4: 'b\.mp4 -1' is not"),
         ("a.mp4 1.0\n", r"line 1: "),
@@ -188,6 +207,46 @@ def test_lines_are_split_at_the_last_separator(tmp_path, separator, text, paths)
 def test_csv_mistakes(tmp_path, text, match):
     with pytest.raises(UserError, match=match):
         read_csv(write(tmp_path, text), separator=" ", num_classes=3)
+
+
+@pytest.mark.parametrize("separator", [" ", ",", ";", "\t"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_pandas_and_excel_write_is_read(tmp_path, separator, quoting, encoding, end):
+    """Python's csv writer, which pandas uses, on names that need quotation marks."""
+    rows = [("plain.mp4", 0), ("with space.mp4", 1), ("a,b;c.mp4", 2), ('say "hi", Zoë.mp4', 1), ("tab\there/x.mp4", 0)]
+    with open(tmp_path / "test.csv", "w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=separator, quoting=quoting, lineterminator=end).writerows(rows)
+    listing = read_csv(str(tmp_path / "test.csv"), separator=separator, num_classes=3)
+    assert [(os.fsdecode(p), int(n)) for p, n in zip(listing.paths, listing.labels, strict=True)] == rows
+    assert listing.lines.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_paths_written_on_windows(tmp_path, caplog):
+    """A backslash is part of the name only if there is such a file; the prefix holds for either."""
+    (tmp_path / "a").mkdir()
+    for name in ("a/b.mp4", "we\\ird.mp4"):
+        (tmp_path / name).touch()
+    listing = read_csv(write(tmp_path, "a\\b.mp4 0\na\\none.mp4 1\n"), separator=" ", num_classes=2)
+    assert [os.fsdecode(path) for path in listing.paths] == ["a/b.mp4", "a/none.mp4"]
+    assert "its paths are Windows', so each \\ is read as /." in caplog.text
+    listing = read_csv(write(tmp_path, "we\\ird.mp4 0\n"), separator=" ", num_classes=2)
+    assert [os.fsdecode(path) for path in listing.paths] == ["we\\ird.mp4"]
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(UserError, match=r"line 1: \.\./a/b\.mp4 leads out of DATA\.PATH_PREFIX"):
+        build_dataset(
+            make_cfg(Path(write(tmp_path, "..\\a\\b.mp4 0\n")).parent, "DATA.PATH_PREFIX", tmp_path / "videos"), "test"
+        )
+
+
+def test_files_named_like_the_columns_of_a_table(tmp_path):
+    """`0 a.mp4` and `1 b.mp4`, or a file called 0, are read as SlowFast reads them if they exist."""
+    for name in ("0 a.mp4", "0"):
+        (tmp_path / name).touch()
+    for text, paths in (("0 a.mp4 1\n1 b.mp4 2\n", ["0 a.mp4", "1 b.mp4"]), ("0 1\na.mp4 2\n", ["0", "a.mp4"])):
+        listing = read_csv(write(tmp_path, text), separator=" ", num_classes=3)
+        assert [os.fsdecode(path) for path in listing.paths] == paths
 
 
 def test_missing_csv_and_folder(tmp_path):

@@ -54,7 +54,7 @@ def test_thin_images_are_cropped_before_they_are_enlarged(size, photo, monkeypat
         timms = create_transform(crop_size, is_training=False, crop_pct=crop_ratio, interpolation="bicubic", **plain)
         want, ours = timms(image), eval_transform(crop_size, crop_ratio=crop_ratio, **plain)
         assert (ours(image) - want).abs().max() < 1.5 / 255
-        monkeypatch.setattr(transforms, "MAX_ASPECT", 1000)  # not thin, so not cropped first
+        monkeypatch.setattr(transforms, "MAX_IMAGE_ASPECT", 1000)  # not thin, so not cropped first
         assert torch.equal(ours(image), want)
         monkeypatch.undo()
 

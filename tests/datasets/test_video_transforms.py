@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from clips import noise
+from torchvision.transforms.v2 import RandomCrop
 
 from ats.config import load_config
 from ats.datasets.transforms import (
@@ -94,6 +95,44 @@ def test_crops_cut_what_they_say():
         for _ in range(20)
     ]
     assert 0 < sum(flips) < 20
+
+
+def thin(height: int, width: int) -> np.ndarray:
+    return np.stack(noise(1, height=height, width=width))
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 60), (60, 3), (1, 50)])
+def test_thin_clips_are_cropped_before_they_are_resized(height, width, monkeypatch):
+    """With the same result, up to rounding, as when a clip is resized as a whole, in evaluation and in training."""
+    transforms = [eval_clip_transform(SIZE, short_side=40, crop=crop) for crop in (0, 1, 2)]
+    transforms.append(train_clip_transform(SIZE, Augmentation(), jitter_scales=(36, 44)))
+    clips = []
+    for max_aspect in (8, 1000):
+        monkeypatch.setattr("ats.datasets.transforms.MAX_CLIP_ASPECT", max_aspect)
+        random.seed(0), torch.manual_seed(0)
+        clips.append([transform(thin(height, width)) for transform in transforms])
+    for cropped, whole in zip(*clips, strict=True):
+        torch.testing.assert_close(cropped, whole, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 400_000), (400_000, 2)])
+def test_thin_clips_do_not_fill_the_memory(height, width):
+    """Resized to a short side of 256 as a whole, one frame would have 157 GB."""
+    for transform in (eval_clip_transform(224, short_side=256), train_clip_transform(224, Augmentation())):
+        clip = transform(thin(height, width))
+        assert clip.shape == (3, 1, 224, 224)
+        assert clip.isfinite().all()
+
+
+def test_ordinary_clips_are_resized_as_a_whole():
+    """Bit for bit, with torchvision's random numbers for the place of the crop."""
+    transform, frames = train_clip_transform(SIZE, Augmentation(hflip=0.0), jitter_scales=(36, 44)), noise(2, width=90)
+    for seed in range(5):
+        random.seed(seed), torch.manual_seed(seed)
+        clip = transform(np.stack(frames))
+        random.seed(seed), torch.manual_seed(seed)
+        resized = resize_short_side(normalise(np.stack(frames)), round(random.uniform(36, 44)))
+        assert torch.equal(clip, RandomCrop(SIZE)(resized))
 
 
 def test_augmentation_is_timms():

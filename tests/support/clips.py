@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 NUM_BITS = 8
-CODECS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
+CODECS = {"h264": "libx264", "hevc": "libx265", "vp8": "libvpx", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
 av.logging.set_level(None)
 
 
@@ -42,6 +42,7 @@ def encode(
     gop_size: int = 12,
     milliseconds: Sequence[int] = (),
     rotation: int = 0,
+    hflip: bool = False,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> Path:
@@ -60,14 +61,34 @@ def encode(
         stream.pix_fmt, stream.codec_context.gop_size = "yuv420p", gop_size
         if milliseconds:
             stream.codec_context.time_base = Fraction(1, 1000)
-        if rotation:
-            stream.set_display_rotation(rotation)
+        if rotation or hflip:
+            stream.set_display_rotation(rotation, hflip=hflip)
         for i, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if milliseconds:
                 frame.pts, frame.time_base = milliseconds[i], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return path
+
+
+def remux(
+    path: Path, sources: Sequence[Path], change: Callable[[list[av.Packet]], list[av.Packet]] = lambda packets: packets
+) -> Path:
+    """Copy the packets of videos, one video after the other, to a new file; `change` gets and returns their list."""
+    packets, end = [], 0
+    with ExitStack() as stack, av.open(str(path), "w") as target:
+        streams = [stack.enter_context(av.open(str(source))).streams.video[0] for source in sources]
+        copy = target.add_stream_from_template(streams[0], opaque=True)
+        for stream in streams:
+            new = [packet for packet in stream.container.demux(stream) if packet.size]
+            for packet in new:
+                packet.pts, packet.dts = packet.pts + end, (packet.pts if packet.dts is None else packet.dts) + end
+            end = max(packet.pts + packet.duration for packet in new)
+            packets += new
+        for packet in change(packets):
+            packet.stream = copy
+            target.mux(packet)
     return path
 
 
