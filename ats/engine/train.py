@@ -47,7 +47,7 @@ from ats.engine.device import (
 from ats.engine.evaluate import describe_model, evaluate
 from ats.engine.output import log_plan, open_output_dir
 from ats.engine.step import NonFiniteError, Recipe, StepStats, build_optimizer, set_lr, train_step
-from ats.engine.train_log import BadFiles, TrainLog, Window
+from ats.engine.train_log import BadFiles, TrainLog, Window, drop_lines_after
 from ats.errors import NoSuchSplit, Stopped, UserError, counted
 from ats.models import build_model
 
@@ -101,7 +101,11 @@ class Trainer:
         resumed = resume(self.state, output_dir, cfg, force=force)
         if is_main():
             (output_dir / "config.yaml").write_text(cfg.dump())
+            drop_lines_after(output_dir / "log.jsonl", self.state.epoch, self.state.step)
         log_plan(self._plan())
+        # Again, in case the earlier run stopped during the evaluation.
+        self.evaluate_first = self.state.epoch > 0 and self.state.step == 0
+        self._continue_by_samples()
         if resumed:
             steps = f" and {self.state.step} of {self.num_steps} steps" if self.state.step else ""
             done = f"{self.state.epoch} of {self.num_epochs} epochs are done{steps}"
@@ -115,11 +119,30 @@ class Trainer:
 
     def run(self, stop: StopSignals) -> None:
         """Train the remaining epochs; raises `Stopped` when a signal arrives."""
-        if self.state.epoch and not self.state.step:
-            self._after_epoch(stop)  # again, in case the earlier run stopped during the evaluation
+        if self.evaluate_first:
+            self._after_epoch(stop)
         while self.state.epoch < self.num_epochs:
             self._train_epoch(stop)
             self._after_epoch(stop)
+        self._end_if_stopped(self._agree(stop)[0])
+
+    def _continue_by_samples(self) -> None:
+        """Where the data or the batch size changed since the checkpoint was saved, say so, and go on after as many
+        samples of the epoch as it has seen, or with the next epoch if none are left.
+        """
+        state, batch_size = self.state, self.sampler.batch_size
+        sizes = {"train_samples": self.sampler.num_samples, "batch_size": batch_size, "steps_per_epoch": self.num_steps}
+        if self.val_loader is not None:
+            sizes["val_samples"] = len(self.val_loader.dataset)
+        before, state.sizes = state.sizes, sizes
+        changed = [name for name in before if sizes.get(name, before[name]) != before[name]]
+        changes = [f"{name.replace('_', ' ')} {before[name]} -> {sizes[name]}" for name in changed]
+        seen = state.step * before.get("batch_size", batch_size)
+        step, state.step = state.step, min(seen // batch_size, self.num_steps)
+        if is_main() and (changes or state.step != step):
+            goes_on = f" It goes on after the {seen} samples that epoch {state.epoch + 1} has seen." if step else ""
+            what = ", ".join(changes) or f"step {step} of the checkpoint, steps per epoch {self.num_steps}"
+            logger.warning("The data or the batch size changed since the last run: %s.%s", what, goes_on)
 
     def _train_epoch(self, stop: StopSignals) -> None:
         state, settings = self.state, self.cfg.TRAIN
@@ -131,21 +154,34 @@ class Trainer:
         seed_everything(self.recipe.seed, epoch)  # starting the loader draws from the global generator
         waiting_since = perf_counter()
         for batch in self.train_loader:
-            seconds_waited, step = perf_counter() - waiting_since, state.step
+            seconds_waited = perf_counter() - waiting_since
             stats, lr = self._step(batch)
+            state.step += 1
             signum, num_bad = self._agree(stop, num_bad=sum(map(bool, batch.bad)))
             self.bad_files.add(batch.bad, num_read=self.sampler.batch_size, num_bad=num_bad)
-            state.epoch, state.step = (epoch + 1, 0) if step + 1 == self.num_steps else (epoch, step + 1)
             num_images, num_bad = self.sampler.batch_size, self.bad_files.counts[1]
             self.log.step(stats, lr=lr, num_images=num_images, seconds_waited=seconds_waited, num_bad=num_bad)
-            epoch_is_due = state.step == 0 and self._is_due(settings.EVAL_PERIOD, settings.CHECKPOINT_PERIOD)
-            if signum or epoch_is_due or self.checkpoints.is_due(self._steps_done()):
-                state.log_state = {"window": self.log.window.state(), "bad_files": self.bad_files.counts}
-                self.checkpoints.save(state)
-            if signum:
-                wait_for_all()  # torchrun kills the others as soon as one process ends
-                raise Stopped(signum, f"after step {step + 1} of {self.num_steps} of epoch {epoch + 1}")
+            if state.step < self.num_steps and (signum or self.checkpoints.is_due(self._steps_done())):
+                self._save()
+                self._end_if_stopped(signum)
             waiting_since = perf_counter()
+        state.epoch, state.step = epoch + 1, 0  # also if nothing was left of it
+        signum, _ = self._agree(stop)
+        epoch_is_due = self._is_due(settings.EVAL_PERIOD, settings.CHECKPOINT_PERIOD)
+        if signum or epoch_is_due or self.checkpoints.is_due(self._steps_done()):
+            self._save()
+            self._end_if_stopped(signum)
+
+    def _save(self) -> None:
+        self.state.log_state = {"window": self.log.window.state(), "bad_files": self.bad_files.counts}
+        self.checkpoints.save(self.state)
+
+    def _end_if_stopped(self, signum: int) -> None:
+        """Raise `Stopped` on every process if they agree on a signal."""
+        if signum:
+            wait_for_all()  # torchrun kills the others as soon as one process ends
+            epoch, step = divmod(self._steps_done() - 1, self.num_steps)
+            raise Stopped(signum, f"after step {step + 1} of {self.num_steps} of epoch {epoch + 1}")
 
     def _step(self, batch: Sample) -> tuple[StepStats, float]:
         """One step on this process's share of a batch; returns its numbers and its learning rate."""
@@ -174,7 +210,7 @@ class Trainer:
             state.ema.update(state.model)
         return stats, lr
 
-    def _agree(self, stop: StopSignals, *, num_bad: int) -> tuple[int, int]:
+    def _agree(self, stop: StopSignals, *, num_bad: int = 0) -> tuple[int, int]:
         """Over all processes: the signal that any of them received (0: none), and the number of bad files."""
         received = [stop.received == signum for signum in SIGNALS]
         *counts, num_bad = all_reduce(torch.tensor([*received, num_bad], dtype=torch.int64)).tolist()
