@@ -34,6 +34,7 @@ from ats.engine.checkpointing import Checkpoints, TrainState, newest_checkpoint,
 from ats.engine.device import (
     all_gather,
     all_reduce,
+    broadcast_buffers,
     data_parallel,
     device_name,
     explain_lost_process,
@@ -230,6 +231,7 @@ class Trainer:
             return
         state = self.state
         with stop.interruptible(f"in the evaluation after epoch {state.epoch} of {self.num_epochs}"):
+            broadcast_buffers(state.eval_model)  # process 0 saves its own
             result = evaluate(state.eval_model, self.val_loader, device=self.device)
         draw = None if self.draw is None else partial(self.draw, state.eval_model, self.val_loader.dataset)
         self.log.evaluation(result, is_ema=state.ema is not None, draw=draw)

@@ -214,7 +214,7 @@ BIGGER = ("VIT.IMG_SIZE", "64", "DATA.TRAIN_CROP_SIZE", "64", "DATA.TEST_CROP_SI
         (
             BIGGER,
             r"its network has other weights \(pos_embed \(1, 17, 32\) there, \(1, 65, 32\) now\)",
-            r"Put back VIT\.IMG_SIZE 32 DATA\.TRAIN_CROP_SIZE 32 DATA\.TEST_CROP_SIZE 32\.",
+            rf"Put back VIT\.IMG_SIZE 32 DATA\.TRAIN_CROP_SIZE 32 DATA\.TEST_CROP_SIZE 32 or, {START}\.",
         ),
         (
             ("VIT.EMBED_DIM", "16"),
