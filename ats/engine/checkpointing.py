@@ -108,7 +108,9 @@ class Checkpoints:
     def __init__(self, output_dir: Path, cfg: CfgNode) -> None:
         self._output_dir, self._settings, self._cfg_text = output_dir, cfg.TRAIN, cfg.dump()
         self._last_save = time.monotonic()
-        if is_main():  # left by runs that were killed while they saved
+        if is_main():
+            (output_dir / "checkpoints").mkdir(exist_ok=True)  # fails here rather than after hours
+            # Left by runs that were killed while they saved.
             for path in (output_dir / "checkpoints").glob(".*.tmp"):
                 path.unlink()
 

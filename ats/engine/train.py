@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 from ats.checkpoint import load_weights, save_safetensors
 from ats.config import CfgNode
 from ats.datasets import Loader, Sample, build_loader
+from ats.datasets.base import Split
 from ats.engine.checkpointing import Checkpoints, TrainState, newest_checkpoint, resume
 from ats.engine.device import (
     all_gather,
@@ -45,7 +46,7 @@ from ats.engine.device import (
     wait_for_all,
     world_size,
 )
-from ats.engine.evaluate import describe_model, evaluate
+from ats.engine.evaluate import build_test, check_samples, describe_model, evaluate
 from ats.engine.output import log_plan, open_output_dir
 from ats.engine.step import NonFiniteError, Recipe, StepStats, build_optimizer, set_lr, train_step
 from ats.engine.train_log import BadFiles, TrainLog, Window, drop_lines_after
@@ -83,7 +84,8 @@ def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Pat
             raise UserError(f"Out of GPU memory: {advice}. {error}") from error
     weights = output_dir / "model.safetensors"
     if is_main():
-        save_safetensors(weights, trainer.state.eval_model.state_dict())
+        tensors = trainer.state.eval_model.state_dict()
+        save_safetensors(weights, {key: tensor.clone() for key, tensor in tensors.items()})  # tied weights, too
     wait_for_all()
     logger.info("Trained weights%s: %s", "" if trainer.state.ema is None else " (EMA)", weights)
     return weights
@@ -95,10 +97,12 @@ class Trainer:
     def __init__(self, cfg: CfgNode, output_dir: Path, *, force: bool = False, draw: Draw | None = None) -> None:
         self.cfg, self.output_dir, self.draw = cfg, output_dir, draw
         self.device, self.recipe = select_device(cfg.DEVICE), Recipe(cfg)
-        self.train_loader, self.val_loader = _build_loaders(cfg)
+        loaders = _build_loaders(cfg)
+        self.train_loader, self.val_loader = loaders["train"], loaders.get("val")
         self.sampler = self.train_loader.batch_sampler
         self.num_epochs, self.num_steps = cfg.SOLVER.MAX_EPOCH, self.sampler.num_batches
         self.state = build_state(cfg, self.device)
+        check_samples(cfg, self.state.model, loaders, device=self.device)
         resumed = resume(self.state, output_dir, cfg, force=force)
         if is_main():
             (output_dir / "config.yaml").write_text(cfg.dump())
@@ -265,17 +269,22 @@ class Trainer:
         }
 
 
-def _build_loaders(cfg: CfgNode) -> tuple[Loader, Loader | None]:
-    """The loaders of the training and validation data; the second is None if the run evaluates nothing."""
+def _build_loaders(cfg: CfgNode) -> dict[Split, Loader]:
+    """The loaders of all data that the run will read, also of the test that follows: what is wrong shows before it
+    trains. "val" is missing if the run evaluates nothing.
+    """
     share = {"rank": rank(), "world_size": world_size()}
-    train_loader = build_loader(cfg, "train", **share)
-    if not cfg.TRAIN.EVAL_PERIOD and not cfg.TEST.ENABLE:
-        return train_loader, None
+    loaders: dict[Split, Loader] = {"train": build_loader(cfg, "train", **share)}
+    advice = "To train without validation data, type TRAIN.EVAL_PERIOD 0 TEST.ENABLE False."
     try:
-        return train_loader, build_loader(cfg, "val", **share)
+        if cfg.TRAIN.EVAL_PERIOD or cfg.TEST.ENABLE:
+            loaders["val"] = build_loader(cfg, "val", **share)
+        advice = "To train without a test, type TEST.ENABLE False."
+        if cfg.TEST.ENABLE:
+            loaders["test"], _ = build_test(cfg)
     except NoSuchSplit as error:
-        advice = "To train without validation data, type TRAIN.EVAL_PERIOD 0 TEST.ENABLE False."
         raise UserError(f"{error}\n{advice}") from error
+    return loaders
 
 
 def build_state(cfg: CfgNode, device: torch.device) -> TrainState:
