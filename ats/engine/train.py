@@ -170,9 +170,10 @@ class Trainer:
                 self._save()
                 self._end_if_stopped(signum)
             waiting_since = perf_counter()
-        state.epoch, state.step = epoch + 1, 0  # also if nothing was left of it
+        if state.step == self.num_steps:  # also if nothing was left of the epoch
+            state.epoch, state.step = epoch + 1, 0
         signum, _ = self._agree(stop)
-        epoch_is_due = self._is_due(settings.EVAL_PERIOD, settings.CHECKPOINT_PERIOD)
+        epoch_is_due = state.step == 0 and self._is_due(settings.EVAL_PERIOD, settings.CHECKPOINT_PERIOD)
         if signum or epoch_is_due or self.checkpoints.is_due(self._steps_done()):
             self._save()
             self._end_if_stopped(signum)
