@@ -74,13 +74,17 @@ def load(args: argparse.Namespace, words: list[str]) -> CfgNode:
 def check(cfg: CfgNode) -> None:
     """Build the network and the training recipe, to refuse what a run would refuse before it reads data or weights.
 
-    Raises a UserError if keys do not fit together, or if a network or optimizer does not exist.
+    Raises a UserError if keys do not fit together, or if a network, data set or optimizer does not exist.
     """
     import torch
 
+    from ats.datasets.build import dataset_builder
     from ats.engine.step import Recipe, build_optimizer
     from ats.models import build_model
 
+    for is_on, split in ((cfg.TRAIN.ENABLE, "train"), (cfg.TEST.ENABLE, "test")):
+        if is_on:
+            dataset_builder(cfg, split)
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.MODEL.NAME.startswith("timm/"):

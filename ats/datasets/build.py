@@ -159,17 +159,19 @@ def build_kinetics(cfg: CfgNode, split: Split) -> Kinetics:
 
 
 def build_dataset(cfg: CfgNode, split: Split) -> Dataset:
-    """The data set of a split: TRAIN.DATASET for "train" and "val", TEST.DATASET for "test".
+    """The data set of a split: TRAIN.DATASET for "train" and "val", TEST.DATASET for "test"."""
+    return dataset_builder(cfg, split)(cfg, split)
 
-    Raises a UserError if no data set is registered under that name.
-    """
+
+def dataset_builder(cfg: CfgNode, split: Split) -> Callable[[CfgNode, Split], Dataset]:
+    """What `build_dataset` calls; raises a UserError if no data set is registered under that name."""
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {get_args(Split)}; got {split!r}.")
     key = "TEST.DATASET" if split == "test" else "TRAIN.DATASET"
     name = cfg.TEST.DATASET if split == "test" else cfg.TRAIN.DATASET
     if name.lower() not in DATASETS:
         raise UserError(f"{key} {name!r} is not known.{suggest(name, DATASETS)} Choose one of: {', '.join(DATASETS)}.")
-    return DATASETS[name.lower()](cfg, split)
+    return DATASETS[name.lower()]
 
 
 def build_sample_loader(cfg: CfgNode, split: Literal["train", "val"], *, num_samples: int) -> Loader:

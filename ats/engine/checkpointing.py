@@ -5,9 +5,10 @@
     checkpoint_best.pyth                       the epoch with the best validation accuracy so far
 
 A file holds SlowFast's `model_state`, `optimizer_state`, `epoch` (the last finished one, counted from 0) and `cfg`
-(YAML text), plus `step` (steps done in the next epoch), `scaler_state`, `ema_state` (with EMA), `best_top1` and
-`log_state` (the running averages of the next log line). Random states are not saved: the random numbers of a step
-follow from (RNG_SEED, epoch, step), those of a sample from (RNG_SEED, epoch, its place in the order).
+(YAML text), plus `step` (steps done in the next epoch), `sizes` (of data, batch and epoch), `scaler_state`,
+`ema_state` (with EMA), `best_top1` and `log_state` (the running averages of the next log line). Random states are not
+saved: the random numbers of a step follow from (RNG_SEED, epoch, step), those of a sample from (RNG_SEED, epoch, its
+place in the order).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import time
 import zipfile
 from dataclasses import dataclass, field
@@ -50,6 +52,7 @@ class TrainState:
     step: int = 0  # steps done in the current epoch
     best_top1: float = -1.0  # best validation accuracy so far, in percent; -1 before the first evaluation
     log_state: dict = field(default_factory=dict)  # of the log and the count of bad files, at the last checkpoint
+    sizes: dict[str, int] = field(default_factory=dict)  # of data, batch and epoch, which give `step` its meaning
 
     @property
     def eval_model(self) -> nn.Module:
@@ -60,22 +63,25 @@ class TrainState:
         """The contents of a checkpoint file, without `cfg`."""
         contents = {"model_state": self.model.state_dict(), "optimizer_state": self.optimizer.state_dict()}
         contents |= {"scaler_state": self.scaler.state_dict(), "epoch": self.epoch - 1, "step": self.step}
-        contents |= {"best_top1": self.best_top1, "log_state": self.log_state}
+        contents |= {"best_top1": self.best_top1, "log_state": self.log_state, "sizes": self.sizes}
         return contents if self.ema is None else contents | {"ema_state": self.ema.module.state_dict()}
 
     def restore(self, contents: dict) -> None:
-        """Load the contents of a checkpoint file; raises a UserError if they do not fit the model or the optimizer."""
+        """Load the contents of a checkpoint file that `_misfit` has nothing against."""
         load_weights(self.model, contents["model_state"])
-        try:
-            self.optimizer.load_state_dict(contents["optimizer_state"])
-        except ValueError as error:
-            raise UserError(f"its optimizer state does not fit SOLVER.OPTIMIZING_METHOD: {error}") from error
+        own = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(contents["optimizer_state"])
+        for group, set_by_cfg in zip(self.optimizer.param_groups, own, strict=True):
+            # load_state_dict brings back the old settings, which --force may have changed.
+            names = {"weight_decay", "momentum", "lr_scale"} & set_by_cfg.keys()
+            group.update({name: set_by_cfg[name] for name in names})
         if self.scaler.is_enabled() and contents.get("scaler_state"):
             self.scaler.load_state_dict(contents["scaler_state"])
         if self.ema is not None:
             load_weights(self.ema.module, contents.get("ema_state", contents["model_state"]))
         self.epoch, self.step = contents["epoch"] + 1, contents.get("step", 0)
         self.best_top1, self.log_state = contents.get("best_top1", -1.0), contents.get("log_state", {})
+        self.sizes = contents.get("sizes", {})
 
 
 def checkpoint_path(output_dir: Path, epoch: int, step: int = 0) -> Path:
@@ -102,7 +108,9 @@ class Checkpoints:
     def __init__(self, output_dir: Path, cfg: CfgNode) -> None:
         self._output_dir, self._settings, self._cfg_text = output_dir, cfg.TRAIN, cfg.dump()
         self._last_save = time.monotonic()
-        if is_main():  # left by runs that were killed while they saved
+        if is_main():
+            (output_dir / "checkpoints").mkdir(exist_ok=True)  # fails here rather than after hours
+            # Left by runs that were killed while they saved.
             for path in (output_dir / "checkpoints").glob(".*.tmp"):
                 path.unlink()
 
@@ -127,8 +135,10 @@ class Checkpoints:
                     f"The last one is intact: {newest_checkpoint(self._output_dir)}. "
                     "Make room and run the same command to resume from it."
                 ) from error
-            keep = self._settings.CHECKPOINT_KEEP
-            for old in list_checkpoints(self._output_dir)[keep:] if keep else []:
+            saved, keep = list_checkpoints(self._output_dir), self._settings.CHECKPOINT_KEEP
+            # Those of a later place are damaged, or of batches of another size: the next run must not prefer them.
+            later, saved = saved[: saved.index(path)], saved[saved.index(path) :]
+            for old in later + (saved[keep:] if keep else []):
                 old.unlink()
         self._last_save = time.monotonic()
 
@@ -170,19 +180,73 @@ def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = F
     path, contents = broadcast(_read_newest(output_dir) if is_main() else None)
     if path is None:
         return None
-    advice = "Give another OUTPUT_DIR, or restore the settings."
-    if (changes := _changes(cfg, contents)) and not force:
-        lines = [f"\n  {key}: {before} there, {now} now" for key, (before, now) in changes.items()]
-        listed = "".join(lines[:8]) + (f"\n  and {len(lines) - 8} more settings" if len(lines) > 8 else "")
+    changes = _changes(cfg, contents)
+    lines = [f"\n  {key}: {before} there, {now} now" for key, (before, now) in changes.items()]
+    listed = "".join(lines[:8]) + (f"\n  and {len(lines) - 8} more settings" if len(lines) > 8 else "")
+    if changes and not force:
         raise UserError(
-            f"Cannot resume from {path}: it belongs to another training.{listed}\n{advice} "
-            "--force resumes from it with the new settings."
+            f"Cannot resume from {path}: it belongs to another training.{listed}\nGive another OUTPUT_DIR, or restore "
+            "the settings. --force resumes from it with the new settings."
         )
-    try:
-        state.restore(contents)
-    except UserError as error:
-        raise UserError(f"Cannot resume from {path}: {error}\n{advice}") from error
+    if misfit := _misfit(state, contents, changes):
+        reason, causes, start = misfit
+        put_back = " ".join(f"{key} {_typed(changes[key][0])}" for key in causes if key in changes)
+        advice = [f"put back {put_back}"] if put_back else []
+        if start is not None:
+            weights = f"OUTPUT_DIR FOLDER TRAIN.CHECKPOINT_FILE_PATH {path}{start}"
+            advice.append(f"to start a new training from its weights, type {weights}")
+        advice = " or, ".join(advice) or "give another OUTPUT_DIR"
+        raise UserError(f"Cannot resume from {path}: {reason}. {advice[0].upper()}{advice[1:]}.")
+    # Checkpoints of earlier versions lack the sizes.
+    batch_size, _ = changes.get("TRAIN.BATCH_SIZE", (cfg.TRAIN.BATCH_SIZE, None))
+    state.restore({"sizes": {"batch_size": batch_size}} | contents)
+    if changes and is_main():
+        logger.warning("%s was saved with other settings; from here on the new ones hold.%s", path, listed)
     return path
+
+
+def _misfit(
+    state: TrainState, contents: dict, changes: dict[str, tuple[object, object]]
+) -> tuple[str, list[str], str | None] | None:
+    """Why `state` cannot go on from a checkpoint, which of the changed keys may be the cause, and what else to type to
+    start from its weights (None: they do not fit either). None: it can.
+    """
+    there = {key: tuple(value.shape) for key, value in contents["model_state"].items()}
+    here = {key: tuple(value.shape) for key, value in state.model.state_dict().items()}
+    start = _start_from(state.model, contents["model_state"])
+    # Weights may fit once they are adapted, e.g. resized to other images, but the state of the optimizer does not.
+    if start != "" or any(there.get(key, shape) != shape for key, shape in here.items()):
+        keys = [key for key in here | there if here.get(key) != there.get(key)]
+        shown = [f"{key} {there.get(key, 'missing')} there, {here.get(key, 'missing')} now" for key in keys[:3]]
+        shown += [f"{len(keys) - 3} more"] if len(keys) > 3 else []
+        training = ("SOLVER.", "TRAIN.", "AUG.", "MIXUP.", "EMA.")
+        causes = [key for key in changes if not key.startswith(training)]
+        return f"its network has other weights ({'; '.join(shown)})", causes, start
+    name = "SOLVER.OPTIMIZING_METHOD"
+    before, now = changes.get(name, ("", ""))
+    if before.lower() != now.lower():
+        return f"{name} {now} cannot go on from the state of {before}", [name], start
+    saved, own = contents["optimizer_state"], state.optimizer.state_dict()
+    sizes = [[len(group["params"]) for group in each["param_groups"]] for each in (saved, own)]
+    if sizes[0] != sizes[1]:
+        reason = f"its optimizer has groups of {sizes[0]} parameters there and of {sizes[1]} now"
+        return reason, [key for key in changes if key.startswith("SOLVER.")], start
+    return None
+
+
+def _start_from(model: nn.Module, weights: dict) -> str | None:
+    """What to type besides TRAIN.CHECKPOINT_FILE_PATH to start from these weights; None if they do not fit."""
+    head = getattr(model, "head_keys", ("head",))
+    for skip, words in (((), ""), (head, " TRAIN.RESET_HEAD True")):
+        with contextlib.suppress(UserError):
+            load_weights(model, weights, skip=skip)
+            return words
+    return None
+
+
+def _typed(value: object) -> str:
+    """A setting's value as it is typed in a shell."""
+    return shlex.quote(str(value).replace(" ", ""))
 
 
 def _read_newest(output_dir: Path) -> tuple[Path | None, dict]:

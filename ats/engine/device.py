@@ -158,6 +158,17 @@ def broadcast(item: object) -> object:
     return items[0]
 
 
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of process 0, e.g. the running statistics of batch norm: each process has updated
+    them with its own samples.
+    """
+    for buffer in model.buffers() if world_size() > 1 else ():
+        contiguous = buffer.contiguous()
+        dist.broadcast(contiguous, src=0)
+        if contiguous is not buffer:
+            buffer.copy_(contiguous)
+
+
 class _ForwardTokens(nn.Module):
     """`forward_tokens` as `forward`, the method that DistributedDataParallel wraps."""
 

@@ -28,7 +28,8 @@ import ats
 from ats.checkpoint import load_weights, to_fine_tune
 from ats.config import CfgNode
 from ats.config.schema import samplers
-from ats.datasets import Sample, build_loader, input_shape
+from ats.datasets import Draw, Loader, Sample, build_loader, input_shape
+from ats.datasets.base import Split
 from ats.engine.device import autocast, device_name, explain_lost_process, is_main, rank, select_device, world_size
 from ats.engine.output import config_sha256, log_plan, open_output_dir
 from ats.engine.tally import Ensemble, Result, Tally, build_ensemble
@@ -95,6 +96,44 @@ def evaluate(
     return result
 
 
+@torch.no_grad()
+def check_samples(cfg: CfgNode, model: nn.Module, loaders: dict[Split, Loader], *, device: torch.device) -> None:
+    """Run `model` (on `device`) on the first sample of every split, so that what it cannot take shows before a run's
+    first step.
+
+    Raises:
+        UserError: it cannot take a sample, or the sample cannot be read.
+    """
+    was_training = model.training
+    model.eval()
+    taken = set()
+    for split, loader in loaders.items():
+        x = loader.dataset[Draw(0, seed=0) if split == "train" else 0].x[None].to(device)
+        if x.shape in taken:
+            continue
+        taken.add(x.shape)
+        try:
+            _, trace = model.forward_tokens(x)
+            gflops(model, trace, x.shape)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # networks refuse a shape with any exception
+            size = f"DATA.{'TRAIN' if split == 'train' else 'TEST'}_CROP_SIZE {x.shape[-1]}"
+            name = f"TEST.DATASET {cfg.TEST.DATASET}" if split == "test" else f"TRAIN.DATASET {cfg.TRAIN.DATASET}"
+            shape = " x ".join(map(str, x.shape[1:]))
+            raise UserError(
+                f"{cfg.MODEL.NAME} cannot take the {split} samples of {name} and {size}, which are {shape}: "
+                f"{str(error).rstrip('.')}. Change one of these keys."
+            ) from error
+    model.train(was_training)
+
+
+def build_test(cfg: CfgNode) -> tuple[Loader, Ensemble | None]:
+    """This process's share of `TEST.DATASET`, and the ensemble of its views."""
+    loader = build_loader(cfg, "test", rank=rank(), world_size=world_size())
+    return loader, build_ensemble(cfg, loader.dataset)
+
+
 def _params_m(model: nn.Module) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
@@ -118,8 +157,9 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
     if is_main():
         (output_dir / "config.yaml").write_text(cfg.dump())
     device = select_device(cfg.DEVICE)
-    model = build_trained(cfg, weights, advice=to_fine_tune(cfg))
-    loader = build_loader(cfg, "test", rank=rank(), world_size=world_size())
+    model = build_trained(cfg, weights, advice=to_fine_tune(cfg)).to(device)
+    loader, ensemble = build_test(cfg)
+    check_samples(cfg, model, {"test": loader}, device=device)
     log_plan(
         {
             "test": describe_model(cfg, model),
@@ -131,7 +171,7 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
         }
     )
     with explain_lost_process():
-        result = evaluate(model.to(device), loader, device=device, ensemble=build_ensemble(cfg, loader.dataset))
+        result = evaluate(model, loader, device=device, ensemble=ensemble)
     if is_main():
         write_result(cfg, result, output_dir / "result.json")
         table = format_table({model_name(cfg): result})

@@ -30,10 +30,12 @@ from torch.utils.data import Dataset
 from ats.checkpoint import load_weights, save_safetensors
 from ats.config import CfgNode
 from ats.datasets import Loader, Sample, build_loader
+from ats.datasets.base import Split
 from ats.engine.checkpointing import Checkpoints, TrainState, newest_checkpoint, resume
 from ats.engine.device import (
     all_gather,
     all_reduce,
+    broadcast_buffers,
     data_parallel,
     device_name,
     explain_lost_process,
@@ -44,10 +46,10 @@ from ats.engine.device import (
     wait_for_all,
     world_size,
 )
-from ats.engine.evaluate import describe_model, evaluate
+from ats.engine.evaluate import build_test, check_samples, describe_model, evaluate
 from ats.engine.output import log_plan, open_output_dir
 from ats.engine.step import NonFiniteError, Recipe, StepStats, build_optimizer, set_lr, train_step
-from ats.engine.train_log import BadFiles, TrainLog, Window
+from ats.engine.train_log import BadFiles, TrainLog, Window, drop_lines_after
 from ats.errors import NoSuchSplit, Stopped, UserError, counted
 from ats.models import build_model
 
@@ -82,7 +84,8 @@ def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Pat
             raise UserError(f"Out of GPU memory: {advice}. {error}") from error
     weights = output_dir / "model.safetensors"
     if is_main():
-        save_safetensors(weights, trainer.state.eval_model.state_dict())
+        tensors = trainer.state.eval_model.state_dict()
+        save_safetensors(weights, {key: tensor.clone() for key, tensor in tensors.items()})  # tied weights, too
     wait_for_all()
     logger.info("Trained weights%s: %s", "" if trainer.state.ema is None else " (EMA)", weights)
     return weights
@@ -94,14 +97,20 @@ class Trainer:
     def __init__(self, cfg: CfgNode, output_dir: Path, *, force: bool = False, draw: Draw | None = None) -> None:
         self.cfg, self.output_dir, self.draw = cfg, output_dir, draw
         self.device, self.recipe = select_device(cfg.DEVICE), Recipe(cfg)
-        self.train_loader, self.val_loader = _build_loaders(cfg)
+        loaders = _build_loaders(cfg)
+        self.train_loader, self.val_loader = loaders["train"], loaders.get("val")
         self.sampler = self.train_loader.batch_sampler
         self.num_epochs, self.num_steps = cfg.SOLVER.MAX_EPOCH, self.sampler.num_batches
         self.state = build_state(cfg, self.device)
+        check_samples(cfg, self.state.model, loaders, device=self.device)
         resumed = resume(self.state, output_dir, cfg, force=force)
         if is_main():
             (output_dir / "config.yaml").write_text(cfg.dump())
+            drop_lines_after(output_dir / "log.jsonl", self.state.epoch, self.state.step)
         log_plan(self._plan())
+        # Again, in case the earlier run stopped during the evaluation.
+        self.evaluate_first = self.state.epoch > 0 and self.state.step == 0
+        self._continue_by_samples()
         if resumed:
             steps = f" and {self.state.step} of {self.num_steps} steps" if self.state.step else ""
             done = f"{self.state.epoch} of {self.num_epochs} epochs are done{steps}"
@@ -115,11 +124,30 @@ class Trainer:
 
     def run(self, stop: StopSignals) -> None:
         """Train the remaining epochs; raises `Stopped` when a signal arrives."""
-        if self.state.epoch and not self.state.step:
-            self._after_epoch(stop)  # again, in case the earlier run stopped during the evaluation
+        if self.evaluate_first:
+            self._after_epoch(stop)
         while self.state.epoch < self.num_epochs:
             self._train_epoch(stop)
             self._after_epoch(stop)
+        self._end_if_stopped(self._agree(stop)[0])
+
+    def _continue_by_samples(self) -> None:
+        """Where the data or the batch size changed since the checkpoint was saved, say so, and go on after as many
+        samples of the epoch as it has seen, or with the next epoch if none are left.
+        """
+        state, batch_size = self.state, self.sampler.batch_size
+        sizes = {"train_samples": self.sampler.num_samples, "batch_size": batch_size, "steps_per_epoch": self.num_steps}
+        if self.val_loader is not None:
+            sizes["val_samples"] = len(self.val_loader.dataset)
+        before, state.sizes = state.sizes, sizes
+        changed = [name for name in before if sizes.get(name, before[name]) != before[name]]
+        changes = [f"{name.replace('_', ' ')} {before[name]} -> {sizes[name]}" for name in changed]
+        seen = state.step * before.get("batch_size", batch_size)
+        step, state.step = state.step, min(seen // batch_size, self.num_steps)
+        if is_main() and (changes or state.step != step):
+            goes_on = f" It goes on after the {seen} samples that epoch {state.epoch + 1} has seen." if step else ""
+            what = ", ".join(changes) or f"step {step} of the checkpoint, steps per epoch {self.num_steps}"
+            logger.warning("The data or the batch size changed since the last run: %s.%s", what, goes_on)
 
     def _train_epoch(self, stop: StopSignals) -> None:
         state, settings = self.state, self.cfg.TRAIN
@@ -131,21 +159,35 @@ class Trainer:
         seed_everything(self.recipe.seed, epoch)  # starting the loader draws from the global generator
         waiting_since = perf_counter()
         for batch in self.train_loader:
-            seconds_waited, step = perf_counter() - waiting_since, state.step
+            seconds_waited = perf_counter() - waiting_since
             stats, lr = self._step(batch)
+            state.step += 1
             signum, num_bad = self._agree(stop, num_bad=sum(map(bool, batch.bad)))
             self.bad_files.add(batch.bad, num_read=self.sampler.batch_size, num_bad=num_bad)
-            state.epoch, state.step = (epoch + 1, 0) if step + 1 == self.num_steps else (epoch, step + 1)
             num_images, num_bad = self.sampler.batch_size, self.bad_files.counts[1]
             self.log.step(stats, lr=lr, num_images=num_images, seconds_waited=seconds_waited, num_bad=num_bad)
-            epoch_is_due = state.step == 0 and self._is_due(settings.EVAL_PERIOD, settings.CHECKPOINT_PERIOD)
-            if signum or epoch_is_due or self.checkpoints.is_due(self._steps_done()):
-                state.log_state = {"window": self.log.window.state(), "bad_files": self.bad_files.counts}
-                self.checkpoints.save(state)
-            if signum:
-                wait_for_all()  # torchrun kills the others as soon as one process ends
-                raise Stopped(signum, f"after step {step + 1} of {self.num_steps} of epoch {epoch + 1}")
+            if state.step < self.num_steps and (signum or self.checkpoints.is_due(self._steps_done())):
+                self._save()
+                self._end_if_stopped(signum)
             waiting_since = perf_counter()
+        if state.step == self.num_steps:  # also if nothing was left of the epoch
+            state.epoch, state.step = epoch + 1, 0
+        signum, _ = self._agree(stop)
+        epoch_is_due = state.step == 0 and self._is_due(settings.EVAL_PERIOD, settings.CHECKPOINT_PERIOD)
+        if signum or epoch_is_due or self.checkpoints.is_due(self._steps_done()):
+            self._save()
+            self._end_if_stopped(signum)
+
+    def _save(self) -> None:
+        self.state.log_state = {"window": self.log.window.state(), "bad_files": self.bad_files.counts}
+        self.checkpoints.save(self.state)
+
+    def _end_if_stopped(self, signum: int) -> None:
+        """Raise `Stopped` on every process if they agree on a signal."""
+        if signum:
+            wait_for_all()  # torchrun kills the others as soon as one process ends
+            epoch, step = divmod(self._steps_done() - 1, self.num_steps)
+            raise Stopped(signum, f"after step {step + 1} of {self.num_steps} of epoch {epoch + 1}")
 
     def _step(self, batch: Sample) -> tuple[StepStats, float]:
         """One step on this process's share of a batch; returns its numbers and its learning rate."""
@@ -174,7 +216,7 @@ class Trainer:
             state.ema.update(state.model)
         return stats, lr
 
-    def _agree(self, stop: StopSignals, *, num_bad: int) -> tuple[int, int]:
+    def _agree(self, stop: StopSignals, *, num_bad: int = 0) -> tuple[int, int]:
         """Over all processes: the signal that any of them received (0: none), and the number of bad files."""
         received = [stop.received == signum for signum in SIGNALS]
         *counts, num_bad = all_reduce(torch.tensor([*received, num_bad], dtype=torch.int64)).tolist()
@@ -194,6 +236,7 @@ class Trainer:
             return
         state = self.state
         with stop.interruptible(f"in the evaluation after epoch {state.epoch} of {self.num_epochs}"):
+            broadcast_buffers(state.eval_model)  # process 0 saves its own
             result = evaluate(state.eval_model, self.val_loader, device=self.device)
         draw = None if self.draw is None else partial(self.draw, state.eval_model, self.val_loader.dataset)
         self.log.evaluation(result, is_ema=state.ema is not None, draw=draw)
@@ -227,17 +270,22 @@ class Trainer:
         }
 
 
-def _build_loaders(cfg: CfgNode) -> tuple[Loader, Loader | None]:
-    """The loaders of the training and validation data; the second is None if the run evaluates nothing."""
+def _build_loaders(cfg: CfgNode) -> dict[Split, Loader]:
+    """The loaders of all data that the run will read, also of the test that follows: what is wrong shows before it
+    trains. "val" is missing if the run evaluates nothing.
+    """
     share = {"rank": rank(), "world_size": world_size()}
-    train_loader = build_loader(cfg, "train", **share)
-    if not cfg.TRAIN.EVAL_PERIOD and not cfg.TEST.ENABLE:
-        return train_loader, None
+    loaders: dict[Split, Loader] = {"train": build_loader(cfg, "train", **share)}
+    advice = "To train without validation data, type TRAIN.EVAL_PERIOD 0 TEST.ENABLE False."
     try:
-        return train_loader, build_loader(cfg, "val", **share)
+        if cfg.TRAIN.EVAL_PERIOD or cfg.TEST.ENABLE:
+            loaders["val"] = build_loader(cfg, "val", **share)
+        advice = "To train without a test, type TEST.ENABLE False."
+        if cfg.TEST.ENABLE:
+            loaders["test"], _ = build_test(cfg)
     except NoSuchSplit as error:
-        advice = "To train without validation data, type TRAIN.EVAL_PERIOD 0 TEST.ENABLE False."
         raise UserError(f"{error}\n{advice}") from error
+    return loaders
 
 
 def build_state(cfg: CfgNode, device: torch.device) -> TrainState:

@@ -55,8 +55,7 @@ class TrainLog:
     """Shows a bar on a terminal, else a line every LOG_PERIOD steps; writes `log.jsonl` and TensorBoard's files.
 
     Only process 0 shows and writes anything. The log counts epochs and steps from 1; an epoch has `num_steps`. Reports
-    the memory of `device` if it is a GPU. A resumed run continues after `steps_done` with its last `window`: later
-    lines of log.jsonl are dropped.
+    the memory of `device` if it is a GPU. A resumed run continues after `steps_done` with its last `window`.
     """
 
     def __init__(
@@ -68,8 +67,6 @@ class TrainLog:
         self._start = time.perf_counter()
         self.window = Window(**window)
         self._writer = None
-        if is_main():
-            _drop_lines_after(self._path, *divmod(steps_done, num_steps))
         if is_main() and cfg.TENSORBOARD.ENABLE:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -168,7 +165,7 @@ class TrainLog:
             self._writer.close()
 
 
-def _drop_lines_after(path: Path, epoch: int, step: int) -> None:
+def drop_lines_after(path: Path, epoch: int, step: int) -> None:
     """Drop the lines of `log.jsonl` that a run resumed after `epoch` epochs and `step` steps will write again."""
 
     def is_kept(line: str) -> bool:

@@ -16,10 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Run, run_net, run_net_well
-from runs import read_log
+from runs import assert_same, read_log
 
 from ats.checkpoint import load_checkpoint
+from ats.config import load_config
 from ats.datasets.loader import TrainBatchSampler
+from ats.engine import train
+from ats.engine.checkpointing import checkpoint_path
 from ats.engine.device import process_group, rank
 from ats.engine.tally import Ensemble, Tally
 from ats.errors import UserError
@@ -86,6 +89,45 @@ def test_two_processes_equal_one(tiny_config, tmp_path, mixup):
     for key, value in weights.items():
         torch.testing.assert_close(other_weights[key], value, atol=1e-5, rtol=0)
     assert read_result(one) == read_result(two)
+
+
+CVT = """
+MODEL: {NAME: CvT, NUM_CLASSES: 4}
+CVT: {NUM_STAGES: 1, PATCH_SIZE: [4], PATCH_STRIDE: [4], PATCH_PADDING: [0], DIM_EMBED: [8], NUM_HEADS: [1], DEPTH: [2],
+  MLP_RATIO: [2.0], ATTN_DROP_RATE: [0.0], DROP_RATE: [0.0], DROP_PATH_RATE: [0.0], QKV_BIAS: [true], CLS_TOKEN: [true],
+  POS_EMBED: [false], QKV_PROJ_METHOD: [dw_bn], KERNEL_QKV: [3], PADDING_KV: [1], STRIDE_KV: [2], PADDING_Q: [1],
+  STRIDE_Q: [1]}
+ATS: {ENABLE: false}
+"""
+
+
+def _train_with_batch_norm(config: Path, tmp_path: Path) -> None:
+    evaluate, evaluated = train.evaluate, []
+
+    def evaluate_and_keep(model, loader, **kwargs):
+        evaluated.append({name: value.clone() for name, value in model.state_dict().items()})
+        return evaluate(model, loader, **kwargs)
+
+    train.evaluate = evaluate_and_keep
+    with process_group("cpu"):
+        for ema, key in ((False, "model_state"), (True, "ema_state")):
+            out = tmp_path / key
+            # Of 15 samples a process gets 7 or 8, and 1 to 3 in a pass.
+            changes = ["TRAIN.BATCH_SIZE", "15", "TRAIN.GRAD_ACCUM_STEPS", "3", "EMA.ENABLE", str(ema)]
+            train.train(load_config(config, [*changes, "EMA.DECAY", "0.5", "OUTPUT_DIR", str(out)]))
+            for epoch, state in enumerate(evaluated, start=1):
+                assert any("running_mean" in name for name in state)
+                assert_same(state, load_checkpoint(checkpoint_path(out, epoch))[key])
+            assert len(evaluated) == 2
+            evaluated.clear()
+
+
+def test_every_process_evaluates_the_network_that_is_saved(tiny_config, tmp_path):
+    """Each updates batch norm's running statistics with its own samples, and the EMA with these."""
+    config = tmp_path / "cvt.yaml"
+    config.write_text(f"_BASE_: {tiny_config.name}\n{CVT}")
+    run = Run(tmp_path / "run", _train_with_batch_norm, config, tmp_path, num_processes=2)
+    assert run.wait() == [0, 0], run.console()
 
 
 def _ensemble(index: torch.Tensor, method: str) -> Ensemble:

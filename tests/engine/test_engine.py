@@ -276,17 +276,13 @@ def test_damaged_checkpoint_is_named_and_skipped(make_cfg, caplog):
 
 
 def test_another_config_in_the_same_folder_is_refused_unless_forced(make_cfg):
-    """The settings that differ are listed and config.yaml stays. --force resumes, unless the weights do not fit."""
+    """The settings that differ are listed and config.yaml stays. --force resumes."""
     first = make_cfg("SOLVER.MAX_EPOCH", "1")
     train.train(first)
     refused = r"Cannot resume from .*checkpoint_epoch_00001.*\n  SOLVER.MAX_EPOCH: 1 there, 2 now\n.*another OUTPUT_DIR"
     with pytest.raises(UserError, match=refused):
         train.train(make_cfg())
     assert load_config(Path(first.OUTPUT_DIR) / "config.yaml") == first
-    with pytest.raises(UserError, match=r"Cannot resume from (?s:.*) does not belong to this model"):
-        train.train(make_cfg("VIT.EMBED_DIM", "16"), force=True)
-    with pytest.raises(UserError, match=r"SOLVER\.OPTIMIZING_METHOD"):
-        train.train(make_cfg("SOLVER.ZERO_WD_1D_PARAM", "False"), force=True)
     train.train(make_cfg(), force=True)
     assert [line["epoch"] for line in read_log(first.OUTPUT_DIR) if line["event"] == "val"] == [1, 2]
     machine_settings = ("LOG_PERIOD", "1", "TRAIN.CHECKPOINT_STEPS", "2", "TRAIN.GRAD_ACCUM_STEPS", "2")
