@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from ats.datasets.decode import Video
 from ats.errors import UserError, exit_status
-from ats.files import atomic_write
+from ats.files import atomic_write, write
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
@@ -89,15 +89,13 @@ def prepare(name: str, *, videos: Path, output: Path, short_side: int) -> tuple[
             first = video.read([0, video.num_frames // 2, video.num_frames - 1])[0]
             if not short_side:
                 return str(path), ""
-            target = output / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial_path = target.with_name(f".{target.stem}.partial")
-            if min(first.shape[:2]) <= short_side:
-                shutil.copyfile(path, partial_path)
-            else:
-                target = target.with_suffix(".mp4")
-                shrink(video, partial_path, short_side=short_side)
-        os.replace(partial_path, target)
+            is_small = min(first.shape[:2]) <= short_side
+            target = output / name if is_small else (output / name).with_suffix(".mp4")
+            with atomic_write(target, sync=False) as temporary:  # a full disk is no FFmpegError then
+                if is_small:
+                    shutil.copyfile(path, temporary)
+                else:
+                    shrink(video, temporary, short_side=short_side)
         return str(target), ""
     except (UserError, av.FFmpegError) as error:
         return str(path), " ".join(str(error).split())
@@ -160,7 +158,7 @@ def prepare_kinetics(
                 known[name] = [todo[name], *result]
                 bar.update()
     finally:  # also when interrupted, so that the next run skips what is done
-        _write(output / KNOWN, json.dumps(known))
+        write(output / KNOWN, json.dumps(known))
     return _write_lists(items, known, output=output, separator=separator)
 
 
@@ -206,14 +204,9 @@ def _write_lists(items: list[Item], known: dict[str, list], *, output: Path, sep
         lines["test"] = lines["val"]
     for split, content in lines.items():
         if content:
-            _write(output / f"{split}.csv", "\n".join(content) + "\n")
-    _write(output / "bad_files.txt", "".join(f"{line}\n" for line in bad))
+            write(output / f"{split}.csv", "\n".join(content) + "\n")
+    write(output / "bad_files.txt", "".join(f"{line}\n" for line in bad))
     return {split: len(content) for split, content in lines.items()} | {"bad": len(bad)}
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,6 +49,7 @@ from ats.engine.output import log_plan, open_output_dir
 from ats.engine.step import NonFiniteError, Recipe, StepStats, build_optimizer, set_lr, train_step
 from ats.engine.train_log import BadFiles, TrainLog, Window
 from ats.errors import NoSuchSplit, Stopped, UserError, counted
+from ats.files import write
 from ats.models import build_model
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class Trainer:
         self.state = build_state(cfg, self.device)
         resumed = resume(self.state, output_dir, cfg, force=force)
         if is_main():
-            (output_dir / "config.yaml").write_text(cfg.dump())
+            write(output_dir / "config.yaml", cfg.dump())
         log_plan(self._plan())
         if resumed:
             steps = f" and {self.state.step} of {self.num_steps} steps" if self.state.step else ""

@@ -22,7 +22,7 @@ from ats.engine.device import is_main
 from ats.engine.step import StepStats
 from ats.engine.tally import Result
 from ats.errors import UserError, counted
-from ats.files import atomic_write
+from ats.files import naming, write
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class TrainLog:
             return
         epoch, step = self._place()
         line = {"event": event, "epoch": epoch, "step": step, **values}
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a") as file:
             file.write(simplejson.dumps(line, ignore_nan=True) + "\n")
         if self._writer is None:
             return
@@ -181,8 +181,7 @@ def _drop_lines_after(path: Path, epoch: int, step: int) -> None:
         return values["epoch"] <= epoch or (values["epoch"] == epoch + 1 and values["step"] <= step)
 
     lines = path.read_text().splitlines() if path.exists() else []
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines if is_kept(line)))
+    write(path, "".join(f"{line}\n" for line in lines if is_kept(line)))
 
 
 @dataclass

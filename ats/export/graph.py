@@ -16,7 +16,6 @@ kept ones are computed and ignored. The saving follows ATS.NUM_TOKENS, not the i
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from ats.datasets import input_shape
 from ats.datasets.build import mean_std
 from ats.engine.evaluate import build_trained, check_weights
 from ats.errors import UserError, suggest
+from ats.files import naming, replace
 from ats.models import build_model
 from ats.models.block import ats_blocks
 from ats.reduction import REDUCTIONS
@@ -138,7 +138,7 @@ def save(exported: Exported, path: str | Path, wanted: str | None = None) -> Non
     """
     path, kind = Path(path), format_of(path, wanted)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
+    with naming(path), TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
         target = Path(folder) / path.name
         if kind == "onnx":
             save_onnx(exported, target)
@@ -146,7 +146,7 @@ def save(exported: Exported, path: str | Path, wanted: str | None = None) -> Non
             with open(target, "wb") as file:  # torch wants the suffix .pt2 of a name, not of a file
                 torch.export.save(exported.program, file, extra_files={FACTS: json.dumps(exported.facts)})
         for written in sorted(Path(folder).iterdir(), reverse=True):  # the weights before what points to them
-            os.replace(written, path.parent / written.name)
+            replace(written, path.parent / written.name)
 
 
 def save_onnx(exported: Exported, path: Path) -> None:
