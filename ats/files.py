@@ -40,7 +40,7 @@ def naming(path: str | Path) -> Iterator[None]:
             cause = cause.__cause__ or cause.__context__
         if not isinstance(cause, OSError) or cause is outer or not cause.errno:
             raise
-        if cause is error and cause.filename and not str(cause.filename).endswith(".tmp"):
+        if cause is error and cause.filename and not str(cause.filename2 or cause.filename).endswith(".tmp"):
             raise  # it names a file already
         raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
 

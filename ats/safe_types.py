@@ -1,7 +1,7 @@
 """Types that a checkpoint may hold besides tensors: those that other projects' files have and that cannot run code.
 
 Only these are built, by what is listed here; a pickle that names anything else is refused. NumPy's own functions are
-not among them: `ndarray(...)`, `ndarray.__setstate__` and `dtype.__setstate__` can be made to take numbers for addresses.
+not among them: `ndarray(...)`, `ndarray.__setstate__` and `dtype.__setstate__` can take numbers for addresses.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ kept ones are computed and ignored. The saving follows ATS.NUM_TOKENS, not the i
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -143,8 +144,9 @@ def save(exported: Exported, path: str | Path, wanted: str | None = None) -> Non
         if kind == "onnx":
             save_onnx(exported, target)
         else:
-            with open(target, "wb") as file:  # torch wants the suffix .pt2 of a name, not of a file
-                torch.export.save(exported.program, file, extra_files={FACTS: json.dumps(exported.facts)})
+            buffer = io.BytesIO()  # on a full disk, torch's own writer ends the process
+            torch.export.save(exported.program, buffer, extra_files={FACTS: json.dumps(exported.facts)})
+            target.write_bytes(buffer.getvalue())
         for written in sorted(Path(folder).iterdir(), reverse=True):  # the weights before what points to them
             replace(written, path.parent / written.name)
 
