@@ -61,7 +61,7 @@ _PATHS |= {cls.__name__: cls for cls in (pathlib.PurePosixPath, pathlib.PureWind
 SAFE_TYPES: list = [
     argparse.Namespace,
     *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone),
-    *(bool, dict, float, frozenset, int, list, slice, tuple),
+    *(bool, bytes, dict, float, frozenset, int, list, slice, tuple),
     *sorted({t for t in np.sctypeDict.values() if issubclass(t, (np.number, np.bool_))}, key=str),
     (_plain_dict, "collections.defaultdict"),
     *((OrderedDict, f"{module}.CfgNode") for module in ("yacs.config", "fvcore.common.config")),
