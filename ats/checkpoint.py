@@ -1,86 +1,36 @@
-"""Read and write weights safely, and match their keys strictly.
+"""Load weights into a network and match their keys strictly. `checkpoint_files` reads and writes the files.
 
-* Files are read with `weights_only=True` or as safetensors. A pickle that would run code is refused and runs nothing.
-* Reference releases wrap their weights (`model`, `state_dict`, ...) and prefix their keys (`module.`, ...). Both are
-  removed here; what is specific to an architecture (e.g. resizing position embeddings) is its `adapt_state_dict`.
+Releases wrap their weights (`model`, `state_dict`, ...) and prefix their keys (`module.`, `backbone.`, ...). Wrappers
+are removed, and so is the prefix in front of the network's own keys. What is specific to an architecture, e.g. resizing
+position embeddings, is its `adapt_state_dict`.
 """
 
 from __future__ import annotations
 
-import argparse
-import pickle
+import json
+import logging
 import re
-from collections import Counter
+import shlex
+from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ats.config import CfgNode, find_shipped
+from ats.checkpoint_files import load_checkpoint, save_checkpoint, save_safetensors
+from ats.config import CfgNode
 from ats.errors import UserError, counted
-from ats.files import atomic_write
+
+__all__ = ["load_checkpoint", "load_weights", "save_checkpoint", "save_safetensors", "to_fine_tune", "unwrap"]
+
+logger = logging.getLogger(__name__)
 
 # Keys under which releases keep their weights. EMA weights come first: they are the ones that were evaluated.
 WRAPPERS = ("ema_state", "state_dict_ema", "model_ema", "model_state", "model", "state_dict", "module")
-SUFFIXES = (".pth", ".pyth", ".pt", ".bin", ".safetensors")
-PREFIXES = ("module.", "_orig_mod.", "base_model.", "model.")
+INFIXES = re.compile(r"\b_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")  # PyTorch's own, at any level
+ONLY_PRETRAINING = ("mask_token", "decoder")  # MAE's, which the encoder does not need
 Weights = str | Path | dict[str, Tensor]  # a file, or a state dict, which may be wrapped
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """The contents of a .pth, .pyth or .safetensors file, on the CPU. Shipped files are found from any folder.
-
-    Raises a UserError if there is no such file, it is damaged or no checkpoint, or it is a pickle that would run code.
-    """
-    path = find_shipped(path)
-    if path.is_dir():
-        files = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
-        raise UserError(f"{path} is a folder: type the file in it, {path / (files[0] if files else 'FILE')}.")
-    if not path.is_file():
-        raise UserError(f"No checkpoint file {path}.")
-    try:
-        if path.suffix == ".safetensors" or _is_safetensors(path):
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's and timm's training arguments
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        text = str(error)
-        if isinstance(error, pickle.UnpicklingError) and re.search("weights_only|unsupported", text, re.IGNORECASE):
-            match = re.search(r"GLOBAL ([\w.]+)|global (?:name )?[`'\"]?([\w.]+)", text)
-            name = (match[1] or match[2]) if match else "an unknown class"
-            reason = f"loading it would run code ({name}). None of it was run."
-            advice = "Ask for a file that holds only tensors and plain values (a state_dict, or .safetensors)."
-            raise UserError(f"{path} was refused: {reason} {advice}") from error
-        # A KeyError is no reason: it holds only a byte that is not a pickle opcode.
-        reason = "" if isinstance(error, KeyError) else text.split("\n")[0]
-        raise UserError(f"{path} is not a checkpoint or is damaged{f': {reason}' if reason else ''}") from error
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} holds a {type(contents).__name__}, not a dictionary of weights.")
-    return contents
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file is in safetensors format, whatever its name: the header's length, then the header, in JSON."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
-
-
-def save_checkpoint(path: str | Path, contents: dict) -> None:
-    """Write tensors and plain values atomically: `path` is either the old file or the whole new one."""
-    # To an open file, a full disk is an OSError that says so; torch's own writer says "unexpected pos".
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        torch.save(contents, file)
-
-
-def save_safetensors(path: str | Path, state_dict: dict[str, Tensor]) -> None:
-    """Write weights as safetensors, also atomically."""
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary)
 
 
 def load_weights(model: nn.Module, source: Weights, *, skip: Iterable[str] = (), advice: str = "") -> None:
@@ -93,17 +43,19 @@ def load_weights(model: nn.Module, source: Weights, *, skip: Iterable[str] = (),
         UserError: the file cannot be read, or has missing, unexpected or misshapen keys, which the message lists.
     """
     name = "the given state dict" if isinstance(source, dict) else str(source)
-    state = unwrap(source if isinstance(source, dict) else load_checkpoint(source))
-    if not state:
-        raise UserError(f"{name} holds no weights.")
     expected = model.state_dict()
-    state = strip_prefixes(state, expected)
+    state = _find(source if isinstance(source, dict) else load_checkpoint(source), expected, name)
     for key in state.keys() & expected.keys():
         if expected[key].ndim == 0 and state[key].numel() == 1:  # some writers store scalars as vectors of length 1
             state[key] = state[key].reshape(())
     if hasattr(model, "adapt_state_dict"):
-        state = model.adapt_state_dict(state)
-    state |= {key: value for key, value in expected.items() if key.startswith(tuple(skip))}
+        try:
+            state = model.adapt_state_dict(state)
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:  # of shapes that no release has
+            _check(expected, state, name, advice)
+            raise UserError(f"{name} does not belong to this model: {str(error).splitlines()[0]}") from error
+    kept = {key: value for key, value in expected.items() if key.startswith(tuple(skip))}
+    state = {key: value for key, value in state.items() if not key.startswith(tuple(skip))} | kept
     _check(expected, state, name, advice)
     model.load_state_dict(state)
 
@@ -114,42 +66,129 @@ def to_fine_tune(cfg: CfgNode) -> str:
     return " ".join(f"TRAIN.{key} {value}" for key, value in keys.items() if value and not cfg.TRAIN[key])
 
 
-def unwrap(contents: dict) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: under the first of WRAPPERS that it has, else its top-level tensors."""
+def unwrap(contents: dict, _seen: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: under the first of WRAPPERS that holds one, else its top-level tensors."""
     for wrapper in WRAPPERS:
-        if isinstance(contents.get(wrapper), dict):
-            return unwrap(contents[wrapper])
-    return {key: value for key, value in contents.items() if isinstance(value, Tensor)}
+        inner = contents.get(wrapper)
+        is_new = isinstance(inner, dict) and id(inner) not in _seen and len(_seen) < len(WRAPPERS)
+        if is_new and (state := unwrap(inner, (*_seen, id(contents), id(inner)))):
+            return state
+    return {key: value for key, value in contents.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-def strip_prefixes(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the PREFIXES that all keys share, unless the model's own keys have them."""
-    while state.keys().isdisjoint(expected):
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)
-        if prefix is None:
-            break
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+def _find(contents: dict, expected: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The weights in `contents` for a network with the keys of `expected`: the dict and the prefix that hold most of
+    them. If no key matches, the network may know them by other names.
+    """
+    state = unwrap(contents)
+    parts = {(): state} if state else _parts(contents)
+    if not any(INFIXES.search(key) for key in expected):
+        parts = {path: {INFIXES.sub("", key): value for key, value in part.items()} for path, part in parts.items()}
+    counts = {(path, prefix): n for path, part in parts.items() for prefix, n in _prefixes(part, expected).items()}
+    most = max(counts.values(), default=0)
+    # Most, not half: one stage of another naming scheme (`stages.2.blocks.0...`) can hold two thirds of all blocks.
+    places = [place for place, count in counts.items() if count == most and count >= 0.8 * len(expected)]
+    if not places:
+        places = [(path, "") for path, part in parts.items() if path == () or 2 * len(part) >= len(expected)]
+        parts = {path: _without_shared_prefix(part, expected) for path, part in parts.items()}
+    if len(places) != 1:
+        raise UserError(_which(contents, places, name))
+    ((path, prefix),) = places
+    state = {key.removeprefix(prefix): value for key, value in parts[path].items() if key.startswith(prefix)}
+    unused = [key for key in state if key not in expected and key.startswith(ONLY_PRETRAINING)]
+    state = {key: value for key, value in state.items() if key not in unused}
+    if unused := [*unused, *(key for key in parts[path] if not key.startswith(prefix))]:
+        logger.info("%s: not used by this network: %s.", name, _grouped(unused))
     return state
+
+
+def _parts(contents: dict) -> dict[tuple, dict[str, Tensor]]:
+    """The tensors of every dict within `contents`, by the keys that lead there."""
+    found, seen, todo = {}, set(), deque([((), contents)])
+    while todo:
+        path, value = todo.popleft()
+        if id(value) in seen or len(path) > 8:
+            continue
+        seen.add(id(value))
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        todo.extend(((*path, key), inner) for key, inner in items if isinstance(inner, (dict, list, tuple)))
+        if isinstance(value, dict) and (state := unwrap(value)):
+            found[path] = state
+    return found
+
+
+def _prefixes(state: dict[str, Tensor], expected: dict[str, Tensor]) -> Counter[str]:
+    """Prefix -> how many keys are the network's own behind it."""
+    counts: Counter[str] = Counter()
+    for key in state:
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", key))]
+        counts.update(key[:start] for start in starts[:16] if key[start:] in expected)
+    return counts
+
+
+def _without_shared_prefix(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    while state.keys().isdisjoint(expected) and len({key.partition(".")[0] for key in state}) == 1:
+        if not all("." in key for key in state):
+            break
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    return state
+
+
+def _which(contents: dict, places: list[tuple[tuple, str]], name: str) -> str:
+    """The message about a checkpoint that holds no weights, or several sets of them of which one must be chosen."""
+    keys = ", ".join(str(key)[:40] for key in list(contents)[:12]) + (", ..." if len(contents) > 12 else "")
+    top_level = f"Its top-level keys: {keys}." if contents else "It is empty."
+    if not places:
+        return f"{name} holds no weights. {top_level}"
+    if len({path for path, _ in places}) == len(places):  # what leads to them tells them apart
+        places = [(path, "") for path, _ in places]
+    labels = {".".join(map(str, (*path, prefix.rstrip(".")))).strip("."): (path, prefix) for path, prefix in places}
+    label = next((label for label in labels if re.search("ema|teacher", label)), next(iter(labels)))
+    path, prefix = labels[label]
+    file = Path(name)
+    code = f"c.load_checkpoint({json.dumps(name)})"
+    code = "".join([code, *(f"[{json.dumps(key, default=repr)}]" for key in path)]) if path else f"c.unwrap({code})"
+    if prefix:
+        code = f"{{k: v for k, v in {code}.items() if k.startswith({json.dumps(prefix)})}}"
+    target = file.with_name(f"{file.stem}_{re.sub(r'[^0-9a-zA-Z]+', '_', label)}.pth")
+    code = f"import ats.checkpoint as c; c.save_checkpoint({json.dumps(str(target))}, {code})"
+    return (
+        f"{name} holds several sets of weights: {', '.join(labels)}. {top_level}\nSave the one you want and give that "
+        f"file. For {label}, type:\n  python -c {shlex.quote(code)}"
+    )
 
 
 def _check(expected: dict[str, Tensor], state: dict[str, Tensor], name: str, advice: str) -> None:
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-    misshapen = {
-        key: f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected.keys() & state.keys()
-        if state[key].shape != expected[key].shape
-    }
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen.values()}
+    shared = sorted(expected.keys() & state.keys())
+    misshapen = {key for key in shared if state[key].shape != expected[key].shape}
+    shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}" for key in sorted(misshapen)]
+    types = [f"{key} {kind}" for key in shared if (kind := _wrong_type(state[key], expected[key]))]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another type": types}
     lines = [f"  {len(keys)} keys {title}: {_grouped(keys)}" for title, keys in problems.items() if keys]
     if not lines:
         return
-    if not missing and not unexpected and all("head" in key or "new_fc" in key for key in misshapen):
-        classes = state[next(iter(misshapen))].shape[0]
-        others = f" or, to fine-tune it for others, {advice}" if advice else ""
-        hint = f"The file has {counted(classes, 'class', 'classes')}: set MODEL.NUM_CLASSES {classes}{others}."
-    else:
-        hint = "Compare MODEL.NAME and the VIT keys with the network that the file belongs to (see --print-config all)."
+    others = f" or, to fine-tune it for others, {advice}" if advice else ""
+    heads = [key for key in misshapen | missing if "head" in key or "new_fc" in key]
+    classes = [state[key].shape[0] for key in heads if key in misshapen and state[key].ndim]
+    hint = "Compare MODEL.NAME and the VIT keys with the network that the file belongs to (see --print-config all)."
+    if not unexpected and not types and len(heads) == len(misshapen | missing):
+        if classes and not missing:
+            number = counted(classes[0], "class", "classes")
+            hint = f"The file has {number}: set MODEL.NUM_CLASSES {classes[0]}{others}."
+        elif not misshapen:
+            hint = "The file has no classifier" + (f": to train one, type {advice}." if advice else ".")
     raise UserError("\n".join([f"{name} does not belong to this model.", *lines, f"  {hint}"]))
+
+
+def _wrong_type(given: Tensor, own: Tensor) -> str:
+    """What would be lost if `own` took the values of `given`; "" if nothing."""
+    if given.is_meta:
+        return "without values (on the meta device)" if not own.is_meta else ""
+    if given.layout != torch.strided or given.is_quantized:
+        return "sparse or quantised"
+    is_number = given.is_floating_point() or not own.is_floating_point()
+    return "" if is_number else f"{given.dtype} instead of {own.dtype}".replace("torch.", "")
 
 
 def _grouped(keys: Iterable[str], limit: int = 12) -> str:

@@ -1,11 +1,48 @@
-"""Atomic writes: a file is either the old one or the whole new one."""
+"""Writes that leave the old file or the whole new one, on file systems that lack some operations too.
+
+Network drives, FUSE mounts and FAT may be unable to link, lock, rename over a file or sync a folder. None of that is
+needed to go on: there is a way round, and one warning where a promise is lost with it.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
+import logging
 import os
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ats.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FAILED = {errno.EIO, errno.ENOENT, errno.EROFS, errno.ESTALE} | NO_ROOM  # the operation exists; the disk has a problem
+
+_warned: set[str] = set()
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An error of the operating system in this block names `path`, also if a library turned it into its own."""
+    outer = sys.exception()  # already being handled when the block begins
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and cause is not outer and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if not isinstance(cause, OSError) or cause is outer or not cause.errno:
+            raise
+        if cause is error and cause.filename and not str(cause.filename2 or cause.filename).endswith(".tmp"):
+            raise  # it names a file already
+        raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
 
 
 @contextmanager
@@ -15,25 +52,78 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     Args:
         sync: flush the file and its folder to disk, so that the file survives a crash of the machine. False suits many
             small files that can be written again.
+
+    Raises:
+        OSError: the file cannot be written. It names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.tmp")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if sync:
+                _sync(temporary, os.O_RDWR)  # some file systems report a full disk only here
+            replace(temporary, path, sync=sync)
+        finally:
+            temporary.unlink(missing_ok=True)  # also after success: a second name for the same file is not renamed
         if sync:
-            _sync(temporary, os.O_RDWR)  # some file systems report a full disk only here
-        os.replace(temporary, path)
-    except BaseException:
+            _sync(path.parent, os.O_RDONLY)  # makes the rename durable
+
+
+def write(path: str | Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Write a whole file atomically; text as UTF-8."""
+    content = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    with atomic_write(path, sync=sync) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_picture(path: str | Path, save: Callable[..., object], **options: object) -> None:
+    """Write what `save(file, format=..., **options)` writes. Pillow would not say why it cannot write to a file."""
+    buffer = io.BytesIO()
+    save(buffer, format=Path(path).suffix.removeprefix(".") or "png", **options)
+    write(path, buffer.getvalue(), sync=False)
+
+
+def link(path: Path, other: Path) -> None:
+    """Make `other` a second name of the file `path`, or a copy of it where links are not possible."""
+    with atomic_write(other) as temporary:
         temporary.unlink(missing_ok=True)
-        raise
-    if sync:
-        _sync(path.parent, os.O_RDONLY)  # makes the rename durable
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+
+def warn_once(text: str, path: Path, error: OSError) -> None:
+    """Warn that something is not possible in `path`, once for each text: `%s cannot be ... (%s).`"""
+    if text not in _warned:
+        _warned.add(text)
+        logger.warning(text, path, error.strerror)
+
+
+def replace(temporary: Path, path: Path, *, sync: bool = False) -> None:
+    """Rename a file over another, or copy it where that is not possible."""
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in FAILED or path.is_dir():
+            raise
+        shutil.copyfile(temporary, path)
+        if sync:
+            _sync(path, os.O_RDWR)
+        warn_once("Files in %s cannot be renamed (%s): a crash can leave half a file.", path.parent, error)
 
 
 def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, flags)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in FAILED:
+            raise
+        folder = path if path.is_dir() else path.parent
+        warn_once("%s cannot be flushed to disk (%s): a power cut can lose the last files.", folder, error)

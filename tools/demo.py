@@ -26,6 +26,7 @@ from make_digits import make_digits  # noqa: E402 - beside this file
 
 from ats.config import CfgNode, load_config  # noqa: E402
 from ats.errors import exit_status  # noqa: E402
+from ats.files import write  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -129,12 +130,10 @@ def run(*, data: Path, output: Path) -> None:
         results[row.name] = evaluate(model, loader, device=device)
     some = range(0, len(loader.dataset), len(loader.dataset) // 64)
     time_together(results, models, torch.stack([loader.dataset[index].x for index in some]).to(device))
-    output.mkdir(parents=True, exist_ok=True)
     table = format_table(results)
-    (output / "results.json").write_text(
-        simplejson.dumps({name: asdict(result) for name, result in results.items()}, indent=2) + "\n"
-    )
-    (output / "table.md").write_text(format_table(results, style="pipe") + "\n")
+    contents = {name: asdict(result) for name, result in results.items()}
+    write(output / "results.json", simplejson.dumps(contents, indent=2) + "\n")
+    write(output / "table.md", format_table(results, style="pipe") + "\n")
     picture = draw_examples(cfg, model, output / "kept_tokens.png")
     print(f"\n{table}\n\nPicture of the tokens kept by each block: {picture}\nTable and numbers: {output}")
 

@@ -21,6 +21,7 @@ from demo import load_model, make_rows, row_config, run_demo, time_together  # b
 from make_moving_digits import CLASSES, make_moving_digits
 
 from ats.config import CfgNode
+from ats.files import write
 
 if TYPE_CHECKING:
     import torch
@@ -82,10 +83,9 @@ def run(*, data: Path, output: Path) -> None:
     clips = torch.cat([batch.x for batch in batches])
     plain = {name: result for name, (result, _) in results.items()}
     time_together(plain, models, clips[:: -(-len(clips) // 16)].to(device))
-    output.mkdir(parents=True, exist_ok=True)
     contents = {name: asdict(result) | {"shuffled": asdict(shuffled)} for name, (result, shuffled) in results.items()}
-    (output / "results.json").write_text(simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
-    (output / "table.md").write_text(format_table(results, style="pipe") + "\n")
+    write(output / "results.json", simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
+    write(output / "table.md", format_table(results, style="pipe") + "\n")
     pictures = draw_examples(row_config(ROWS[-2], data=data, output=output), batches, output)
     print(f"\n{format_table(results)}\n\nPictures of the tokens kept over time: {', '.join(map(str, pictures))}")
     print(f"Table and numbers: {output}")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ats.errors import UserError, exit_status
+from ats.files import naming
 
 SUMS = "SHA256SUMS"
 
@@ -57,7 +58,8 @@ def make_folder(output: str | Path, *, kind: Kind, settings: dict, fill: Callabl
     shutil.rmtree(new, ignore_errors=True)  # left by a killed run with the same process id
     try:
         new.mkdir()
-        write_manifest(new, kind, {"settings": settings} | fill(new))
+        with naming(output):
+            write_manifest(new, kind, {"settings": settings} | fill(new))
         _replace(output, new)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -138,11 +140,11 @@ def _replace(output: Path, new: Path) -> None:
     """Move `new` to `output`; at every moment `output` is complete or absent."""
     if output.exists():
         old = new.with_name(new.name.replace(".partial-", ".partial-old-"))
-        output.rename(old)
-        new.rename(output)
+        shutil.move(output, old)  # which copies where a folder cannot be renamed, as in a container's lower layer
+        shutil.move(new, output)
         shutil.rmtree(old)
     else:
-        new.rename(output)
+        shutil.move(new, output)
 
 
 def map_in_processes(function: Callable[[int], list], num_items: int, *, num_workers: int | None) -> Iterator[list]:

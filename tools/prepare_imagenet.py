@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
 from ats.errors import UserError, exit_status
-from ats.files import atomic_write
+from ats.files import write
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
@@ -159,8 +159,7 @@ def _extract(
             with _damage(archive):
                 content = _read(tar, member)
                 _check_image(content, member.name)
-            with atomic_write(path, sync=False) as temporary:
-                temporary.write_bytes(content)
+            write(path, content, sync=False)
             num_written += 1
         if bar is not None:
             bar.update()

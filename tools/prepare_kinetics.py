@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from ats.datasets.decode import Video
 from ats.datasets.folders import class_folders, files_below, warn_about_numbers
 from ats.errors import UserError, counted, exit_status, printable
-from ats.files import atomic_write
+from ats.files import atomic_write, write
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
@@ -105,16 +105,15 @@ def prepare(
             first = video.read([0, video.num_frames // 2, video.num_frames - 1])[0]
             if not short_side:
                 return str(path), ""
-            target = output / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial_path = target.with_name(f".{target.name}.partial")
-            if min(first.shape[:2]) <= short_side:
-                shutil.copyfile(path, partial_path)
-            else:
+            target, is_small = output / name, min(first.shape[:2]) <= short_side
+            if not is_small:
                 keep_suffix = Path(name).with_suffix("") in ambiguous and target.suffix != ".mp4"
                 target = target.with_name(f"{target.name}.mp4") if keep_suffix else target.with_suffix(".mp4")
-                shrink(video, partial_path, short_side=short_side)
-        os.replace(partial_path, target)
+            with atomic_write(target, sync=False) as temporary:  # a full disk is no FFmpegError then
+                if is_small:
+                    shutil.copyfile(path, temporary)
+                else:
+                    shrink(video, temporary, short_side=short_side)
         return str(target), ""
     except (UserError, av.FFmpegError) as error:
         return str(path), " ".join(str(error).split())
@@ -173,7 +172,7 @@ def prepare_kinetics(
                 known[name] = [todo[name], *result]
                 bar.update()
     finally:  # also when interrupted, so that the next run skips what is done
-        _write(output / KNOWN, json.dumps(known))
+        write(output / KNOWN, json.dumps(known))
     return _write_lists(items, known, output=output, separator=separator)
 
 
@@ -224,14 +223,9 @@ def _write_lists(items: list[Item], known: dict[str, list], *, output: Path, sep
         lines["test"] = lines["val"]
     for split, content in lines.items():
         if content:
-            _write(output / f"{split}.csv", "\n".join(content) + "\n")
-    _write(output / "bad_files.txt", "".join(f"{line}\n" for line in bad))
+            write(output / f"{split}.csv", "\n".join(content) + "\n")
+    write(output / "bad_files.txt", "".join(f"{line}\n" for line in bad))
     return {split: len(content) for split, content in lines.items()} | {"bad": len(bad)}
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from make_digits import make_digits  # noqa: E402 - beside this file
 
 from ats.cli.parser import Parser  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
+from ats.files import write  # noqa: E402
 
 DATA = ROOT / "data" / "digits_study"
 RESULTS = ROOT / "output" / "study"
@@ -76,7 +77,7 @@ def total_minutes(results: Path, seconds: float) -> float:
     before = float(path.read_text()) if path.is_file() else 0.0
     if seconds > 20:  # else all results were there already
         before += seconds
-        path.write_text(f"{before:.0f}\n")
+        write(path, f"{before:.0f}\n")
     return before / 60
 
 

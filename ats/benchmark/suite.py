@@ -30,6 +30,7 @@ from ats.benchmark.timing import BenchmarkSettings, Measured, measure
 from ats.benchmark.variants import read_batch
 from ats.config import load_config
 from ats.errors import UserError, suggest
+from ats.files import write
 from ats.reduction import Candidates
 from ats.reduction.inverse_transform import InverseTransform, official_rule
 from ats.tokens import RaggedTokens
@@ -101,7 +102,6 @@ def run_suite(name: str, *, folder: Path = FOLDER, document: Path = DOCUMENT) ->
     head = f"`{command}` on " + ", ".join(f"{key} {value}" for key, value in machine.items())
     head += f"\n\n{describe_counts('')}"
     text, results = [], []
-    folder.mkdir(parents=True, exist_ok=True)
     for item in measurements:
         print(f"\n### {item.title}\n", flush=True)
         start = time.perf_counter()
@@ -112,7 +112,7 @@ def run_suite(name: str, *, folder: Path = FOLDER, document: Path = DOCUMENT) ->
         text += [f"### {item.title}", *shown]
         results.append(entry)
         about = {"command": command, "machine": machine, "measurements": results}
-        (folder / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+        write(folder / f"{name}.json", json.dumps(about, indent=1) + "\n")
         tables.replace_section(document, name, "\n\n".join([head, *text]))
     summary = [f"Took {sum(entry['seconds'] for entry in results) / 60:.1f} minutes."]
     goals = [{"measurement": entry["title"]} | goal for entry in results for goal in entry["goals"]]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
+from ats import files
 from ats.benchmark.breakdown import PARTS
 
 if TYPE_CHECKING:
@@ -137,11 +138,10 @@ def write(
     """Write results.json, table.md, speed.png and, if there are several image sizes, size.png to the folder `output`.
     `counts` says where token counts come from, see `describe_counts`.
     """
-    output.mkdir(parents=True, exist_ok=True)
     rows = [row for entry in entries for row in entry["rows"]]
     about = {"machine": machine(), "command": " ".join(command), "token_counts": counts, "rows": rows}
-    (output / "results.json").write_text(json.dumps(about, indent=1) + "\n")
-    (output / "table.md").write_text(f"{counts}\n\n{tables}\n")
+    files.write(output / "results.json", json.dumps(about, indent=1) + "\n")
+    files.write(output / "table.md", f"{counts}\n\n{tables}\n")
     plot_by_batch(entries, output / "speed.png", title=title)
     if len({entry["at"] for entry in entries}) > 1:
         plot_by_size(entries, output / "size.png", title=title, label="side of the image in pixels")
@@ -155,7 +155,7 @@ def replace_section(document: Path, name: str, text: str) -> None:
         content = f"{content.rstrip()}\n\n{begin}\n{end}\n"
     before, rest = content.split(begin, 1)
     after = rest.split(end, 1)[1]
-    document.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
+    files.write(document, f"{before}{begin}\n{text.strip()}\n{end}{after}")
 
 
 def plot_by_batch(entries: Sequence[dict], path: Path, *, title: str = "By batch size") -> None:
@@ -271,4 +271,4 @@ def _figure(
     yield panels
     panels[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    files.write_picture(path, figure.savefig, dpi=110)

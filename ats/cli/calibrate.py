@@ -20,6 +20,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ats import files
 from ats.cli import as_typed
 from ats.cli.parser import command, command_parser, parse_overrides
 from ats.config import CfgNode, find_shipped, load_config
@@ -136,8 +137,7 @@ def write(path: Path, yaml: str, *, cfg: str, argv: list[str], report: str) -> N
     base = base if re.fullmatch(r"[\w./-]+", base) else json.dumps(base)
     typed = printable(as_typed("python tools/calibrate.py") + " " + shlex.join(argv))
     comment = "".join(f"# {line}".rstrip() + "\n" for line in ["Found by", f"  {typed}", "", *report.splitlines()])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{comment}_BASE_: {base}\n\n{yaml}", encoding="utf-8")
+    files.write(path, f"{comment}_BASE_: {base}\n\n{yaml}")
 
 
 def run(argv: list[str]) -> None:

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import shlex
 import time
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from ats.config.keys import keys
 from ats.engine.device import broadcast, is_main
 from ats.engine.output import settings
 from ats.errors import UserError
+from ats.files import link
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +148,7 @@ class Checkpoints:
         state.best_top1 = top1
         path = checkpoint_path(self._output_dir, state.epoch, state.step)
         if is_main() and path.exists():
-            temporary = path.with_name(".checkpoint_best.tmp")
-            temporary.unlink(missing_ok=True)
-            os.link(path, temporary)  # a second name for the same file
-            os.replace(temporary, path.with_name("checkpoint_best.pyth"))
+            link(path, path.with_name("checkpoint_best.pyth"))
 
 
 def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = False) -> Path | None:
@@ -252,10 +248,6 @@ def _typed(value: object) -> str:
 def _read_newest(output_dir: Path) -> tuple[Path | None, dict]:
     for path in list_checkpoints(output_dir):
         try:
-            # The zip file's own checksums: torch.load does not notice flipped bits.
-            with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
-                if file.testzip() is not None:
-                    raise UserError(f"{path} is damaged: its checksums are wrong.")
             contents = load_checkpoint(path)
             if missing := {"model_state", "optimizer_state", "epoch"} - contents.keys():
                 raise UserError(f"{path} has no {', '.join(sorted(missing))}.")

@@ -34,7 +34,7 @@ from ats.engine.device import autocast, device_name, explain_lost_process, is_ma
 from ats.engine.output import config_sha256, log_plan, open_output_dir
 from ats.engine.tally import Ensemble, Result, Tally, build_ensemble
 from ats.errors import UserError
-from ats.files import atomic_write
+from ats.files import write
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
 from ats.reduction import REDUCTIONS
@@ -155,7 +155,7 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
     check_weights(cfg, weights, hint=", or TRAIN.ENABLE True to train first")
     output_dir = open_output_dir(cfg)
     if is_main():
-        (output_dir / "config.yaml").write_text(cfg.dump())
+        write(output_dir / "config.yaml", cfg.dump())
     device = select_device(cfg.DEVICE)
     model = build_trained(cfg, weights, advice=to_fine_tune(cfg)).to(device)
     loader, ensemble = build_test(cfg)
@@ -205,8 +205,7 @@ def write_result(cfg: CfgNode, result: Result, path: Path) -> None:
     del contents["token_counts"]
     contents["versions"] = versions() | {"device": contents.pop("device")}
     contents["config_sha256"] = config_sha256(cfg)
-    with atomic_write(path) as temporary:
-        temporary.write_text(simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
+    write(path, simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
 
 
 def versions() -> dict[str, str]:

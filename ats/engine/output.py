@@ -6,6 +6,8 @@ second process); DEBUG messages go nowhere else. The process that runs holds `.l
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -22,6 +24,7 @@ from ats.config import CfgNode
 from ats.config.keys import keys
 from ats.config.schema import flatten
 from ats.errors import UserError, printable_lines
+from ats.files import warn_once
 
 ROOT = logging.getLogger("ats")
 
@@ -33,6 +36,19 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _FileHandler(logging.FileHandler):
+    """Appends to a file. If that fails, e.g. on a full disk, it says so once; the console has the messages too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        with contextlib.suppress(OSError):
+            self.close()
+        ROOT.removeHandler(self)
+        ROOT.warning("%s ends here: %s.", self.baseFilename, error.strerror)
 
 
 class _Formatter(logging.Formatter):
@@ -67,7 +83,7 @@ def log_to_file(path: Path) -> None:
     """From now on append the package's messages to this file, starting with those buffered since `setup_logging`."""
     if not ROOT.handlers:
         setup_logging()
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = _FileHandler(path, encoding="utf-8")
     file.setFormatter(_Formatter())
     for handler in ROOT.handlers[1:]:  # after the console: the buffer, or the file of an earlier run
         if isinstance(handler, logging.handlers.MemoryHandler):
@@ -110,17 +126,19 @@ def _lock(folder: Path) -> None:
     folder = folder.resolve()
     if folder in _locks:
         return
-    file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open as long as the process lives
+    file = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115 - stays open as long as the process lives
     try:
         # A POSIX lock ends with its process, even if the data workers live on for some seconds after a SIGKILL.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        advice = "Stop it, or give this one another OUTPUT_DIR."
-        raise UserError(f"{folder} is in use by another run ({file.read().strip()}). {advice}") from None
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.seek(0)
+            owner = file.read().decode(errors="replace").strip()
+            advice = "Stop it, or give this one another OUTPUT_DIR."
+            raise UserError(f"{folder} is in use by another run ({owner}). {advice}") from None
+        warn_once("%s cannot be locked (%s): make sure that no other run uses it.", folder, error)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n".encode())
     _locks[folder] = file
 
 

@@ -51,6 +51,7 @@ from ats.engine.output import log_plan, open_output_dir
 from ats.engine.step import NonFiniteError, Recipe, StepStats, build_optimizer, set_lr, train_step
 from ats.engine.train_log import BadFiles, TrainLog, Window, drop_lines_after
 from ats.errors import NoSuchSplit, Stopped, UserError, counted
+from ats.files import write
 from ats.models import build_model
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,7 @@ def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Pat
             raise UserError(f"Out of GPU memory: {advice}. {error}") from error
     weights = output_dir / "model.safetensors"
     if is_main():
-        tensors = trainer.state.eval_model.state_dict()
-        save_safetensors(weights, {key: tensor.clone() for key, tensor in tensors.items()})  # tied weights, too
+        save_safetensors(weights, trainer.state.eval_model.state_dict())
     wait_for_all()
     logger.info("Trained weights%s: %s", "" if trainer.state.ema is None else " (EMA)", weights)
     return weights
@@ -105,7 +105,7 @@ class Trainer:
         check_samples(cfg, self.state.model, loaders, device=self.device)
         resumed = resume(self.state, output_dir, cfg, force=force)
         if is_main():
-            (output_dir / "config.yaml").write_text(cfg.dump())
+            write(output_dir / "config.yaml", cfg.dump())
             drop_lines_after(output_dir / "log.jsonl", self.state.epoch, self.state.step)
         log_plan(self._plan())
         # Again, in case the earlier run stopped during the evaluation.

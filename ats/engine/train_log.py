@@ -5,6 +5,7 @@ count of unreadable files.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from ats.engine.device import is_main
 from ats.engine.step import StepStats
 from ats.engine.tally import Result
 from ats.errors import UserError, counted, printable
-from ats.files import atomic_write
+from ats.files import naming, write
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class TrainLog:
         self, output_dir: Path, cfg: CfgNode, *, num_steps: int, device: torch.device, steps_done: int, window: dict
     ) -> None:
         self._num_epochs, self._num_steps, self._period = cfg.SOLVER.MAX_EPOCH, num_steps, cfg.LOG_PERIOD
-        self._path, self._device = output_dir / "log.jsonl", device
+        self._path, self._tensorboard, self._device = output_dir / "log.jsonl", output_dir / "tensorboard", device
         self._done = self._done_before = steps_done
         self._start = time.perf_counter()
         self.window = Window(**window)
@@ -72,7 +73,9 @@ class TrainLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise UserError("TENSORBOARD.ENABLE True needs TensorBoard: pip install tensorboard") from error
-            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=steps_done + 1)
+            threading.excepthook = _let_the_main_thread_report
+            with naming(self._tensorboard):
+                self._writer = SummaryWriter(str(self._tensorboard), purge_step=steps_done + 1)
         shown = {"desc": "train", "unit": "step", "dynamic_ncols": True}
         disable = None if is_main() else True  # None: show it on a terminal only
         self._bar = tqdm(total=self._num_epochs * num_steps, initial=steps_done, disable=disable, **shown)
@@ -136,11 +139,13 @@ class TrainLog:
         )
         if self._writer is None:
             return
-        for block, counts in result.token_counts.items():
-            kept = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-            self._writer.add_histogram(f"val/tokens_kept/{block}", kept, self._done)
-        if draw is not None and (picture := draw()) is not None:
-            self._writer.add_image("val/kept_tokens", picture, self._done)
+        picture = None if draw is None else draw()
+        with naming(self._tensorboard):
+            for block, counts in result.token_counts.items():
+                kept = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+                self._writer.add_histogram(f"val/tokens_kept/{block}", kept, self._done)
+            if picture is not None:
+                self._writer.add_image("val/kept_tokens", picture, self._done)
 
     def _write(self, event: str, values: dict[str, object]) -> None:
         """Add a line to log.jsonl, and its numbers to TensorBoard."""
@@ -148,21 +153,32 @@ class TrainLog:
             return
         epoch, step = self._place()
         line = {"event": event, "epoch": epoch, "step": step, **values}
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a") as file:
             file.write(simplejson.dumps(line, ignore_nan=True) + "\n")
         if self._writer is None:
             return
-        for name, value in values.items():
-            items = value if isinstance(value, dict) else {"": value}
-            for key, item in items.items():
-                if isinstance(item, (int, float)):
-                    self._writer.add_scalar(f"{event}/{name}/{key}".rstrip("/"), item, self._done)
+        numbers = {
+            f"{event}/{name}/{key}".rstrip("/"): item
+            for name, value in values.items()
+            for key, item in (value if isinstance(value, dict) else {"": value}).items()
+            if isinstance(item, (int, float))
+        }
+        with naming(self._tensorboard):
+            for name, item in numbers.items():
+                self._writer.add_scalar(name, item, self._done)
 
     def close(self) -> None:
         """Close the bar and TensorBoard's file."""
         self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            with naming(self._tensorboard):
+                self._writer.close()
+
+
+def _let_the_main_thread_report(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread ends with a full disk's error; the main thread gets it at its next call."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
 
 
 def drop_lines_after(path: Path, epoch: int, step: int) -> None:
@@ -178,8 +194,7 @@ def drop_lines_after(path: Path, epoch: int, step: int) -> None:
         return values["epoch"] <= epoch or (values["epoch"] == epoch + 1 and values["step"] <= step)
 
     lines = path.read_text().splitlines() if path.exists() else []
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines if is_kept(line)))
+    write(path, "".join(f"{line}\n" for line in lines if is_kept(line)))
 
 
 @dataclass

@@ -15,8 +15,8 @@ kept ones are computed and ignored. The saving follows ATS.NUM_TOKENS, not the i
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from ats.datasets import input_shape
 from ats.datasets.build import mean_std
 from ats.engine.evaluate import build_trained, check_weights
 from ats.errors import UserError, suggest
+from ats.files import naming, replace
 from ats.models import build_model
 from ats.models.block import ats_blocks
 from ats.reduction import REDUCTIONS
@@ -138,15 +139,16 @@ def save(exported: Exported, path: str | Path, wanted: str | None = None) -> Non
     """
     path, kind = Path(path), format_of(path, wanted)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
+    with naming(path), TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
         target = Path(folder) / path.name
         if kind == "onnx":
             save_onnx(exported, target)
         else:
-            with open(target, "wb") as file:  # torch wants the suffix .pt2 of a name, not of a file
-                torch.export.save(exported.program, file, extra_files={FACTS: json.dumps(exported.facts)})
+            buffer = io.BytesIO()  # on a full disk, torch's own writer ends the process
+            torch.export.save(exported.program, buffer, extra_files={FACTS: json.dumps(exported.facts)})
+            target.write_bytes(buffer.getvalue())
         for written in sorted(Path(folder).iterdir(), reverse=True):  # the weights before what points to them
-            os.replace(written, path.parent / written.name)
+            replace(written, path.parent / written.name)
 
 
 def save_onnx(exported: Exported, path: Path) -> None:

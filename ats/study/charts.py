@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
+from ats.files import write_picture
+
 COLOURS = ("#1f5fa8", "#d1602a", "#2f8f5b", "#8b4fa0", "#b8902a", "#5f6b76")
 INK, GRID = "#2b2b2b", "#dddddd"
 
@@ -24,8 +26,7 @@ def figure(
     rows = -(-num_panels // columns)
     canvas = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
     yield canvas.subplots(rows, columns, squeeze=False).ravel()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=110)
+    write_picture(path, canvas.savefig, dpi=110)
 
 
 def _style(ax, *, x: str, y: str, title: str) -> None:

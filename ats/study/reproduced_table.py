@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ats.files import write
 from ats.study import charts
 from ats.study.reproduce import TOKENS_KEPT, Outcome, PaperRow
 from ats.study.results import token_counts
@@ -16,10 +17,9 @@ from ats.study.results import token_counts
 
 def write_table(table: str, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
     """Write table.md, results.json and, if there is anything to draw, figure.png; returns the paths written."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "table.md", folder / "results.json", folder / "figure.png"]
-    paths[0].write_text(render(table, outcomes))
-    paths[1].write_text(json.dumps(as_dict(table, outcomes), indent=1) + "\n")
+    write(paths[0], render(table, outcomes))
+    write(paths[1], json.dumps(as_dict(table, outcomes), indent=1) + "\n")
     return paths if draw(table, outcomes, paths[2]) else paths[:2]
 
 

@@ -25,7 +25,7 @@ from ats.datasets import Sample
 from ats.engine.device import select_device
 from ats.engine.evaluate import evaluate
 from ats.engine.tally import Ensemble, Tally
-from ats.files import atomic_write
+from ats.files import write
 from ats.models import build_model
 from ats.models.block import ats_blocks
 
@@ -60,8 +60,7 @@ class ResultStore:
         result = _as_read(compute())
         self.measured_seconds += time.perf_counter() - start
         self.measured_cost += cost
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({"inputs": inputs, "result": result}) + "\n")
+        write(path, json.dumps({"inputs": inputs, "result": result}) + "\n")
         logger.info("%s: %s", self._progress(), name)
         return result
 

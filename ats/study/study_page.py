@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ats.files import write
 from ats.study import charts
 from ats.study.compare import FAILS, HOLDS, NOISE, Claim, Claims, mean_and_spread
 from ats.study.digits import VARIANTS, DigitsStudy, Row, StudySize
@@ -41,10 +42,9 @@ def write_study(rows: Sequence[Row], study: DigitsStudy, *, folder: Path, minute
         rule_difference=f"{rule.overall} points, {better}",
         took=f"\nIt took {minutes:.0f} minutes of CPU time.\n" if minutes else "",
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.json").write_text(json.dumps(page.as_dict(found, minutes), indent=1) + "\n")
+    write(folder / "study.json", json.dumps(page.as_dict(found, minutes), indent=1) + "\n")
     page.draw(folder / "images" / "study.png")
-    (folder / "STUDY.md").write_text(text)
+    write(folder / "STUDY.md", text)
     return text
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ats.errors import UserError, printable_lines
+from ats.files import write_picture
 from ats.visualize.compare import Guess, SampleView
 from ats.visualize.grids import BlockView
 from ats.visualize.pictures import fade, heat
@@ -37,7 +38,7 @@ def draw_strip(path: str | Path, view: SampleView, *, title: str, names: Sequenc
     cost = f"{view.gflops:.3g} of {view.dense_gflops:.3g} GFLOPs ({100 * view.gflops / view.dense_gflops:.0f} %)"
     figure.suptitle(f"{plain(title)}   ", x=0.01, ha="left", fontsize=10, fontweight="bold")
     figure.text(0.99, 0.985, cost, ha="right", va="top", fontsize=8.5, color=GREY)
-    figure.savefig(_with_folder(path), dpi=150)
+    write_picture(path, figure.savefig, dpi=150)
     return Path(path)
 
 
@@ -118,7 +119,7 @@ def draw_kept_tokens(
             lines += [(caption or "frames", picture, [""] * num_frames), *zip(names, kept, counts, strict=True)]
     figure = _figure(1.1 * lines[0][1].shape[1] + (0.9 if num_frames > 1 else 0), 1.25 * len(lines))
     _draw_lines(figure, lines, above=["image", *names] if num_frames == 1 else ())
-    figure.savefig(_with_folder(path), dpi=150)
+    write_picture(path, figure.savefig, dpi=150)
     return Path(path)
 
 
@@ -160,12 +161,6 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _with_folder(path: str | Path) -> Path:
-    """`path`, in a folder that exists."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return Path(path)
-
-
 def animate(path: str | Path, clips: Tensor, *, titles: Sequence[str] = (), scale: int = 2) -> Path:
     """Write a grid of clips as one animated GIF.
 
@@ -176,7 +171,8 @@ def animate(path: str | Path, clips: Tensor, *, titles: Sequence[str] = (), scal
     clips = F.pad(clips.repeat_interleave(scale, -2).repeat_interleave(scale, -1), (MARGIN,) * 4, value=1.0)
     pixels = (clips.clamp(0, 1) * 255).round().byte().permute(3, 0, 4, 1, 5, 2)  # [T, rows, H, columns, W, 3]
     first, *others = (_with_titles(Image.fromarray(f.numpy()), titles) for f in pixels.flatten(3, 4).flatten(1, 2))
-    first.save(_with_folder(path), save_all=True, append_images=others, duration=FRAME_MILLISECONDS, loop=0)
+    options = {"append_images": others, "duration": FRAME_MILLISECONDS, "loop": 0}
+    write_picture(path, first.save, save_all=True, **options)
     return Path(path)
 
 

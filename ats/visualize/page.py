@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ats.datasets import Loader, Sample
 from ats.errors import UserError, printable
+from ats.files import write
 from ats.flops import gflops
 from ats.visualize.compare import Guess, Networks, SampleView, guesses
 from ats.visualize.grids import BlockView
@@ -96,8 +97,7 @@ def write_page(
         ],
         "ramp": RAMP,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(fill_page(content), encoding="utf-8")
+    write(path, fill_page(content))
     return path
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import pickle
 import re
+import shlex
 
 import pytest
 import torch
@@ -48,6 +49,16 @@ def test_safetensors(tmp_path, weights):
     assert all(
         torch.equal(value, weights[key]) for key, value in load_checkpoint(tmp_path / "new" / "b.safetensors").items()
     )
+
+
+def test_tied_weights_as_safetensors(tmp_path):
+    """Two names of one tensor are written twice; safetensors itself would refuse them."""
+    weight = torch.randn(2, 3)
+    save_safetensors(tmp_path / "tied.safetensors", {"a": weight, "b": weight, "c": weight.t()})
+    loaded = load_checkpoint(tmp_path / "tied.safetensors")
+    assert torch.equal(loaded["a"], weight)
+    assert torch.equal(loaded["b"], weight)
+    assert torch.equal(loaded["c"], weight.t())
 
 
 def test_safetensors_by_another_name(tmp_path, weights):
@@ -153,3 +164,130 @@ def test_saving_is_all_or_nothing(tmp_path):
         save_checkpoint(path, {"epoch": 2, "function": lambda: None})
     assert load_checkpoint(path) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.pyth"]
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["backbone.", "net.", "base_encoder.", "module.base_encoder.", "encoder.", "module.backbone.", "teacher.backbone."],
+)
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "teacher", "params_ema", "net"])
+def test_weights_of_other_trainings(wrapper, prefix, tmp_path, weights, caplog):
+    """Any prefix; what is not below it, such as a projection head or a loss, is left out with a note."""
+    caplog.set_level("INFO")
+    state = {prefix + key: value for key, value in weights.items()} | {"criterion.weight": torch.ones(3)}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}}
+    torch.save({wrapper: state, "optimizer": optimizer, "epoch": 3} if wrapper else state, tmp_path / "a.pth")
+    model = vit()
+    load_weights(model, tmp_path / "a.pth")
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert f"{tmp_path}/a.pth: not used by this network: criterion.weight." in caplog.text
+
+
+def test_names_that_pytorch_puts_between(weights):
+    """torch.compile, checkpointing and FSDP of single blocks; and the count of torch's moving average."""
+    state = {f"module.{key}".replace(".0.attn", ".0._orig_mod.attn"): value for key, value in weights.items()}
+    state = {key.replace(".1.", ".1._fsdp_wrapped_module._checkpoint_wrapped_module."): v for key, v in state.items()}
+    model = vit()
+    load_weights(model, state | {"n_averaged": torch.tensor(3)})
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def backbone(weights: dict, prefix: str = "") -> dict:
+    """The weights without a head, as self-supervised training leaves them."""
+    return {prefix + key: value for key, value in weights.items() if not key.startswith("head")}
+
+
+@pytest.mark.parametrize(
+    ("places", "named", "suggested"),
+    [
+        ({"student": ["module.backbone."], "teacher": ["backbone."]}, "student, teacher", "teacher"),
+        ({"net": [""], "net_ema": [""]}, "net, net_ema", "net_ema"),
+        ({"": ["student.backbone.", "teacher.backbone."]}, "student.backbone, teacher.backbone", "teacher.backbone"),
+        ({"model": ["base_encoder.", "momentum_encoder."]}, "base_encoder, momentum_encoder", "base_encoder"),
+    ],
+)
+def test_one_of_several_sets_of_weights_must_be_chosen(places, named, suggested, tmp_path, weights):
+    """The message names them, and suggests one with a command that saves it in a file of its own."""
+    contents: dict = {"epoch": 3}
+    for wrapper, prefixes in places.items():
+        part = {key: torch.clone(v) for prefix in prefixes for key, v in backbone(weights, prefix).items()}
+        contents |= {wrapper: part} if wrapper else part
+    torch.save(contents, tmp_path / "it's.pth")
+    with pytest.raises(UserError) as error:
+        load_weights(vit(), tmp_path / "it's.pth", skip=("head.",))
+    assert f"holds several sets of weights: {named}. Its top-level keys: " in str(error.value)
+    assert f"For {suggested}, type:" in str(error.value)
+    *_, option, code = shlex.split(str(error.value).splitlines()[-1])
+    assert option == "-c"
+    exec(code, {})
+    (written,) = [path for path in tmp_path.iterdir() if path.name != "it's.pth"]
+    model = vit()
+    load_weights(model, written, skip=("head.",))
+    assert torch.equal(model.cls_token, weights["cls_token"])
+
+
+def test_the_decoder_of_mae_is_left_out_with_a_note(weights, caplog):
+    caplog.set_level("INFO")
+    extra = {key: torch.ones(2) for key in ("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.bias")}
+    load_weights(vit(), {"model": backbone(weights) | extra}, skip=("head.",))
+    assert "not used by this network: mask_token, decoder_embed.weight, decoder_blocks.*.norm1.bias" in caplog.text
+    with pytest.raises(UserError, match=r"The file has no classifier: to train one, type A\.B True\."):
+        load_weights(vit(), backbone(weights), advice="A.B True")
+
+
+def test_a_head_of_another_kind_gives_way_to_a_fresh_one(weights):
+    head = {"base_encoder.head.0.weight": torch.ones(3, 3), "base_encoder.head.1.bias": torch.ones(3)}
+    load_weights(vit(), backbone(weights, "base_encoder.") | head, skip=("head.",))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda value: torch.tensor(1.0), "{} () instead of ("),
+        (lambda value: value[:0], "{} (0, "),
+        (lambda value: value.to("meta"), "{} without values"),
+        (lambda value: value.to(torch.complex64) + 5j, "{} complex64 instead of float32"),
+        (lambda value: value.to(torch.int8), "{} int8 instead of float32"),
+        (lambda value: value.to_sparse(), "{} sparse"),
+    ],
+)
+@pytest.mark.parametrize("only", ["", "head.weight", "pos_embed"])
+def test_tensors_that_would_lose_something_are_refused(change, text, only, weights):
+    state = {key: change(value) if only in key else value for key, value in weights.items()}
+    with pytest.raises(UserError, match=re.escape(text.format(only or "cls_token"))):
+        load_weights(vit(), state)
+
+
+def test_weights_of_another_precision_are_taken(weights):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        load_weights(vit(), {key: value.to(dtype) for key, value in weights.items()})
+
+
+def nested(depth: int) -> dict:
+    """Wrappers in wrappers."""
+    contents: dict = {"weight": torch.ones(1)}
+    for _ in range(depth):
+        contents = {"model": contents}
+    return contents
+
+
+def in_circles() -> dict:
+    """A dictionary that holds itself."""
+    contents: dict = {}
+    contents |= {"model": contents, "module": contents, "other": [contents, {"a": contents}]}
+    return contents
+
+
+@pytest.mark.parametrize(
+    ("contents", "text"),
+    [
+        (in_circles(), "holds no weights. Its top-level keys: model, module, other."),
+        (nested(500), "holds no weights. Its top-level keys: model."),
+        ({0: torch.ones(1), b"a": torch.ones(2)}, "holds no weights. Its top-level keys: 0, b'a'."),
+        ({"optimizer": {"state": {0: {"m": torch.ones(1)}}}}, "holds no weights. Its top-level keys: optimizer."),
+        ({}, "holds no weights. It is empty."),
+    ],
+)
+def test_contents_without_weights_are_described(contents, text):
+    with pytest.raises(UserError, match=re.escape(text)):
+        load_weights(vit(), contents)

@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from processes import Run, run_net, run_net_well
 from runs import assert_same, read_log
 
-from ats.checkpoint import load_checkpoint
+from ats.checkpoint import load_checkpoint, save_checkpoint
 from ats.engine import checkpointing, train
 from ats.engine.checkpointing import checkpoint_path, list_checkpoints
 from ats.errors import UserError
@@ -147,11 +148,27 @@ def test_flipped_bits_are_noticed(make_cfg, tmp_path, caplog):
     contents = bytearray(path.read_bytes())
     contents[len(contents) // 2] ^= 255
     path.write_bytes(contents)
-    load_checkpoint(path)
+    with pytest.raises(UserError, match="its checksums are wrong"):
+        load_checkpoint(path)
     caplog.clear()
     train.train(make_cfg())
     assert f"Skipped a checkpoint: {path} is damaged: its checksums are wrong" in caplog.text
     assert f"Resumed from {checkpoint_path(tmp_path / 'out', 1)}" in caplog.text
+
+
+@pytest.mark.parametrize(("field", "bit"), [(10, 0), (8, 5), (46, 7), (6, 7), (42, 3), (38, 4)])
+def test_any_damage_of_the_newest_checkpoint_leads_to_the_older_one(field, bit, tmp_path, caplog):
+    """In the zip archive's directory: compression, flags, name, version, place and kind of a file."""
+    contents = {"model_state": {"a": torch.ones(3)}, "optimizer_state": {}, "epoch": -1}
+    older, path = (checkpoint_path(tmp_path, 0, step) for step in (2, 3))
+    save_checkpoint(older, contents)
+    save_checkpoint(path, contents)
+    damaged = bytearray(path.read_bytes())
+    entry = damaged.rindex(b"PK\x01\x02", 0, damaged.rindex(b"/data/0"))
+    damaged[entry + field + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    assert checkpointing._read_newest(tmp_path)[0] == older
+    assert f"Skipped a checkpoint: {path}" in caplog.text
 
 
 def test_the_last_and_the_best_are_kept(make_cfg, tmp_path, monkeypatch):
