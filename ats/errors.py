@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import reprlib
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -64,6 +65,26 @@ def exit_status(
         logger.info("%s", stop)
         return stop.status
     return 0
+
+
+def shown(value: object) -> str:
+    """`value` for a message: on one line, and cut if it is long."""
+    if isinstance(value, str) and 0 < len(value) <= _SHORT.maxstring and value.isprintable() and value == value.strip():
+        return value
+    return quoted(value)
+
+
+def quoted(value: object) -> str:
+    """`value` as Python writes it, cut if it is long."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # of more digits than Python prints
+        return "a number of thousands of digits"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 16
+_SHORT.maxstring = _SHORT.maxother = 250
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
