@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,9 +33,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
+from ats.cli.parser import Parser, in_range, to_path
 from ats.datasets.decode import Video
 from ats.errors import UserError, exit_status
 from ats.files import atomic_write
+from ats.options import Range
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
@@ -168,9 +171,10 @@ def _map(work: Callable[[str], tuple[str, str]], names: list[str], *, num_worker
     if num_workers == 1:
         yield from map(work, names)
         return
-    with ProcessPoolExecutor(num_workers) as pool:
+    # Ctrl-C goes to every process: the workers leave it to this one, which waits for their videos, one each.
+    with ProcessPoolExecutor(num_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            yield from pool.map(work, names, chunksize=4)
+            yield from pool.map(work, names)
         except BrokenProcessPool as error:
             raise UserError("A worker was killed, perhaps for lack of memory: try fewer --workers.") from error
 
@@ -218,15 +222,17 @@ def _write(path: Path, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", required=True, metavar="DIR", help="folder with train/<class>/, val/<class>/")
-    parser.add_argument("--output", metavar="DIR", help="where the csv files go (default: where the videos are)")
-    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS", help="re-encode larger videos to this")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.option("--videos", "folder with train/<class>/, val/<class>/", type=to_path, required=True, metavar="DIR")
+    parser.option("--output", "where the csv files go (default: where the videos are)", type=to_path, metavar="DIR")
+    text, sides = "re-encode larger videos to this", Range(0, 2**12)
+    parser.option("--short-side", text, type=in_range(int, sides), default=0, metavar="PIXELS")
     parser.add_argument("--separator", default=" ", help='between path and label: " " (default) or ","')
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    processes = in_range(int, Range(1, 1024))
+    parser.option("--workers", "processes (default: one per core)", type=processes, metavar="N")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    return exit_status(partial(run, args), debug=args.debug)
+    argv = sys.argv[1:] if argv is None else argv
+    return exit_status(lambda: run(parser.parse_args(argv)), debug="--debug" in argv)
 
 
 def run(args: argparse.Namespace) -> None:

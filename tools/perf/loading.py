@@ -30,10 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a clon
 
 from command import make_parser, run_tool  # beside this file
 
+from ats.cli.parser import in_range
 from ats.datasets.base import Draw, generators_unchanged, seed_generators
 from ats.datasets.build import build_loader, build_transform
 from ats.datasets.transforms import Transform
 from ats.errors import UserError
+from ats.options import POSITIVE
 
 BATCH_SIZE = 8
 
@@ -179,7 +181,9 @@ def data_limit(images_per_second_per_core: float, needed: float, *, cores: int |
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = make_parser(__doc__, source="FOLDER")
-    parser.add_argument("--needed", type=float, metavar="IMAGES_PER_SECOND", help="what the network evaluates")
+    parser.add_argument(
+        "--needed", type=in_range(float, POSITIVE), metavar="IMAGES_PER_SECOND", help="what the network evaluates"
+    )
 
     def measure(args: Namespace, cfg: CfgNode) -> list[dict[str, str | float]]:
         rows = benchmark_loading(args.source, cfg, rounds=args.rounds)
