@@ -198,7 +198,7 @@ def prepare_imagenet(archives: str | Path, output: str | Path, *, splits: list[s
     Raises:
         UserError: an archive is missing, damaged or incomplete.
     """
-    archives, output = Path(archives).expanduser(), Path(output).expanduser()
+    archives, output = Path(archives), Path(output)
     if splits is None:
         splits = [split for split, name in ARCHIVES.items() if (archives / name).is_file()]
     if not splits:

@@ -144,8 +144,8 @@ def prepare_kinetics(
     Raises:
         UserError: there are no videos, or the folders or options do not fit together.
     """
-    videos = Path(videos).expanduser()
-    output = videos if output is None else Path(output).expanduser()
+    videos = Path(videos)
+    output = videos if output is None else Path(output)
     if short_side and output.resolve() == videos.resolve():
         raise UserError("--short-side writes new videos: type --output FOLDER, with another folder than --videos.")
     if short_side < 0 or short_side % 2:

@@ -32,7 +32,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ats.cli import as_typed
-from ats.cli.parser import Parser, command, command_parser, in_range, parse_overrides, split_overrides
+from ats.cli.parser import Parser, check_folder, command, command_parser, in_range, parse_overrides, split_overrides
 from ats.config import load_config
 from ats.errors import UserError
 from ats.options import COUNT, FROM_0, Range
@@ -106,7 +106,8 @@ def run_config(args: argparse.Namespace) -> None:
     kinds = [(side, dtype) for side in dict.fromkeys(sides) for dtype in dict.fromkeys(args.dtype)]
     how = {field.name: getattr(args, field.name) for field in fields(BenchmarkSettings) if hasattr(args, field.name)}
     how["variants"] = args.compare.split(",")
-    output, counts = Path(cfg.OUTPUT_DIR), describe_counts(cfg.TEST.CHECKPOINT_FILE_PATH)
+    output = check_folder(Path(cfg.OUTPUT_DIR), name="OUTPUT_DIR")
+    counts = describe_counts(cfg.TEST.CHECKPOINT_FILE_PATH)
     about = {"command": sys.argv[1:], "title": Path(args.cfg).stem, "counts": counts}
     entries: list[dict] = []
     text: list[str] = []

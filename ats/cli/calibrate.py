@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
-from ats.cli.parser import command, command_parser, in_range, parse_overrides, to_path
+from ats.cli.parser import check_file, command, command_parser, in_range, parse_overrides, to_path
 from ats.config import CfgNode, find_shipped, load_config
 from ats.engine.output import setup_logging
 from ats.errors import UserError
@@ -133,7 +133,6 @@ def write(path: Path, yaml: str, *, cfg: str, argv: list[str], report: str) -> N
     base = os.path.relpath(find_shipped(cfg).resolve(), path.resolve().parent)
     typed = as_typed("python tools/calibrate.py") + " " + shlex.join(argv)
     comment = "".join(f"# {line}".rstrip() + "\n" for line in ["Found by", f"  {typed}", "", *report.splitlines()])
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{comment}_BASE_: {base}\n\n{yaml}")
 
 
@@ -141,6 +140,8 @@ def run(argv: list[str]) -> None:
     """Calibrate, print what was found and write it to --output."""
     setup_logging()
     args, cfg = parse_args(argv)
+    if args.output:
+        check_file(args.output, name="--output")
     found = search(args, cfg)
     report = format_report(found, images=f"{len(found.found.gflops)} images of {args.split}")
     yaml = with_overrides(found.yaml(as_stages=bool(cfg.ATS.STAGES)), cfg, args.overrides)

@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ats.cli.parser import command, command_parser, in_range, parse_overrides, to_path
+from ats.cli.parser import check_file, command, command_parser, in_range, parse_overrides, to_path
 from ats.config import CfgNode, load_config
 from ats.errors import UserError
 from ats.options import Range
@@ -71,6 +71,7 @@ def run(argv: list[str]) -> None:
 
     args, cfg = parse_args(argv)
     kind = format_of(args.output, args.format)
+    check_file(args.output, name="--output")
     exported = export(cfg)
     save(exported, args.output, kind)
     if exported.slots:

@@ -6,6 +6,7 @@ An override is `KEY VALUE` or `KEY=VALUE`; both forms may be mixed. A mistake is
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -60,6 +61,31 @@ def to_path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("give a file or folder: . is the current one")
     return Path(os.path.expanduser(text))
+
+
+def check_folder(folder: Path, *, name: str) -> Path:
+    """Make the folder that an option or key names, before the work whose result it is for, and return it.
+
+    Raises a UserError if that cannot be, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{name}: {folder} cannot be made or written to: {reason}. Give a folder you may write to."
+        ) from None
+    return folder
+
+
+def check_file(path: Path, *, name: str) -> Path:
+    """The same for a file that will be written."""
+    if path.is_dir():
+        raise UserError(f"{name}: {path} is a folder: give a file.")
+    check_folder(path.parent, name=name)
+    return path
 
 
 def command_parser(about: str, **options: object) -> Parser:

@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
-from ats.cli.parser import Parser, command, command_parser, looks_like_key, split_overrides, to_path
+from ats.cli.parser import (
+    Parser,
+    check_file,
+    check_folder,
+    command,
+    command_parser,
+    looks_like_key,
+    split_overrides,
+    to_path,
+)
 from ats.config import CfgNode, load_config
 from ats.errors import UserError
 
@@ -71,8 +80,13 @@ def run(argv: list[str]) -> None:
 
     files = list_files(paths, clips=takes_clips(cfg))
     names = class_names(cfg, args.classes)
+    output = args.output or Path(cfg.OUTPUT_DIR)
+    if files:
+        check_folder(output, name="OUTPUT_DIR" if args.output is None else "--output")
+    if args.report is not None:
+        check_file(args.report, name="--report")
     networks = Networks(cfg)
-    bad = draw_files(cfg, networks, files, output=args.output or Path(cfg.OUTPUT_DIR), names=names)
+    bad = draw_files(cfg, networks, files, output=output, names=names)
     if args.report is not None:
         report_validation(cfg, networks, args.report, config=args.cfg, names=names)
     if bad:

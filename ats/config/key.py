@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ats.config.yaml_text import parse_yaml
 from ats.errors import UserError, quoted, shown, suggest
-from ats.options import FROM_0, Range, is_64_bit
+from ats.options import FROM_0, MAX_INT, Range
 
 NONE = type(None)
 MAX_DEPTH = 8  # of lists in lists
@@ -69,9 +69,9 @@ class Key:
                 f"{self.name} {shown(value)}: choose from {', '.join(options)}.{suggest(str(value), options)}"
             )
         if not self._is_in_range(result):
-            limit = ", below 2^63" if isinstance(result, int) and not is_64_bit(result) else ""
+            limit = ", below 2^63" if isinstance(result, (int, float)) and result > MAX_INT else ""
             raise UserError(f"{self.name} {shown(value)}: give {self._wanted()}{limit}.")
-        if self.required and not str(result).strip():
+        if self.required and not (result.strip() if self.path else result):
             raise UserError(f"{self.name} is empty. ({self.help})")
         return os.path.expanduser(result) if self.path else result
 

@@ -295,7 +295,7 @@ SECTIONS: tuple[Section, ...] = (
         Key("DATA.PATH_PREFIX", "", "Folder that paths in csv files start from; empty: the files' own.", path=True,
             machine=True),
         Key("DATA.ALLOW_PATHS_OUTSIDE_PREFIX", False, "Accept csv paths out of DATA.PATH_PREFIX (absolute or ..)."),
-        Key("DATA.PATH_LABEL_SEPARATOR", " ", "What separates path and label in the csv files."),
+        Key("DATA.PATH_LABEL_SEPARATOR", " ", "What separates path and label in the csv files.", required=True),
         Key("DATA.MEAN", [], "Mean of R, G, B; empty: ImageNet's [0.485, 0.456, 0.406], for clips 0.45 each.",
             FINITE, lengths=(0, 3)),
         Key("DATA.STD", [], "Deviation of R, G, B; empty: ImageNet's [0.229, 0.224, 0.225], for clips 0.225 each.",

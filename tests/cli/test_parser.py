@@ -108,6 +108,27 @@ def test_a_path_begins_at_home_and_is_not_empty(tmp_path, monkeypatch):
         parser.parse_args(["--output", ""])
 
 
+def test_where_a_result_goes_is_checked_before_the_work(tmp_path, capsys, monkeypatch):
+    """A file, a folder below a file, a link to nowhere and a folder in which nothing can be written."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("link").symlink_to("nowhere")
+    config = ["--cfg", "Digits/DeiT_ATS.yaml"]
+    for folder in ("file", "file/below", "link", "/proc/x"):
+        for name, words, setting in (
+            ("ats.cli.benchmark", [f"OUTPUT_DIR={folder}"], "OUTPUT_DIR"),
+            ("ats.cli.calibrate", ["--keep", "0.5", "--output", f"{folder}/x.yaml"], "--output"),
+            ("ats.cli.export", ["--output", f"{folder}/x.onnx"], "--output"),
+            ("ats.cli.visualize", ["--report", f"{folder}/x.html"], "--report"),
+        ):
+            assert main_of(name, monkeypatch)([*config, *words]) == 1
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert error.startswith(f"error: {setting}: {folder} cannot be made or written to: ")
+    (tmp_path / "x.pt2").mkdir()
+    assert main_of("ats.cli.export", monkeypatch)([*config, "--output", "x.pt2"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: --output: x.pt2 is a folder: give a file."
+
+
 def with_stdout(target: int, run: Callable[[], object]) -> int:
     """The exit status of a process that runs a command and writes to `target`, and then exits."""
     child = os.fork()

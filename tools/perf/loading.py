@@ -94,7 +94,7 @@ def compare_loading(cfg: CfgNode, *, rounds: int) -> list[dict[str, str | float]
     """
     cfg = cfg.clone()
     cfg.defrost()
-    root = Path(cfg.DATA.PATH_TO_DATA_DIR).expanduser()
+    root = Path(cfg.DATA.PATH_TO_DATA_DIR)
     splits = [split for split in ("train", "val") if (root / split).is_dir()]
     if not splits:
         raise UserError(f"{root} has neither a folder train/ nor val/ with a folder per class in it.")
