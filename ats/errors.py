@@ -10,10 +10,13 @@ from __future__ import annotations
 import difflib
 import io
 import logging
+import os
 import re
+import reprlib
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,8 @@ def exit_status(
     """Run a command and return its exit status.
 
     A `UserError` or `OSError` prints one line to stderr and gives 1; Ctrl-C prints `interrupted` and gives 130. With
-    `debug` they are raised. `Stopped` gives its own status.
+    `debug` they are raised. `Stopped` gives its own status. If nobody reads stdout any more (`| head`), it ends quietly
+    with 141, as a process that SIGPIPE ends.
 
     Args:
         prefix: of the error's line; the process, if there are several.
@@ -58,7 +62,13 @@ def exit_status(
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run()
+        flush_stdout()
+    except BrokenPipeError as error:
+        logger.debug("error: %s", error)
+        _give_up_broken_stdout()
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
+        _give_up_broken_stdout()
         if debug:
             raise
         logger.debug("error: %s", error)  # for log.txt
@@ -73,6 +83,41 @@ def exit_status(
         logger.info("%s", stop)
         return stop.status
     return 0
+
+
+def flush_stdout() -> None:
+    """What cannot be written is then an error of the command, not of the interpreter while it exits."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _give_up_broken_stdout() -> None:
+    """If what was printed cannot be written, keep the interpreter from trying again while it exits."""
+    try:
+        flush_stdout()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shown(value: object) -> str:
+    """`value` for a message: on one line, and cut if it is long."""
+    if isinstance(value, str) and 0 < len(value) <= _SHORT.maxstring and value.isprintable() and value == value.strip():
+        return value
+    return quoted(value)
+
+
+def quoted(value: object) -> str:
+    """`value` as Python writes it, cut if it is long."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # of more digits than Python prints
+        return "a number of thousands of digits"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 16
+_SHORT.maxstring = _SHORT.maxother = 250
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -6,9 +6,14 @@ import math
 from dataclasses import field
 from typing import NamedTuple
 
+MAX_INT = 2**63 - 1
+
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`; `above`: without `low`, `below`: without `high`. NaN and infinity are in none."""
+    """Numbers from `low` to `high`; `above`: without `low`, `below`: without `high`.
+
+    NaN, infinity and integers that do not fit in 64 bits are in no range.
+    """
 
     low: float
     high: float = math.inf
@@ -17,7 +22,9 @@ class Range(NamedTuple):
 
     def holds(self, value: object) -> bool:
         """Whether `value` is a number of the range."""
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return False
+        if not (is_64_bit(value) if isinstance(value, int) else math.isfinite(value)):
             return False
         return self.low <= value <= self.high and not (
             (self.above and value == self.low) or (self.below and value == self.high)
@@ -25,12 +32,18 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         low = f"{'above' if self.above else 'from'} {self.low}" if math.isfinite(self.low) else ""
-        return f"{low} to {'below ' if self.below else ''}{self.high}" if math.isfinite(self.high) else low
+        return f"{low} to {'below ' if self.below else ''}{self.high}" if self.high < MAX_INT else low
+
+
+def is_64_bit(value: int) -> bool:
+    """Whether an integer fits in 64 bits with its sign."""
+    return -MAX_INT <= value <= MAX_INT
 
 
 FINITE = Range(-math.inf)
 FROM_0 = Range(0)
 POSITIVE = Range(0, above=True)
+AMOUNT = Range(0, MAX_INT, above=True)  # a share, or a number of things
 COUNT = Range(1)  # from 1
 PROBABILITY = Range(0, 1)
 RATE = Range(0, 1, below=True)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from make_digits import make_digits  # noqa: E402 - beside this file
 
+from ats.cli.parser import Parser, to_path  # noqa: E402
 from ats.config import CfgNode, load_config  # noqa: E402
 from ats.errors import exit_status  # noqa: E402
 from ats.files import write  # noqa: E402
@@ -98,11 +99,11 @@ def time_together(
 
 def run_demo(run: Callable[..., None], *, about: str, data: str, output: str, argv: list[str] | None) -> int:
     """The command line of a demo; `data` and `output` name its default folders. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / data, help="the data set")
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / output, help="where the table and pictures go")
-    args = parser.parse_args(argv)
-    return exit_status(lambda: run(data=args.data, output=args.output))
+    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.option("--data", "the data set", type=to_path, default=ROOT / "data" / data)
+    text = "where the table and pictures go"
+    parser.option("--output", text, type=to_path, default=ROOT / "output" / output)
+    return exit_status(lambda: run(**vars(parser.parse_args(argv))))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,6 +165,7 @@ def map_in_processes(function: Callable[[int], list], num_items: int, *, num_wor
 def _keep(function: Callable[[int], list]) -> None:
     global _function  # in the worker: sent once, not with every item
     _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the first one ends the others
 
 
 def _call(item: int) -> list:

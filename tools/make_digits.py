@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from generated_folder import Kind, make_folder, map_in_processes, run_tool  # beside this file
 
-from ats.cli.parser import Parser
+from ats.cli.parser import Parser, in_range, to_path
 from ats.errors import UserError
+from ats.options import SEED, Range
 
 KIND = Kind("Digits", "digits.json")
 SOURCE = "scikit-learn's load_digits(): optical recognition of handwritten digits, UCI (Alpaydin and Kaynak)"
@@ -412,11 +413,13 @@ def make_digits(
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="data/digits", metavar="DIR", help="where to (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--train-per-digit", type=int, default=16, metavar="N", help="canvases (default: %(default)s)")
-    parser.add_argument("--val-per-digit", type=int, default=5, metavar="N", help="canvases (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=56, help="of the canvas in pixels (default: %(default)s)")
+    count, pixels = in_range(int, Range(1, 10**4)), in_range(int, Range(1, 2**12))
+    default = "(default: %(default)s)"
+    parser.option("--output", f"where to {default}", type=to_path, default="data/digits", metavar="DIR")
+    parser.option("--seed", default, type=in_range(int, SEED), default=0)
+    parser.option("--train-per-digit", f"canvases {default}", type=count, default=16, metavar="N")
+    parser.option("--val-per-digit", f"canvases {default}", type=count, default=5, metavar="N")
+    parser.option("--size", f"of the canvas in pixels {default}", type=pixels, default=56)
     return run_tool(parser, make_digits, argv)
 
 

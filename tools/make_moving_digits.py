@@ -55,8 +55,9 @@ from make_digits import (
     to_pixels,
 )
 
-from ats.cli.parser import Parser
+from ats.cli.parser import Parser, in_range, to_path
 from ats.errors import UserError
+from ats.options import SEED, Range
 
 KIND = Kind("moving Digits", "moving_digits.json")
 VERSION = 1  # of the clips: raise it when they change, so that old folders are made again
@@ -277,12 +278,14 @@ def make_moving_digits(
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="data/moving_digits", metavar="DIR", help="where to (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--train-per-digit", type=int, default=4, metavar="N", help="clips (default: %(default)s)")
-    parser.add_argument("--val-per-digit", type=int, default=2, metavar="N", help="clips (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=56, help="of the canvas in pixels (default: %(default)s)")
-    parser.add_argument("--num-frames", type=int, default=16, metavar="N", help="of a clip (default: %(default)s)")
+    count, pixels = in_range(int, Range(1, 10**4)), in_range(int, Range(1, 2**12))
+    default = "(default: %(default)s)"
+    parser.option("--output", f"where to {default}", type=to_path, default="data/moving_digits", metavar="DIR")
+    parser.option("--seed", default, type=in_range(int, SEED), default=0)
+    parser.option("--train-per-digit", f"clips {default}", type=count, default=4, metavar="N")
+    parser.option("--val-per-digit", f"clips {default}", type=count, default=2, metavar="N")
+    parser.option("--size", f"of the canvas in pixels {default}", type=pixels, default=56)
+    parser.option("--num-frames", f"of a clip {default}", type=count, default=16, metavar="N")
     return run_tool(parser, make_moving_digits, argv)
 
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
+from ats.cli.parser import Parser, to_path
 from ats.errors import UserError, exit_status
 from ats.files import write
 
@@ -244,7 +245,7 @@ def prepare_imagenet(archives: str | Path, output: str | Path, *, splits: list[s
     Raises:
         UserError: an archive is missing, damaged or incomplete.
     """
-    archives, output = Path(archives).expanduser(), Path(output).expanduser()
+    archives, output = Path(archives), Path(output)
     if splits is None:
         splits = [split for split, name in ARCHIVES.items() if (archives / name).is_file()]
     if not splits:
@@ -262,20 +263,23 @@ def prepare_imagenet(archives: str | Path, output: str | Path, *, splits: list[s
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archives", default=".", metavar="DIR", help="where the archives are (default: %(default)s)")
-    parser.add_argument("--output", default="data/imagenet", metavar="DIR", help="where to (default: %(default)s)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.option(
+        "--archives", "where the archives are (default: %(default)s)", type=to_path, default=".", metavar="DIR"
+    )
+    parser.option("--output", "where to (default: %(default)s)", type=to_path, default="data/imagenet", metavar="DIR")
     parser.add_argument(
         "--split", action="append", choices=list(ARCHIVES), help="may be repeated; default: all that are there"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
+        args = parser.parse_args(argv)
         for split, num in prepare_imagenet(args.archives, args.output, splits=args.split).items():
             print(f"{args.output}/{split}: {f'{num} images written' if num else 'up to date'}")
 
-    return exit_status(run, debug=args.debug)
+    return exit_status(run, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,10 +35,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
+from ats.cli.parser import Parser, in_range, to_path
 from ats.datasets.decode import Video
 from ats.datasets.folders import class_folders, files_below, warn_about_numbers
 from ats.errors import UserError, counted, exit_status, printable
 from ats.files import atomic_write, write
+from ats.options import Range
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
@@ -151,8 +154,8 @@ def prepare_kinetics(
     Raises:
         UserError: there are no videos, or the folders or options do not fit together.
     """
-    videos = Path(videos).expanduser()
-    output = videos if output is None else Path(output).expanduser()
+    videos = Path(videos)
+    output = videos if output is None else Path(output)
     if short_side and output.resolve() == videos.resolve():
         raise UserError("--short-side writes new videos: type --output FOLDER, with another folder than --videos.")
     if short_side < 0 or short_side % 2:
@@ -180,9 +183,10 @@ def _map(work: Callable[[str], tuple[str, str]], names: list[str], *, num_worker
     if num_workers == 1:
         yield from map(work, names)
         return
-    with ProcessPoolExecutor(num_workers) as pool:
+    # Ctrl-C goes to every process: the workers leave it to this one, which waits for their videos, one each.
+    with ProcessPoolExecutor(num_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            yield from pool.map(work, names, chunksize=4)
+            yield from pool.map(work, names)
         except BrokenProcessPool as error:
             raise UserError("A worker was killed, perhaps for lack of memory: try fewer --workers.") from error
 
@@ -230,15 +234,17 @@ def _write_lists(items: list[Item], known: dict[str, list], *, output: Path, sep
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", required=True, metavar="DIR", help="folder with train/<class>/, val/<class>/")
-    parser.add_argument("--output", metavar="DIR", help="where the csv files go (default: where the videos are)")
-    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS", help="re-encode larger videos to this")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.option("--videos", "folder with train/<class>/, val/<class>/", type=to_path, required=True, metavar="DIR")
+    parser.option("--output", "where the csv files go (default: where the videos are)", type=to_path, metavar="DIR")
+    text, sides = "re-encode larger videos to this", Range(0, 2**12)
+    parser.option("--short-side", text, type=in_range(int, sides), default=0, metavar="PIXELS")
     parser.add_argument("--separator", default=" ", help='between path and label: " " (default) or ","')
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    processes = in_range(int, Range(1, 1024))
+    parser.option("--workers", "processes (default: one per core)", type=processes, metavar="N")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    return exit_status(partial(run, args), debug=args.debug)
+    argv = sys.argv[1:] if argv is None else argv
+    return exit_status(lambda: run(parser.parse_args(argv)), debug="--debug" in argv)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -32,10 +32,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from ats.cli import as_typed
-from ats.cli.parser import Parser, command, command_parser, parse_overrides, split_overrides
+from ats.cli.parser import Parser, check_folder, command, command_parser, in_range, parse_overrides, split_overrides
 from ats.config import load_config
 from ats.errors import UserError
+from ats.options import COUNT, FROM_0, Range
 
+BATCH, SIDE, THREADS = Range(1, 2**16), Range(1, 2**14), Range(1, 1024)
 DTYPES = ("float32", "bfloat16", "float16")
 # Former options -> the script in tools/perf of a clone that has taken over.
 MOVED = {"--decode": "decoding.py", "--loader": "loading.py", "--train-loop": "train_loop.py"}
@@ -49,15 +51,18 @@ def make_parser() -> Parser:
     parser.option("--suite", "a fixed list of measurements: cpu, gpu, quick", metavar="NAME")
     text = "variants beside dense, separated by commas (default: ats)"
     parser.option("--compare", text, default="ats", metavar="A,B")
-    parser.option("--batch-size", "one or more (default: 1 8)", type=int, nargs="+", default=[1, 8], metavar="N")
-    parser.option("--image-size", "random images of these sizes", type=int, nargs="+", metavar="PIXELS")
+    parser.option(
+        "--batch-size", "one or more (default: 1 8)", type=in_range(int, BATCH), nargs="+", default=[1, 8], metavar="N"
+    )
+    parser.option("--image-size", "random images of these sizes", type=in_range(int, SIDE), nargs="+", metavar="PIXELS")
     text = "one or more: of weights and inputs, with --train of autocast (default: float32)"
     parser.option("--dtype", text, nargs="+", choices=DTYPES, default=["float32"])
-    parser.option("--threads", "CPU threads (default: PyTorch's)", type=int, metavar="N")
-    parser.option("--rounds", "timed rounds (default: 15)", type=int, default=15, metavar="N")
+    parser.option("--threads", "CPU threads (default: PyTorch's)", type=in_range(int, THREADS), metavar="N")
+    parser.option("--rounds", "timed rounds (default: 15)", type=in_range(int, COUNT), default=15, metavar="N")
     parser.option("--compile", "torch.compile every variant", action="store_true")
     parser.option("--train", "forward and backward instead of inference", action="store_true")
-    parser.option("--accuracy", "top-1 over N images (all)", nargs="?", type=int, const=0, metavar="N")
+    text, count = "top-1 over N images (all)", in_range(int, FROM_0)
+    parser.option("--accuracy", text, nargs="?", type=count, const=0, metavar="N")
     parser.option("--as-configured", "do not search for the cost of ats", action="store_false", dest="equal_gflops")
     parser.option("--synthetic", "random inputs although DATA.PATH_TO_DATA_DIR is set", action="store_true")
     return parser
@@ -83,10 +88,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--suite {args.suite} takes no {', '.join(extra)}.")
     elif args.cfg is None:
         raise UserError("Give --cfg FILE or --suite NAME.")
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds} must be at least 1.")
-    if min(*args.batch_size, *(args.image_size or [1])) < 1 or (args.accuracy or 0) < 0:
-        raise UserError("--batch-size and --image-size must be at least 1, the N of --accuracy too.")
     return args
 
 
@@ -105,7 +106,8 @@ def run_config(args: argparse.Namespace) -> None:
     kinds = [(side, dtype) for side in dict.fromkeys(sides) for dtype in dict.fromkeys(args.dtype)]
     how = {field.name: getattr(args, field.name) for field in fields(BenchmarkSettings) if hasattr(args, field.name)}
     how["variants"] = args.compare.split(",")
-    output, counts = Path(cfg.OUTPUT_DIR), describe_counts(cfg.TEST.CHECKPOINT_FILE_PATH)
+    output = check_folder(Path(cfg.OUTPUT_DIR), name="OUTPUT_DIR")
+    counts = describe_counts(cfg.TEST.CHECKPOINT_FILE_PATH)
     about = {"command": sys.argv[1:], "title": Path(args.cfg).stem, "counts": counts}
     entries: list[dict] = []
     text: list[str] = []

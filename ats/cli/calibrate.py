@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING
 
 from ats import files
 from ats.cli import as_typed
-from ats.cli.parser import command, command_parser, parse_overrides
+from ats.cli.parser import check_file, command, command_parser, in_range, parse_overrides, to_path
 from ats.config import CfgNode, find_shipped, load_config
 from ats.engine.output import setup_logging
 from ats.errors import UserError, printable
+from ats.options import COUNT, FROM_0, POSITIVE, PROBABILITY, Range
 
 if TYPE_CHECKING:
     from ats.budget.calibration import Calibration
@@ -39,33 +40,31 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
     parser = command_parser(__doc__)
     parser.option("--cfg", "YAML file with ATS.ENABLE True", metavar="FILE")
     budget = parser.add_mutually_exclusive_group()
-    for name, metavar, text in (
-        ("--gflops", "G", "mean GFLOPs (multiply-adds) of an image or clip"),
-        ("--keep", "SHARE", "mean share of tokens kept after the ATS blocks, 0 to 1"),
-        ("--speedup", "X", "FLOP ratio: dense GFLOPs over mean GFLOPs; not a ratio of times"),
+    for name, within, metavar, text in (
+        ("--gflops", POSITIVE, "G", "mean GFLOPs (multiply-adds) of an image or clip"),
+        ("--keep", PROBABILITY, "SHARE", "mean share of tokens kept after the ATS blocks, 0 to 1"),
+        ("--speedup", POSITIVE, "X", "FLOP ratio: dense GFLOPs over mean GFLOPs; not a ratio of times"),
     ):
-        budget.add_argument(name, type=float, metavar=metavar, help=text)
+        budget.add_argument(name, type=in_range(float, within), metavar=metavar, help=text)
     text = "GFLOPs as run, or as the paper's tables count them (default: run)"
     parser.option("--accounting", text, choices=("run", "paper"), default="run")
     text = "where the images come from, preprocessed as in evaluation; a network may keep fewer tokens of its own "
     text += "training images than of others (default: val)"
     parser.option("--split", text, choices=("train", "val"), default="val")
     text = "number of images or clips, spread evenly over the split and held in memory (default: %(default)s)"
-    parser.option("--images", text, type=int, default=256, metavar="N")
+    parser.option("--images", text, type=in_range(int, COUNT), default=256, metavar="N")
     text = "then move tokens between blocks where that changes the logits less at the same cost; about 7 passes over "
     text += "the images per block and round (default: 2 rounds)"
-    parser.option("--refine", text, type=int, nargs="?", const=2, default=0, metavar="ROUNDS")
+    parser.option("--refine", text, type=in_range(int, FROM_0), nargs="?", const=2, default=0, metavar="ROUNDS")
     text = "stop when the mean is within this fraction of the budget (default: %(default)s)"
-    parser.option("--tolerance", text, type=float, default=0.002)
-    parser.option("--output", "write the YAML lines here, with --cfg as their _BASE_", metavar="FILE")
+    parser.option("--tolerance", text, type=in_range(float, Range(0, 1, True, True)), default=0.002)
+    parser.option("--output", "write the YAML lines here, with --cfg as their _BASE_", type=to_path, metavar="FILE")
     args, words = parser.parse_known_args(argv)
     args.overrides = parse_overrides(words, parser)
     if args.cfg is None:
         raise UserError("--cfg FILE is missing: which network? For example: --cfg configs/Digits/DeiT_ATS.yaml")
     if args.gflops is None and args.keep is None and args.speedup is None:
         raise UserError("Which budget? Give --gflops G, --keep SHARE or --speedup X.")
-    if args.refine < 0 or not 0 < args.tolerance < 1:
-        raise UserError("--refine takes a number of rounds from 0, --tolerance a number between 0 and 1.")
     cfg = load_config(args.cfg, args.overrides)
     if not cfg.ATS.ENABLE:
         raise UserError(f'{args.cfg} has ATS.ENABLE False. Add ATS.ENABLE True ATS.BLOCKS "[3, 4, ...]".')
@@ -144,12 +143,14 @@ def run(argv: list[str]) -> None:
     """Calibrate, print what was found and write it to --output."""
     setup_logging()
     args, cfg = parse_args(argv)
+    if args.output:
+        check_file(args.output, name="--output")
     found = search(args, cfg)
     report = format_report(found, images=f"{len(found.found.gflops)} images of {args.split}")
     yaml = with_overrides(found.yaml(as_stages=bool(cfg.ATS.STAGES)), cfg, args.overrides)
     print(f"\n{report}\n\n{yaml}")
     if args.output:
-        write(Path(args.output), yaml, cfg=args.cfg, argv=argv, report=report)
+        write(args.output, yaml, cfg=args.cfg, argv=argv, report=report)
         print(f"Written: {args.output}")
 
 

@@ -18,9 +18,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ats.cli.parser import command, command_parser, parse_overrides
+from ats.cli.parser import check_file, command, command_parser, in_range, parse_overrides, to_path
 from ats.config import CfgNode, load_config
 from ats.errors import UserError
+from ats.options import Range
+
+IMAGES = Range(1, 2**12)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +33,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
     """The options, and the config with the overrides."""
     parser = command_parser(__doc__)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="what to write: .onnx or .pt2")
+    parser.add_argument(
+        "-o", "--output", type=to_path, required=True, metavar="FILE", help="what to write: .onnx or .pt2"
+    )
     parser.add_argument("--format", help="onnx or pt2, if the suffix does not say")
     parser.add_argument("--dense", action="store_true", help="without ATS, like ATS.ENABLE False")
-    parser.add_argument("--images", type=int, default=16, metavar="N", help="images for the check (default: 16)")
+    parser.option("--images", "images for the check (default: 16)", type=in_range(int, IMAGES), default=16, metavar="N")
     args, words = parser.parse_known_args(argv)
     overrides = parse_overrides(words, parser)
     return args, load_config(args.cfg, overrides + (["ATS.ENABLE", "False"] if args.dense else []))
@@ -66,8 +71,7 @@ def run(argv: list[str]) -> None:
 
     args, cfg = parse_args(argv)
     kind = format_of(args.output, args.format)
-    if args.images < 1:
-        raise UserError(f"--images {args.images}: at least 1.")
+    check_file(args.output, name="--output")
     exported = export(cfg)
     save(exported, args.output, kind)
     if exported.slots:

@@ -6,26 +6,86 @@ An override is `KEY VALUE` or `KEY=VALUE`; both forms may be mixed. A mistake is
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from ats.cli import as_typed
 from ats.config.keys import keys
 from ats.engine.output import process_prefix
-from ats.errors import UserError, exit_status, suggest
+from ats.errors import UserError, exit_status, flush_stdout, shown, suggest
+from ats.options import Range
 
 
 class Parser(argparse.ArgumentParser):
     """Raises a UserError where argparse would print the usage and end the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        _, unrecognized, words = message.partition("unrecognized arguments: ")
+        raise self.unknown_option(words.split()[0]) if unrecognized else UserError(message)
+
+    def unknown_option(self, word: str) -> UserError:
+        """The error for `word`, with the closest options."""
+        options = [name for a in self._actions if a.help is not argparse.SUPPRESS for name in a.option_strings]
+        return UserError(f"Unknown option {shown(word)}.{suggest(word, options)}")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        flush_stdout()  # of --help
+        super().exit(status, message)
 
     def option(self, name: str, text: str, **options: object) -> None:
         """`add_argument` with the help text first."""
         self.add_argument(name, help=text, **options)
+
+
+def in_range(kind: type[int] | type[float], within: Range) -> Callable[[str], int | float]:
+    """The `type` of an argument that is a number in a range."""
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not within.holds(value):
+            whole = "whole " * (kind is int)
+            raise argparse.ArgumentTypeError(f"give a {whole}number {within}, not {shown(text)}")
+        return value
+
+    convert.__name__ = kind.__name__  # for argparse: "invalid int value: 'x'"
+    return convert
+
+
+def to_path(text: str) -> Path:
+    """The `type` of an argument that is a file or folder: a leading ~ is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("give a file or folder: . is the current one")
+    return Path(os.path.expanduser(text))
+
+
+def check_folder(folder: Path, *, name: str) -> Path:
+    """Make the folder that an option or key names, before the work whose result it is for, and return it.
+
+    Raises a UserError if that cannot be, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{name}: {folder} cannot be made or written to: {reason}. Give a folder you may write to."
+        ) from None
+    return folder
+
+
+def check_file(path: Path, *, name: str) -> Path:
+    """The same for a file that will be written."""
+    if path.is_dir():
+        raise UserError(f"{name}: {path} is a folder: give a file.")
+    check_folder(path.parent, name=name)
+    return path
 
 
 def command_parser(about: str, **options: object) -> Parser:
@@ -74,7 +134,7 @@ def split_overrides(
     return overrides, others
 
 
-def parse_overrides(words: Iterable[str], parser: argparse.ArgumentParser) -> list[str]:
+def parse_overrides(words: Iterable[str], parser: Parser) -> list[str]:
     """The words that `parser` does not know, all of which must be overrides, as [KEY, VALUE, KEY, VALUE, ...].
 
     Raises:
@@ -83,8 +143,7 @@ def parse_overrides(words: Iterable[str], parser: argparse.ArgumentParser) -> li
 
     def is_key(word: str) -> bool:
         if word.startswith("-"):
-            options = [name for a in parser._actions if a.help is not argparse.SUPPRESS for name in a.option_strings]
-            raise UserError(f"Unknown option {word}.{suggest(word, options)} Keys are given without dashes: KEY VALUE.")
+            raise UserError(f"{parser.unknown_option(word)} Keys are given without dashes: KEY VALUE.")
         return True
 
     return split_overrides(words, is_key=is_key)[0]

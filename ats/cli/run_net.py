@@ -17,7 +17,7 @@ from functools import partial
 
 # Only what --help and config errors need. PyTorch is imported once the config is known to be right.
 from ats.cli import as_typed
-from ats.cli.parser import command, command_parser, parse_overrides
+from ats.cli.parser import Parser, command, command_parser, parse_overrides
 from ats.config import CfgNode, load_config
 from ats.config.keys import describe, list_sections
 from ats.config.schema import changed, nest
@@ -31,7 +31,7 @@ SLOWFAST_OPTIONS = ("--init_method", "--shard_id", "--num_shards")
 PRINT_ALL = "--print-config-all"  # `--print-config all`, as one word
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The options; every other word on the command line is an override."""
     epilog = (
         "sections of the configuration, and keys without a section; --help SECTION (for example --help ATS SOLVER)\n"

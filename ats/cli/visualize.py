@@ -16,14 +16,23 @@ Weights come from TEST.CHECKPOINT_FILE_PATH, for example:
 
 from __future__ import annotations
 
-import argparse
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
-from ats.cli.parser import command, command_parser, looks_like_key, split_overrides
+from ats.cli.parser import (
+    Parser,
+    check_file,
+    check_folder,
+    command,
+    command_parser,
+    looks_like_key,
+    split_overrides,
+    to_path,
+)
 from ats.config import CfgNode, load_config
 from ats.errors import UserError, printable
 
@@ -31,15 +40,17 @@ if TYPE_CHECKING:
     from ats.visualize.compare import Networks, SampleView
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The options; files and overrides are the remaining words."""
     usage = "python tools/visualize.py --cfg FILE [IMAGE | CLIP | FOLDER ...] [-o FOLDER] [--report FILE.html]"
     parser = command_parser(__doc__, usage=as_typed(f"{usage} [KEY VALUE ...]"))
     parser.add_argument("--cfg", metavar="FILE", help="config of the network")
-    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="for strips and GIFs (default: OUTPUT_DIR)")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page about the validation data")
+    parser.add_argument(
+        "-o", "--output", type=to_path, metavar="FOLDER", help="for strips and GIFs (default: OUTPUT_DIR)"
+    )
+    parser.add_argument("--report", type=to_path, metavar="FILE", help="write a page about the validation data")
     names = "class names, one per line, or imagenet-1k (default: the data set's)"
-    parser.add_argument("--classes", default="", metavar="FILE", help=names)
+    parser.add_argument("--classes", type=os.path.expanduser, default="", metavar="FILE", help=names)
     parser.add_argument("words", nargs="*", metavar="FILE | KEY VALUE", help="files, folders and config keys")
     return parser
 
@@ -47,7 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
 def split_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Files and folders, and overrides as [KEY, VALUE, ...]. A word that names an existing file is never a key."""
     overrides, paths = split_overrides(words, is_key=lambda word: looks_like_key(word) and not Path(word).exists())
-    return list(map(Path, paths)), overrides
+    if "" in paths:
+        raise UserError("An empty word is no file: . is the current folder.")
+    return list(map(to_path, paths)), overrides
 
 
 def run(argv: list[str]) -> None:
@@ -67,8 +80,13 @@ def run(argv: list[str]) -> None:
 
     files = list_files(paths, clips=takes_clips(cfg))
     names = class_names(cfg, args.classes)
+    output = args.output or Path(cfg.OUTPUT_DIR)
+    if files:
+        check_folder(output, name="OUTPUT_DIR" if args.output is None else "--output")
+    if args.report is not None:
+        check_file(args.report, name="--report")
     networks = Networks(cfg)
-    bad = draw_files(cfg, networks, files, output=args.output or Path(cfg.OUTPUT_DIR), names=names)
+    bad = draw_files(cfg, networks, files, output=output, names=names)
     if args.report is not None:
         report_validation(cfg, networks, args.report, config=args.cfg, names=names)
     if bad:

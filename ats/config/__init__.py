@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from pathlib import Path
 
-import yaml
-
-from ats.config import legacy
 from ats.config.schema import CfgNode, flatten, get_cfg
-from ats.errors import UserError
+from ats.config.yaml_text import read_yaml
+from ats.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # The YAML files and weights that ship with the package: where `pip install` puts them, or those of the clone.
 SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+
+Settings = dict[str, tuple[object, Path]]  # dotted key -> its value, and the file that has it
 
 __all__ = ["CfgNode", "find_shipped", "get_cfg", "load_config", "load_yaml"]
 
@@ -32,7 +33,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     """
     cfg = get_cfg()
     if path is not None:
-        cfg.merge_pairs(flatten(load_yaml(find_shipped(path))))
+        settings = _read(find_shipped(path), {})
+        cfg.merge_pairs(
+            [(key, value) for key, (value, _) in settings.items()], {k: f for k, (_, f) in settings.items()}
+        )
     cfg.merge_from_list(list(overrides or []))
     cfg.freeze()
     return cfg
@@ -42,70 +46,70 @@ def find_shipped(path: str | Path) -> Path:
     """`path` if the file exists, else the shipped config (or weights) of that name, from any folder:
     `ImageNet/DeiT_S.yaml`, with or without `configs/` before it. If neither exists, `path` as it is.
     """
-    path = Path(path)
-    if not path.is_file() and not path.is_absolute():
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path) and not path.is_absolute():
         name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
-        if (SHIPPED / name).is_file():
+        if os.path.isfile(SHIPPED / name):
             logger.info("%s is the shipped %s", path, SHIPPED / name)
             return SHIPPED / name
     return path
 
 
-def load_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
-    """The nested mapping in a YAML file, merged over its `_BASE_` file or files. `seen`: the files that led to it.
+def load_yaml(path: str | Path) -> dict[str, object]:
+    """Dotted key -> value of a YAML file, merged over its `_BASE_` file or files.
 
     Raises a UserError if the file is missing, not YAML or not a mapping; if it has a key twice with two values (YAML
     itself would let the last one win); if its `_BASE_` files form a circle.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"No config file {path}.{_nearest(path)}")
-    if path.resolve() in seen:
+    return {key: value for key, (value, _) in _read(Path(path), {}).items()}
+
+
+def _read(path: Path, files: dict[Path, Settings | None], asked_by: str = "") -> Settings:
+    """`load_yaml`, with the file of each value. `files`: those read so far, None for those that led to this one."""
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path):
+        what = "It is a folder." if os.path.isdir(path) else _nearest(path)
+        raise UserError(f"{asked_by}No config file {shown(str(path))}. {what}".rstrip())
+    real = Path(os.path.realpath(path))
+    if real not in files:
+        files[real] = None
+        files[real] = _merge(path, files)
+    settings = files[real]
+    if settings is None:
         raise UserError(f"{path}: its _BASE_ files name each other in a circle.")
-    try:
-        content = yaml.load(path.read_text(), Loader=_UniqueKeyLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a YAML file: {error}") from error
+    return settings
+
+
+def _merge(path: Path, files: dict[Path, Settings | None]) -> Settings:
+    content = read_yaml(path)
+    if content is None:
+        content = {}
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, not KEY: VALUE pairs.")
     bases = content.pop("_BASE_", [])
-    merged: dict = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge(merged, load_yaml(path.parent / Path(base).expanduser(), (*seen, path.resolve())))
-    return _merge(merged, content)
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: _BASE_ {shown(bases)}: give a YAML file, or a list of them.")
+    merged: Settings = {}
+    for base in bases:
+        merged |= _read(path.parent / os.path.expanduser(base), files, f"{path}: _BASE_: ")
+    own: dict[str, object] = {}
+    for key, value in flatten(content):
+        if key in own and own[key] != value:
+            raise UserError(f"{path} has two values for {shown(key)}.")
+        own[key] = value
+        merged.pop(key, None)  # so that an old spelling here comes after the new one in a base
+        merged[key] = value, path
+    return merged
 
 
 def _nearest(path: Path) -> str:
-    """`" Did you mean A or B?"`: config files with a similar name, beside `path` or shipped."""
-    beside = [str(p) for p in sorted(path.parent.glob("*.yaml"))]
+    """`"Did you mean A or B?"`: config files with a similar name, beside `path` or shipped."""
+    beside = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if os.path.isdir(path.parent) else []
     shipped = [p.relative_to(SHIPPED).as_posix() for p in sorted(SHIPPED.glob("*/[!_]*.yaml"))]
     same_folder = [name for name in shipped if Path(name).parent.name == path.parent.name]
     for names in (beside, same_folder, shipped):
         by_stem = {Path(name).stem.lower(): name for name in names}
         if near := difflib.get_close_matches(path.stem.lower(), by_stem):
-            return f" Did you mean {' or '.join(by_stem[stem] for stem in near)}?"
-    return f" There are: {', '.join(beside)}" if beside else ""
-
-
-def _merge(into: dict, other: dict) -> dict:
-    for name, value in other.items():
-        if isinstance(value, dict) and isinstance(into.get(name), dict):
-            _merge(into[name], value)
-        else:
-            into[name] = value
-    return into
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice with two values (except where a published file does so)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        values: dict[object, list[object]] = {}
-        for key, value in node.value:
-            values.setdefault(self.construct_object(key, deep=True), []).append(self.construct_object(value, deep=True))
-        for key, repeated in values.items():
-            if len(repeated) > 1:
-                if any(value != repeated[0] for value in repeated) and (key, *repeated) not in legacy.REPEATED:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key} appears twice", node.start_mark)
-                logger.warning("%s: key %s appears twice, the last one counts: %s.", self.name, key, repeated[-1])
-        return super().construct_mapping(node, deep)
+            return f"Did you mean {' or '.join(by_stem[stem] for stem in near)}?"
+    return f"There are: {', '.join(beside[:20])}{', ...' * (len(beside) > 20)}" if beside else ""

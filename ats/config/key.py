@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
+import os
 import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
 
-import yaml
-
-from ats.errors import UserError, suggest
-from ats.options import FROM_0, Range
+from ats.config.yaml_text import parse_yaml
+from ats.errors import UserError, quoted, shown, suggest
+from ats.options import FROM_0, MAX_INT, Range
 
 NONE = type(None)
+MAX_DEPTH = 8  # of lists in lists
 _WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 
 
@@ -31,6 +32,8 @@ class Key:
     has_block_rows: bool = False  # a list [[block, number, ...], ...]; `range` is for the numbers after the block
     networks: tuple[str, ...] = ()  # the values of MODEL.NAME that read it, by default those of its section
     samplers: tuple[str, ...] = ()  # the values of ATS.SAMPLER that read it; empty: it does not depend on ATS.SAMPLER
+    path: bool = False  # a file or folder: a leading ~ is the home folder
+    required: bool = False  # a text that may not be empty
     machine: bool = False  # it says where and how a run is carried out, not what it computes: not in the config's hash
     free: bool = False  # it may change between a stop and a resume, because it changes none of the weights
 
@@ -50,23 +53,27 @@ class Key:
         return self.name.rpartition(".")[0]
 
     def convert(self, value: object) -> object:
-        """`value` as one of the key's types: 1 for 1.0, "true" for True, a scalar for a list.
+        """`value` as one of the key's types: 1 for 1.0, "true" for True, a scalar for a list, the home folder for ~.
 
         Raises a UserError if the type does not fit, or the value is not among the choices or out of range.
         """
-        shown = (type(self.default[0]),) if isinstance(self.default, list) and self.default else ()
         is_text = isinstance(value, str) and str in self.types
         try:
-            result = value if is_text else _convert(self.types, parse(value), shown or self.items or (int, float, str))
+            result = value if is_text else _convert(self.types, self._parse(value), self._item_types)
         except TypeError:
-            names = " or ".join({NONE: "None", bool: "True or False"}.get(kind, kind.__name__) for kind in self.types)
-            raise UserError(f"{self.name} must be {names}, not {value!r}. ({self.help})") from None
+            give = f": give {self._wanted()}." if self.range else "."
+            raise UserError(f"{self.name} must be {self._kinds()}, not {quoted(value)}{give} ({self.help})") from None
         if self.choices and result not in self.choices:
             options = [str(choice) for choice in self.choices]
-            raise UserError(f"{self.name} {value}: choose from {', '.join(options)}.{suggest(str(value), options)}")
+            raise UserError(
+                f"{self.name} {shown(value)}: choose from {', '.join(options)}.{suggest(str(value), options)}"
+            )
         if not self._is_in_range(result):
-            raise UserError(f"{self.name} {value}: give {self._wanted()}.")
-        return result
+            limit = ", below 2^63" if isinstance(result, (int, float)) and result > MAX_INT else ""
+            raise UserError(f"{self.name} {shown(value)}: give {self._wanted()}{limit}.")
+        if self.required and not (result.strip() if self.path else result):
+            raise UserError(f"{self.name} is empty. ({self.help})")
+        return os.path.expanduser(result) if self.path else result
 
     def describe(self) -> str:
         """The key's paragraph in `--help`: types, range, default and meaning."""
@@ -79,17 +86,35 @@ class Key:
         within = f" {self.range or ''}".rstrip()
         return f"{self.name}  ({kinds}{within}, default {self.default!r})\n{text}"
 
+    @property
+    def _item_types(self) -> tuple[type, ...]:
+        """What a list may hold. Lists in a list of numbers are checked with the range."""
+        first = (type(self.default[0]),) if isinstance(self.default, list) and self.default else ()
+        return (first or self.items or (int, float, str)) + ((list,) if self.range else ())
+
+    def _parse(self, value: object) -> object:
+        value = parse(value)
+        if _is_deep(value, MAX_DEPTH):
+            raise TypeError
+        return [parse(item) for item in value] if self.range and isinstance(value, (list, tuple)) else value
+
+    def _kinds(self) -> str:
+        """The types, for messages: "int or None", "list of float"."""
+        names = {NONE: "None", bool: "True or False"} | {kind: kind.__name__ for kind in (int, float, str)}
+        of_one = [kind for kind in self._item_types if kind is not list]
+        names[list] = f"list of {names.get(of_one[0], of_one[0].__name__)}" if len(of_one) == 1 else "list"
+        return " or ".join(names[kind] for kind in self.types)
+
     def _is_in_range(self, value: object) -> bool:
         if self.range is None or value is None:
             return True
         if isinstance(value, list) and self.lengths and len(value) not in self.lengths:
             return False
         numbers = value if isinstance(value, list) else [value]
-        if self.has_block_rows:  # what is no row is named where the network is built
-            rows = [row for row in numbers if isinstance(row, (list, tuple)) and row]
-            if not all(FROM_0.holds(row[0]) for row in rows):
+        if self.has_block_rows:  # their lengths are checked where the network is built
+            if not all(isinstance(row, (list, tuple)) and row and FROM_0.holds(row[0]) for row in numbers):
                 return False
-            numbers = [number for row in rows for number in row[1:]]
+            numbers = [number for row in numbers for number in row[1:]]
         return all(self.range.holds(number) for number in numbers)
 
     def _wanted(self) -> str:
@@ -123,18 +148,25 @@ def parse(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = value.strip()
-    with suppress(ValueError, SyntaxError):
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # the last two for thousands of brackets
         return ast.literal_eval(text)
     if text.lower() in ("true", "false", "null", "~") or (text.startswith("[") and text.endswith("]")):
-        with suppress(yaml.YAMLError):
-            return yaml.safe_load(text)
+        with suppress(UserError):
+            return parse_yaml(text)
     return value
+
+
+def _is_deep(value: object, levels: int) -> bool:
+    """Whether `value` has lists or mappings in each other beyond so many levels."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return levels < 0 or any(_is_deep(item, levels - 1) for item in items)
 
 
 def _convert(types: tuple[type, ...], value: object, item_types: tuple[type, ...]) -> object:
     """`value` as one of `types`, a list's items as one of `item_types`. Raises a TypeError if it cannot be."""
     if isinstance(value, (list, tuple)) and list in types:
-        as_it_is = dict if dict in item_types else (list, tuple)
+        as_it_is = tuple(kind for kind in (list, dict) if kind in item_types)
+        as_it_is += (tuple,) if list in item_types else ()
         return [item if isinstance(item, as_it_is) else _convert(item_types, item, ()) for item in value]
     if value is None and NONE in types:
         return None
@@ -146,8 +178,10 @@ def _convert(types: tuple[type, ...], value: object, item_types: tuple[type, ...
     if is_number and int in types and value % 1 == 0 and (isinstance(value, int) or float not in types):
         return int(value)
     if is_number and float in types:
-        return float(value)
-    if str in types:
+        with suppress(OverflowError):
+            return float(value)
+        return value  # in no range
+    if str in types and isinstance(value, (int, str)) and not isinstance(value, bool):
         return str(value)
     if list not in types or isinstance(value, str):
         raise TypeError

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 
 from ats.config.key import parse
 from ats.config.keys import keys
-from ats.errors import UserError
+from ats.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ def _by_value(cases: dict) -> Callable[[object], object]:
 
 
 def _side(value: object) -> object:
-    sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    if len(sides) != 1:
+    sides = value if isinstance(value, (list, tuple)) else [value]
+    if not sides or any(side != sides[0] for side in sides):
         raise ValueError("only square images are supported.")
-    return sides.pop()
+    return sides[0]
 
 
 def _crop_ratio(is_centre_crop: object) -> float:
@@ -124,9 +124,6 @@ FIXED: dict[str, object] = {
     "TRAIN.LR_SCHEDULER.METHOD": "timm", "TRAIN.LR_SCHEDULER.ARGS.sched": "cosine",
 }  # fmt: skip
 
-# A published YAML, SlowFast's MVIT_B_32x3_CONV, has a key twice: (key, first, last). The last one counts, as in YAML.
-REPEATED: set[tuple[object, ...]] = {("DEPTH", 16, 24)}
-
 # Keys (or patterns) without effect here -> the reason, printed in a warning.
 IGNORED: dict[str, str] = {
     "NUM_GPUS": f"processes are started by torchrun --nproc_per_node={VALUE} tools/run_net.py --cfg FILE",
@@ -185,35 +182,33 @@ RELEASE_DEFAULTS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-def translate(pairs: list[tuple[str, object]], known: Container[str]) -> Iterator[tuple[str, object]]:
-    """`(key, value)` pairs of any release as pairs of this project. `known` keys and keys of nobody stay as they are.
+def translate(key: str, value: object, known: Container[str]) -> list[tuple[str, object]]:
+    """One pair of any release as pairs of this project. `known` keys and keys of nobody stay as they are.
 
-    Raises a UserError if a value asks for something that is not built.
+    Raises a UserError if the value asks for something that is not built.
     """
-    for key, value in [*_implied(dict(pairs)), *pairs]:
-        if key == "MODEL.NAME" and value in NETWORKS:
-            logger.info("MODEL.NAME %s -> %s", value, NETWORKS[value])
-            yield key, NETWORKS[value]
-        else:
-            replaced = None if key in known else translate_key(key, parse(value))
-            yield from [(key, value)] if replaced is None else replaced
+    if key == "MODEL.NAME" and isinstance(value, str) and value in NETWORKS:
+        logger.info("MODEL.NAME %s -> %s", value, NETWORKS[value])
+        return [(key, NETWORKS[value])]
+    replaced = None if key in known else translate_key(key, parse(value))
+    return [(key, value)] if replaced is None else replaced
 
 
 def translate_key(key: str, value: object) -> list[tuple[str, object]] | None:
     """The pairs that replace one old `key`; [] if it has no effect here; None if it is not an old key."""
     if key in RENAMED:
         pairs = _apply(RENAMED[key], key, value)
-        what = ", ".join(f"{new} {new_value}" for new, new_value in pairs)
-        logger.info("%s -> %s", key, what or f"nothing to set for {value}")
+        what = ", ".join(f"{new} {shown(new_value)}" for new, new_value in pairs)
+        logger.info("%s -> %s", key, what or f"nothing to set for {shown(value)}")
         return pairs
     if key in FIXED:
         if value != FIXED[key]:
-            raise UserError(f"{key} {value}: only {FIXED[key]} is supported.")
+            raise UserError(f"{key} {shown(value)}: only {FIXED[key]} is supported.")
         logger.info("%s %s is how it is here.", key, value)
         return []
     for pattern, reason in IGNORED.items():
         if fnmatch.fnmatchcase(key, pattern):
-            logger.warning("%s has no effect: %s.", key, reason.replace(VALUE, str(value)))
+            logger.warning("%s has no effect: %s.", key, reason.replace(VALUE, shown(value)))
             return []
     return None
 
@@ -226,13 +221,13 @@ def _apply(rule: Rule, key: str, value: object) -> list[tuple[str, object]]:
         settings = {rule: VALUE} if isinstance(rule, str) else rule(value) if callable(rule) else rule
         return [(new, fill(entry)) for new, entry in settings.items()]
     except ValueError as error:
-        raise UserError(f"{key} {value}: {error}") from None
+        raise UserError(f"{key} {shown(value)}: {error}") from None
 
 
-def _implied(given: Mapping[str, object]) -> list[tuple[str, object]]:
+def implied(given: Mapping[str, object]) -> list[tuple[str, object]]:
     """What the code of a video release does; set before the pairs of its YAML, which may change it."""
     name = given.get("MODEL.MODEL_NAME")
-    if name not in RELEASE_DEFAULTS:
+    if not isinstance(name, str) or name not in RELEASE_DEFAULTS:
         return []
     settings = dict(RELEASE_DEFAULTS[name])
     if NETWORKS.get(name) == "TimeSformer" and "DATA.TRAIN_CROP_SIZE" in given:

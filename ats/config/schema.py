@@ -9,12 +9,14 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 
 from fvcore.common.config import CfgNode as FvcoreCfgNode
 
 from ats.config import legacy
+from ats.config.key import Key
 from ats.config.keys import keys, sections
-from ats.errors import UserError, suggest
+from ats.errors import UserError, quoted, shown, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +27,8 @@ class CfgNode(FvcoreCfgNode):
     def merge_from_list(self, cfg_list: list) -> None:
         """Merge `[KEY, VALUE, KEY, VALUE, ...]`; values may be strings as typed on a command line."""
         if len(cfg_list) % 2:
-            raise UserError(f"Overrides come as KEY VALUE pairs; {cfg_list[-1]!r} has no value.")
-        self.merge_pairs(zip(cfg_list[0::2], cfg_list[1::2], strict=True))
+            raise UserError(f"Overrides come as KEY VALUE pairs; {quoted(cfg_list[-1])} has no value.")
+        self.merge_pairs(zip(map(str, cfg_list[0::2]), cfg_list[1::2], strict=True))
 
     def merge_from_other_cfg(self, cfg_other: Mapping) -> None:
         """Merge a nested mapping."""
@@ -38,16 +40,34 @@ class CfgNode(FvcoreCfgNode):
 
         self.merge_from_other_cfg(load_yaml(cfg_filename))
 
-    def merge_pairs(self, pairs: Iterable[tuple[str, object]]) -> None:
-        """Merge `(dotted key, value)` pairs; keys of older releases are translated.
+    def merge_pairs(self, pairs: Iterable[tuple[str, object]], files: Mapping[str, Path] | None = None) -> None:
+        """Merge `(dotted key, value)` pairs; keys of older releases are translated. `files`: where a key was read.
 
         Raises a UserError for an unknown key (naming the nearest), or a value of a wrong type, choice or range.
         """
-        known = keys()
-        for name, value in legacy.translate(list(pairs), known):
-            if name not in known:
-                raise UserError(f"Unknown config key {name}.{suggest(name, known)} `--help all` lists all keys.")
-            _set(self, name, known[name].convert(value))
+        known, pairs, files = keys(), list(pairs), files or {}
+        for given, value in [*legacy.implied(dict(pairs)), *pairs]:
+            try:
+                if value in (None, {}) and _is_section(given, known):  # all its keys are comments
+                    continue
+                for name, new in legacy.translate(given, value, known):
+                    if name not in known:
+                        raise UserError(_unknown(name, known))
+                    _set(self, name, known[name].convert(new))
+            except UserError as error:
+                message = str(error) if shown(given) in str(error) else f"{shown(given)}: {error}"
+                raise UserError(f"{files[given]}: {message}" if given in files else message) from None
+
+
+def _is_section(name: str, known: Iterable[str]) -> bool:
+    return any(key.startswith(f"{name}.") for key in known)
+
+
+def _unknown(name: str, known: Mapping[str, Key]) -> str:
+    if name and _is_section(name, known):
+        first = next(key for key in known if key.startswith(f"{name}."))
+        return f"Unknown config key {name}. It is a section: give its keys, for example {first} {known[first].default}."
+    return f"Unknown config key {shown(name)}.{suggest(name, known)} `--help all` lists all keys."
 
 
 def get_cfg() -> CfgNode:
@@ -61,7 +81,7 @@ def flatten(node: Mapping) -> Iterator[tuple[str, object]]:
 
     def walk(node: Mapping, prefix: str) -> Iterator[tuple[str, object]]:
         for name, value in node.items():
-            if isinstance(value, Mapping) and f"{prefix}{name}" not in known:
+            if isinstance(value, Mapping) and value and f"{prefix}{name}" not in known:
                 yield from walk(value, f"{prefix}{name}.")
             else:
                 yield f"{prefix}{name}", value

@@ -141,7 +141,7 @@ def build_kinetics(cfg: CfgNode, split: Split) -> Kinetics:
     if not data.PATH_TO_DATA_DIR:
         raise UserError("DATA.PATH_TO_DATA_DIR is not set: type DATA.PATH_TO_DATA_DIR FOLDER, the one with test.csv.")
     listing = read_csv(
-        os.path.join(os.path.expanduser(data.PATH_TO_DATA_DIR), f"{split}.csv"),
+        os.path.join(data.PATH_TO_DATA_DIR, f"{split}.csv"),
         separator=data.PATH_LABEL_SEPARATOR,
         num_classes=cfg.MODEL.NUM_CLASSES,
         prefix=data.PATH_PREFIX,

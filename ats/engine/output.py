@@ -107,7 +107,7 @@ def open_output_dir(cfg: CfgNode) -> Path:
     """
     from ats.engine.device import is_main, rank, wait_for_all  # needs PyTorch: imported once the config is right
 
-    output_dir = Path(cfg.OUTPUT_DIR).expanduser()
+    output_dir = Path(cfg.OUTPUT_DIR)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if is_main():

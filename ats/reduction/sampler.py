@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ats.options import FROM_0, POSITIVE, option
+from ats.options import AMOUNT, FROM_0, option
 from ats.reduction.base import SCORES, Candidates, Naming, Reduction
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Sampler(Reduction):
         "entry per block of the network. Per image, per frame (XViT, TimeSformer) or per clip (TimeSformer with "
         "joint_space_time, MViT). In MViT and CvT K counts the cells that keys are pooled to, and CLS: a kept cell "
         "keeps all the tokens it stands for.",
-        within=POSITIVE,
+        within=AMOUNT,
         types=(int, float, list),
         per_block=True,
         give="a ratio in (0, 1] or a number of tokens above 1",

@@ -97,7 +97,7 @@ def class_names(cfg: CfgNode, source: str = "") -> list[str]:
 
 def _names_of_folders(cfg: CfgNode) -> list[str]:
     """Names of the class folders in label order; none if there are no such folders."""
-    root, num_classes = os.path.expanduser(cfg.DATA.PATH_TO_DATA_DIR), cfg.MODEL.NUM_CLASSES
+    root, num_classes = cfg.DATA.PATH_TO_DATA_DIR, cfg.MODEL.NUM_CLASSES
     if not root:
         return []
     try:

@@ -116,7 +116,7 @@ def test_what_is_measured_is_not_lost(tmp_path, monkeypatch, capsys):
         (["--train-loop", "--cfg", "X.yaml"], "python tools/perf/train_loop.py --cfg X.yaml"),
         (["--cfg", "X.yaml", "--image-size", "64", "large"], "argument --image-size: invalid int value: 'large'"),
         (["--cfg", "X.yaml", "--dtypes", "float16"], "Unknown option --dtypes. Did you mean --dtype"),
-        (["--cfg", "configs/ImageNet/DeiT_S.yaml", "--batch-size", "0"], "must be at least 1"),
+        (["--cfg", "configs/ImageNet/DeiT_S.yaml", "--batch-size", "0"], "give a whole number from 1 to 65536, not 0"),
     ],
 )
 def test_mistakes_get_one_message(arguments, message, capsys):

@@ -153,7 +153,7 @@ def test_the_command_checks_on_random_and_real_images(colours, tmp_path, capsys,
         ([], "x.onnx", "TEST.CHECKPOINT_FILE_PATH is empty"),
         ([], "x.onx", r"choose .onnx or .pt2.*Did you mean onnx"),
         (["--format", "tflite"], "x.bin", "--format tflite: choose"),
-        (["--images", "0"], "x.pt2", "--images 0"),
+        (["--images", "0"], "x.pt2", "--images: give a whole number from 1"),
         (["TEST.CHECKPOINT_FILE_PATH"], "x.pt2", "has no value"),
     ],
 )

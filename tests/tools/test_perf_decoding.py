@@ -35,4 +35,4 @@ def test_mistakes(tmp_path, capsys):
     assert decoding.main([str(tmp_path)]) == 1
     assert "holds no videos (.avi, .mkv" in capsys.readouterr().err
     assert decoding.main([str(tmp_path), "--rounds", "0"]) == 1
-    assert "--rounds 0 must be at least 1" in capsys.readouterr().err
+    assert "--rounds: give a whole number from 1, not 0" in capsys.readouterr().err

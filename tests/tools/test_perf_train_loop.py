@@ -120,6 +120,6 @@ def test_command(tiny_config, tmp_path: Path, capsys):
     assert "step / bare" in capsys.readouterr().out
     assert not list((tmp_path / "out").iterdir())
     assert train_loop.main(["--cfg", str(tiny_config), "--rounds", "0"]) == 1
-    assert "--rounds 0 must be at least 1" in capsys.readouterr().err
+    assert "--rounds: give a whole number from 1, not 0" in capsys.readouterr().err
     assert train_loop.main([]) == 1
     assert "--cfg FILE is missing" in capsys.readouterr().err

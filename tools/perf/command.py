@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from tabulate import tabulate
 
-from ats.cli.parser import Parser, split_overrides
+from ats.cli.parser import Parser, in_range, split_overrides
 from ats.config import load_config
-from ats.errors import UserError, exit_status
+from ats.errors import exit_status
+from ats.options import COUNT
 
 
 def make_parser(about: str, *, source: str = "") -> Parser:
     """--cfg, --rounds and --debug; `source` names an optional first argument, "" there is none."""
     parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     if source:
-        parser.add_argument("source", nargs="?", default="", metavar=source, help="default: generated files")
+        parser.add_argument(
+            "source", nargs="?", type=os.path.expanduser, default="", metavar=source, help="default: generated files"
+        )
     parser.add_argument("--cfg", metavar="FILE", help="config; KEY VALUE pairs override its keys")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed rounds (default: 15)")
+    parser.option("--rounds", "timed rounds (default: 15)", type=in_range(int, COUNT), default=15, metavar="N")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -31,8 +35,6 @@ def run_tool(parser: Parser, measure: Callable[..., list[dict]], argv: Sequence[
     def run() -> None:
         overrides, others = split_overrides(argv)
         args = parser.parse_args(others)
-        if args.rounds < 1:
-            raise UserError(f"--rounds {args.rounds} must be at least 1.")
         rows = measure(args, load_config(args.cfg, overrides))
         print(tabulate(rows, headers="keys", floatfmt=".4g"))
 

@@ -29,11 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a clon
 
 from command import make_parser, run_tool  # beside this file
 
+from ats.cli.parser import in_range
 from ats.datasets.base import Draw, generators_unchanged, seed_generators
 from ats.datasets.build import build_loader, build_transform
 from ats.datasets.folders import class_folders
 from ats.datasets.transforms import Transform
 from ats.errors import UserError
+from ats.options import POSITIVE
 
 BATCH_SIZE = 8
 
@@ -92,7 +94,7 @@ def compare_loading(cfg: CfgNode, *, rounds: int) -> list[dict[str, str | float]
     """
     cfg = cfg.clone()
     cfg.defrost()
-    root = Path(cfg.DATA.PATH_TO_DATA_DIR).expanduser()
+    root = Path(cfg.DATA.PATH_TO_DATA_DIR)
     splits = [split for split in ("train", "val") if (root / split).is_dir()]
     if not splits:
         raise UserError(f"{root} has neither a folder train/ nor val/ with a folder per class in it.")
@@ -179,7 +181,9 @@ def data_limit(images_per_second_per_core: float, needed: float, *, cores: int |
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = make_parser(__doc__, source="FOLDER")
-    parser.add_argument("--needed", type=float, metavar="IMAGES_PER_SECOND", help="what the network evaluates")
+    parser.add_argument(
+        "--needed", type=in_range(float, POSITIVE), metavar="IMAGES_PER_SECOND", help="what the network evaluates"
+    )
 
     def measure(args: Namespace, cfg: CfgNode) -> list[dict[str, str | float]]:
         rows = benchmark_loading(args.source, cfg, rounds=args.rounds)

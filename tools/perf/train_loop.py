@@ -191,7 +191,7 @@ def compare_training(cfg: CfgNode, *, rounds: int) -> dict[str, float | int]:
         UserError: bad settings, data or weights.
     """
     round_steps = max(cfg.LOG_PERIOD, 1)
-    folder = Path(cfg.OUTPUT_DIR).expanduser()
+    folder = Path(cfg.OUTPUT_DIR)
     folder.mkdir(parents=True, exist_ok=True)  # the same disk as a training
     with tempfile.TemporaryDirectory(dir=folder, prefix="train_loop_") as output_dir:
         trainer, _, timed = train_both(cfg, output_dir, num_steps=round_steps * (rounds + 1))
