@@ -38,6 +38,7 @@ class Layout:
         self.total, self.longest = total, longest  # T, M
         self.kind = kind  # name in LAYOUTS
         self.full = full  # there is no padding
+        self.padded_rows = 0 if kind == "packed" else longest  # rows of a sequence in a layout with padding, else 0
         self.uniform = kind != "packed" or total == self.num_sequences * longest  # M rows each, so `pad` is a view
 
     @classmethod
@@ -323,13 +324,23 @@ class BlockRecord:
     num_keys: Tensor
     num_out: Tensor  # tokens that go on
     max_tokens: int = 0  # of the tokens that go on, see `RaggedTokens`
+    rows_in: int = 0  # that each sequence takes in a layout with padding, before and after the block; 0: no padding
+    rows_out: int = 0
     reduction: object | None = None  # `ats.reduction.Reduction`: how the block loses tokens; None: it keeps all
+    idle: bool = False  # the reduction had nothing to merge, and computed nothing
     kept: KeptTokens | None = None  # None without a reduction
     candidates: object | None = None  # `ats.reduction.Candidates` with scores, if `ATSBlock.record_scores` is set
     # During the forward pass the record before and the ATSBlock, whose index `RaggedTokens.trace` fills in. A tuple of
     # records or the number itself would make torch.compile compile every block anew.
     previous: BlockRecord | None = None
     source: object | None = None
+
+    def with_padding(self) -> BlockRecord:
+        """The record with rows counted instead of tokens, because the block computes its padding too."""
+        if not self.rows_out:
+            return self
+        rows_in, rows_out = (torch.full_like(self.num_in, rows) for rows in (self.rows_in, self.rows_out))
+        return replace(self, num_in=rows_in, num_queries=rows_in, num_keys=rows_in, num_out=rows_out)
 
 
 class Trace(list[KeptTokens]):

@@ -141,10 +141,20 @@ class TimmModel(Patched):
     def block_grids(self, input_shape: Sequence[int]) -> list[BlockGrid]:
         return [BlockGrid.of(1, *self.patch_embed.dynamic_feat_size(tuple(input_shape[-2:])))] * len(self.blocks)
 
+    def multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int], *, paper: bool) -> Tensor:
+        """As the base class's. Padding is pooled too: to the longest image, with static shapes to all positions."""
+        pooled = trace
+        if trace and not paper and self.layout != "packed":
+            longest = trace[-1].num_tokens.amax().expand(len(trace[-1].num_tokens))
+            pooled = [] if self.layout == "static" else [replace(trace[-1], num_tokens=longest)]
+        blocks = self.block_multiply_adds(trace, input_shape, paper=paper)
+        return sum(blocks) + self.stem_multiply_adds(pooled, input_shape)
+
     def stem_multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int]) -> Tensor | float:
         """Embedding, pooling and head of each image."""
         height, width = self.patch_embed.dynamic_feat_size(tuple(input_shape[-2:]))
-        left = trace[-1].num_tokens.double() if trace else float(self.num_prefix_tokens + height * width)
+        num_positions = self.num_prefix_tokens + height * width
+        left = trace[-1].num_tokens.double() if trace else float(num_positions)
         pool = getattr(self, "attn_pool", None)
         total = self._embedding_multiply_adds(input_shape, height * width)
         if pool is not None:
@@ -153,7 +163,7 @@ class TimmModel(Patched):
             per_latent = sum(linears_multiply_adds(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None)
             total = total + latents * per_latent + pooled * linear_multiply_adds(pool.kv)
             total = total + 2 * latents * pooled * pool.kv.in_features
-        num_rows = left if self.global_pool == "" and pool is None else 1
+        num_rows = num_positions if self.global_pool == "" and pool is None else 1  # zeros for dropped tokens, too
         heads = [head for head in (self.head, getattr(self, "head_dist", None)) if isinstance(head, nn.Linear)]
         return total + num_rows * sum(map(linear_multiply_adds, heads))
 
