@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ats import kernels
+from ats.errors import UserError
 from ats.lazy import cached
 
 LAYOUTS = ("packed", "padded", "static")
@@ -162,6 +163,15 @@ class RaggedTokens:
         places = Layout(lengths, total=num_sequences * length, longest=length, kind=layout)
         position = torch.arange(length, device=x.device).repeat(num_sequences)
         return cls(x.flatten(0, 1), places, position, num_prefix_tokens, length, length, frames_per_clip, grid)
+
+    @classmethod
+    def __torch_function__(cls, function: object, *_: object, **__: object) -> None:
+        """torch's functions end here: they would need a tensor."""
+        raise UserError(
+            "A module without ATS got the tokens of blocks with ATS. Their lengths differ: read tokens.x, or "
+            "tokens.to_grid(). If no hook of yours did this, blocks were replaced or shared between models after "
+            "ats.patch: ats.unpatch(model), and patch again."
+        )
 
     def with_x(self, x: Tensor) -> RaggedTokens:
         """The same tokens with other values [T, C'], keeping what was computed of their places (`cached`)."""

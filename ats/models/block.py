@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ats.attention import ragged_attention
+from ats.errors import UserError
 from ats.models.activation_checkpoint import run_block
 from ats.reduction import Candidates, Reduction, Step
 from ats.reduction.scores import average_over_frames, score_candidates
@@ -230,6 +231,16 @@ def rows(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
 
 
+def unwrapped(block: nn.Module) -> nn.Module:
+    """The ATSBlock inside wrappers of one module (torch.compile's, FSDP's, checkpointing's); other blocks unchanged."""
+    inner = block
+    while not isinstance(inner, ATSBlock):
+        if len(inner._modules) != 1:
+            return block
+        (inner,) = inner._modules.values()
+    return inner
+
+
 def ats_blocks(model: nn.Module) -> list[ATSBlock]:
     """The blocks with a reduction, in order, of a network built here or patched."""
     found = [module for module in model.modules() if getattr(module, "reduction", None) is not None]
@@ -256,10 +267,12 @@ def run_blocks(
     call = call or (lambda block, x, _: run_block(block, x))
     tokens = None
     for place, block in enumerate(blocks):
-        if isinstance(block, ATSBlock):
+        if isinstance(unwrapped(block), ATSBlock):
             tokens = call(block, begin(x) if tokens is None else tokens, place)
-        else:
+        elif tokens is None:
             x = call(block, x, place)
+        else:
+            raise UserError(f"Block {place} is a {type(block).__name__} without ATS behind blocks with ATS.")
         if after is not None:
             after(place, begin(x) if tokens is None else tokens)
     return begin(x) if tokens is None else tokens

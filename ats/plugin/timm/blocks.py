@@ -20,8 +20,9 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
+from ats.errors import UserError
 from ats.models.block import ATSBlock
-from ats.plugin.handle import version_of
+from ats.plugin.handle import original_class, version_of
 from ats.reduction import Step
 from ats.tokens import RaggedTokens
 
@@ -34,6 +35,14 @@ NO_NORM = nn.Identity()
 
 class TimmBlock(ATSBlock):
     """Base of the ATS versions of timm's blocks; never instantiated, see `handle.attach_to`."""
+
+    def forward(self, tokens: RaggedTokens, **kwargs: object) -> RaggedTokens:
+        if isinstance(tokens, Tensor):  # a model without ATS calls it
+            raise UserError(
+                "This block has ATS, but the model that runs it has not: they share it since ats.patch of another "
+                "model. Give each its own by copy.deepcopy, or ats.unpatch the other one."
+            )
+        return super().forward(tokens)
 
     def attention_output(self, out: Tensor, step: Step) -> Tensor:
         attn = self.attn
@@ -127,16 +136,16 @@ VERSIONS: dict[type[nn.Module], type[TimmBlock]] = {
 
 def refusal_of_block(block: nn.Module) -> str:
     """What ATS does not support in this block; "" if it supports everything."""
-    if type(block) not in VERSIONS:
+    if original_class(block) not in VERSIONS:
         known = ", ".join(f"{kind.__module__.removeprefix('timm.models.')}.{kind.__name__}" for kind in VERSIONS)
         return f"is a {type(block).__name__}; understood are {known}"
-    if type(block.attn) not in ATTENTIONS:
+    if original_class(block.attn) not in ATTENTIONS:
         return f"has attention of class {type(block.attn).__name__}"
-    if block.attn.qkv is not None and type(block.attn.qkv) is not nn.Linear:
+    if block.attn.qkv is not None and original_class(block.attn.qkv) is not nn.Linear:
         return f"has attn.qkv of class {type(block.attn.qkv).__name__} instead of Linear"
-    if type(block.mlp) not in MLPS or any(isinstance(module, nn.Conv2d) for module in block.mlp.modules()):
+    if original_class(block.mlp) not in MLPS or any(isinstance(module, nn.Conv2d) for module in block.mlp.modules()):
         return f"has an MLP of class {type(block.mlp).__name__}"
     for norm in (block.norm1, block.norm2, *(getattr(block.attn, name, None) for name in ("q_norm", "k_norm", "norm"))):
-        if norm is not None and type(norm) not in NORMS:
+        if norm is not None and original_class(norm) not in NORMS:
             return f"has a norm of class {type(norm).__name__}"
     return ""
