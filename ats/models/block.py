@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ats.attention import ragged_attention
 from ats.errors import UserError
 from ats.models.activation_checkpoint import run_block
+from ats.models.weights import linear_part
 from ats.reduction import Candidates, Reduction, Step
 from ats.reduction.scores import average_over_frames, score_candidates
 from ats.tokens import BlockRecord, KeptTokens, Layout, RaggedTokens
@@ -207,13 +208,13 @@ class ATSBlock(nn.Module):
         None: of CLS.
         """
         qkv, size = self.attn.qkv, self.attn.proj.in_features
-        q = F.linear(x, qkv.weight[:size], None if qkv.bias is None else qkv.bias[:size])
+        q = linear_part(qkv, x, slice(size))
         return self.attn.q_norm(q.unflatten(-1, (self.attn.num_heads, -1)))
 
     def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
         """Keys and values, each [T, H, D], of tokens [T, C]. `tokens` gives their positions."""
         qkv, size = self.attn.qkv, self.attn.proj.in_features
-        kv = F.linear(x, qkv.weight[size:], None if qkv.bias is None else qkv.bias[size:])
+        kv = linear_part(qkv, x, slice(size, None))
         k, v = kv.unflatten(-1, (2, self.attn.num_heads, -1)).unbind(1)
         return self.attn.k_norm(k), v
 

@@ -56,7 +56,9 @@ def change_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 def _version_in(kind: type) -> type | None:
     """The ATS version that a class is or derives from."""
-    return next((base for base in kind.__mro__ if "original" in vars(base) and base.__module__.startswith("ats.")), None)
+    return next(
+        (base for base in kind.__mro__ if "original" in vars(base) and base.__module__.startswith("ats.")), None
+    )
 
 
 @cache  # one class for all blocks, as torch's own: torch.compile compiles for a class
@@ -93,7 +95,7 @@ class Handle:
 
     @property
     def settings(self) -> dict:
-        """What `ats.patch` was given, for the blocks that there are: timm's `prune_intermediate_layers` removes some."""
+        """What `ats.patch` was given, without blocks that are gone: timm's `prune_intermediate_layers` removes some."""
         state, depth = self._model.ats_state, len(self._model.block_list())
         state.settings = _cut(state.settings, depth)
         return state.settings

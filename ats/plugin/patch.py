@@ -94,7 +94,11 @@ def unpatch(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, Patched):
         path, inner = _wrapped(model)
-        hint = f"it wraps one: ats.unpatch({path})" if isinstance(inner, Patched) else "ats.patch(model, ...) was not called"
+        hint = (
+            f"it wraps one: ats.unpatch({path})"
+            if isinstance(inner, Patched)
+            else "ats.patch(model, ...) was not called"
+        )
         raise UserError(f"This {type(model).__name__} has no ATS to remove: {hint}.")
     for module in model.modules():
         restore(module)

@@ -36,7 +36,11 @@ def small_model(name: str, **settings: object) -> nn.Module:
 
 def run(name: str, model: nn.Module) -> torch.Tensor:
     """Logits of random images."""
-    x = transformers_models.images() if models_of(name) is transformers_models else timm_models.images(small_model(name))
+    x = (
+        transformers_models.images()
+        if models_of(name) is transformers_models
+        else timm_models.images(small_model(name))
+    )
     with torch.no_grad():
         out = model(x)
     return out if isinstance(out, torch.Tensor) else out.logits
@@ -301,9 +305,13 @@ def test_wrappers_say_what_to_type(patched):
         (torch.compile(inner, backend="eager"), r"model\._orig_mod"),
         (torch.compile(nn.DataParallel(inner), backend="eager"), r"model\.module"),
     ):
-        with pytest.raises(UserError, match=rf"it wraps a VisionTransformer; patch that one: ats\.patch\({path}, \.\.\.\)"):
+        with pytest.raises(
+            UserError, match=rf"it wraps a VisionTransformer; patch that one: ats\.patch\({path}, \.\.\.\)"
+        ):
             ats.patch(wrapper, blocks=[1])
-        with pytest.raises(UserError, match=rf"ats\.unpatch\({path}\)" if patched else r"ats\.patch\(model, \.\.\.\) was"):
+        with pytest.raises(
+            UserError, match=rf"ats\.unpatch\({path}\)" if patched else r"ats\.patch\(model, \.\.\.\) was"
+        ):
             ats.unpatch(wrapper)
 
 

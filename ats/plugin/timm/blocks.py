@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, GluMlp, LayerNormFp32, Mlp, RmsNorm, RmsNormFp32, SwiGLU
 from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from ats.errors import UserError
 from ats.models.block import ATSBlock
+from ats.models.weights import linear_part, refuse_stale, stale
 from ats.plugin.handle import original_class, version_of
 from ats.reduction import Step
 from ats.tokens import RaggedTokens
@@ -66,6 +66,7 @@ class TimmBlock(ATSBlock):
 
     def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
         attn = self.attn
+        refuse_stale(attn)
         if attn.qkv is None:
             num_heads = getattr(attn, "num_kv_heads", attn.num_heads)
             k, v = (projection(x).unflatten(-1, (num_heads, -1)) for projection in (attn.k_proj, attn.v_proj))
@@ -89,11 +90,10 @@ class TimmBlock(ATSBlock):
 
     def _joint_projection(self, x: Tensor, part: slice) -> Tensor:
         """The outputs `part` of the projection to queries, keys and values."""
-        attn = self.attn
-        bias = attn.qkv.bias
+        attn, bias = self.attn, None
         if getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        return F.linear(x, attn.qkv.weight[part], None if bias is None else bias[part])
+        return linear_part(attn.qkv, x, part, bias)
 
     def _place(self, x: Tensor, tokens: RaggedTokens | None) -> Tensor:
         """Queries or keys [T, h, D] after the rotary embedding."""
@@ -143,6 +143,9 @@ def refusal_of_block(block: nn.Module) -> str:
         return f"has attention of class {type(block.attn).__name__}"
     if block.attn.qkv is not None and original_class(block.attn.qkv) is not nn.Linear:
         return f"has attn.qkv of class {type(block.attn.qkv).__name__} instead of Linear"
+    for name, layer in (("attn", block.attn), ("attn.qkv", block.attn.qkv)):
+        if layer is not None and (reason := stale(layer)):
+            return f"has {name} {reason}"
     if original_class(block.mlp) not in MLPS or any(isinstance(module, nn.Conv2d) for module in block.mlp.modules()):
         return f"has an MLP of class {type(block.mlp).__name__}"
     for norm in (block.norm1, block.norm2, *(getattr(block.attn, name, None) for name in ("q_norm", "k_norm", "norm"))):
