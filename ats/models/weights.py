@@ -45,5 +45,5 @@ def stale(layer: nn.Module) -> str:
         remedy = next((text for kind, text in REMEDIES.items() if isinstance(hook, kind)), "remove that hook")
         remedy = remedy.format(name=name, new="torch.nn.utils.parametrizations")
         what = getattr(hook, "__name__", type(hook).__name__)
-        return f"whose {name} is computed by {what} when the layer is called, but ATS reads it without a call. Type {remedy}"
+        return f"whose {name} is computed by {what} at each call of the layer, but ATS only reads it. Type {remedy}"
     return ""

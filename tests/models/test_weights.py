@@ -125,8 +125,8 @@ def test_the_message_says_what_to_type():
     """Before the patch with the block and the layer, after it when the weight is read; other hooks are let be."""
     for put, text in (
         (weight_norm, r"whose weight is computed by WeightNorm .* Type torch\.nn\.utils\.remove_weight_norm\(layer, '"),
-        (spectral_norm, r"SpectralNorm .* parametrizations\.spectral_norm"),
-        (lambda layer: prune.random_unstructured(layer, "bias", 0.5), r"whose bias .* prune\.remove\(layer, 'bias'\)"),
+        (spectral_norm, r"SpectralNorm .*parametrizations\.spectral_norm"),
+        (lambda layer: prune.random_unstructured(layer, "bias", 0.5), r"whose bias .*prune\.remove\(layer, 'bias'\)"),
         (scaled_by_hook, "whose weight is computed by refresh .* Type remove that hook"),
     ):  # fmt: skip
         host = timm_models.small_model("deit3_small_patch16_224")
@@ -148,7 +148,7 @@ def test_the_message_says_what_to_type():
     model.blocks[1].attn.qkv.register_forward_pre_hook(lambda *_: None)  # a profiler's, say
     assert torch.equal(model(x), want)
     prune.l1_unstructured(model.blocks[1].attn, "relative_position_bias_table", 0.5)
-    with pytest.raises(UserError, match=r"relative_position_bias_table is computed by L1Unstructured .* prune\.remove"):
+    with pytest.raises(UserError, match=r"relative_position_bias_table is computed by L1Unstructured .*prune\.remove"):
         model(x)
 
 
