@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+_warned = False
 
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
 # Nothing reads past a tensor's end, which follows from shape and strides. Slices are cut at the array's declared end,
@@ -97,8 +97,12 @@ def prepare() -> None:
                 globals()[name](*nothing)
 
 
-@cache  # once for all functions
 def _warn_of_cache(reason: str, path: str) -> None:
+    """Once for all functions."""
+    global _warned
+    if _warned:
+        return
+    _warned = True
     where = f" in {path}" if path else ""
     logger.warning("Numba's cache%s cannot be used (%s); compiling anew, which takes seconds.", where, reason)
 
