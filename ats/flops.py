@@ -2,8 +2,8 @@
 
 A multiply-add counts as one operation, as in the paper's tables (DeiT-S: 4.6). Two accountings, always both:
 
-* as run: what this implementation computes (kept queries only in ATS blocks); equal to `torch.utils.flop_counter` at
-  batch size 1;
+* as run: what this implementation computes (kept queries only in ATS blocks; with ATS.LAYOUT padded or static the
+  padding too); equal to `torch.utils.flop_counter` at batch size 1;
 * paper: what the official code computes and the paper's tables count (all queries and the full N x N logits in ATS
   blocks).
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ats import kernels
+from ats.errors import UserError
 from ats.lazy import cached
 
 LAYOUTS = ("packed", "padded", "static")
@@ -38,6 +39,7 @@ class Layout:
         self.total, self.longest = total, longest  # T, M
         self.kind = kind  # name in LAYOUTS
         self.full = full  # there is no padding
+        self.padded_rows = 0 if kind == "packed" else longest  # rows of a sequence in a layout with padding, else 0
         self.uniform = kind != "packed" or total == self.num_sequences * longest  # M rows each, so `pad` is a view
 
     @classmethod
@@ -161,6 +163,15 @@ class RaggedTokens:
         places = Layout(lengths, total=num_sequences * length, longest=length, kind=layout)
         position = torch.arange(length, device=x.device).repeat(num_sequences)
         return cls(x.flatten(0, 1), places, position, num_prefix_tokens, length, length, frames_per_clip, grid)
+
+    @classmethod
+    def __torch_function__(cls, function: object, *_: object, **__: object) -> None:
+        """torch's functions end here: they would need a tensor."""
+        raise UserError(
+            "A module without ATS got the tokens of blocks with ATS. Their lengths differ: read tokens.x, or "
+            "tokens.to_grid(). If no hook of yours did this, blocks were replaced or shared between models after "
+            "ats.patch: ats.unpatch(model), and patch again."
+        )
 
     def with_x(self, x: Tensor) -> RaggedTokens:
         """The same tokens with other values [T, C'], keeping what was computed of their places (`cached`)."""
@@ -323,13 +334,23 @@ class BlockRecord:
     num_keys: Tensor
     num_out: Tensor  # tokens that go on
     max_tokens: int = 0  # of the tokens that go on, see `RaggedTokens`
+    rows_in: int = 0  # that each sequence takes in a layout with padding, before and after the block; 0: no padding
+    rows_out: int = 0
     reduction: object | None = None  # `ats.reduction.Reduction`: how the block loses tokens; None: it keeps all
+    idle: bool = False  # the reduction had nothing to merge, and computed nothing
     kept: KeptTokens | None = None  # None without a reduction
     candidates: object | None = None  # `ats.reduction.Candidates` with scores, if `ATSBlock.record_scores` is set
     # During the forward pass the record before and the ATSBlock, whose index `RaggedTokens.trace` fills in. A tuple of
     # records or the number itself would make torch.compile compile every block anew.
     previous: BlockRecord | None = None
     source: object | None = None
+
+    def with_padding(self) -> BlockRecord:
+        """The record with rows counted instead of tokens, because the block computes its padding too."""
+        if not self.rows_out:
+            return self
+        rows_in, rows_out = (torch.full_like(self.num_in, rows) for rows in (self.rows_in, self.rows_out))
+        return replace(self, num_in=rows_in, num_queries=rows_in, num_keys=rows_in, num_out=rows_out)
 
 
 class Trace(list[KeptTokens]):

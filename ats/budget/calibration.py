@@ -317,7 +317,7 @@ class Network:
     def set(self, setting: Setting) -> None:
         """Give the blocks these reductions, for good; the handle of a patched model then says so."""
         self._turn(setting)
-        settings = self.model.ats_state.settings if isinstance(self.model, Patched) else {}
+        settings = self.model.ats.settings if isinstance(self.model, Patched) else {}
         if "stages" in settings:
             for stage in settings["stages"]:
                 own = [reduction for reduction in setting if reduction.block in stage["blocks"]]

@@ -95,9 +95,11 @@ def _numba_kernels() -> ModuleType | None:
     """`numba_kernels`; None without Numba. Imported when the first image is sampled, as that takes a moment."""
     try:
         from ats.kernels import numba_kernels
+
+        numba_kernels.prepare()
     except ImportError:
         return None
-    except RuntimeError as error:  # Numba finds no folder to keep what it builds
+    except Exception as error:  # Numba raises anything
         logger.warning("Numba's functions cannot run (%s); PyTorch scores and samples instead, slower.", error)
         return None
     return numba_kernels

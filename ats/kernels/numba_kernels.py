@@ -5,20 +5,25 @@ through the sequences one by one, so a sequence's result cannot depend on its ba
 `tokens.py`) are the reference and run everywhere else; tests/kernels/test_numba_kernels.py compares the two: the choice
 of tokens exactly, the scores to round-off.
 
-Numba compiles the functions on their first call (seconds) and caches them on disk. They take addresses, because passing
-tensors as NumPy arrays takes longer than the work for one image. The wrappers cast dtypes and pass strides explicitly.
+`prepare` compiles the functions (seconds), or loads them from Numba's cache on disk. They take addresses, because
+passing tensors as NumPy arrays takes longer than the work for one image. The wrappers cast dtypes and pass strides
+explicitly.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import carray, jit, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+_warned = False
 
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
 # Nothing reads past a tensor's end, which follows from shape and strides. Slices are cut at the array's declared end,
@@ -70,6 +75,52 @@ def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, 
     return kept[:total], kept[size : size + total], kept[2 * size :]
 
 
+def prepare() -> None:
+    """Load or compile each function, by a call with nothing to do. A cache that cannot be read or written is emptied,
+    or else not used; the log says so.
+    """
+    for name, nothing in (
+        ("_official_rule", (0,) * 9),
+        ("_cls_scores", (*(0,) * 16, 0.0, True, 0)),
+        ("_kept_rows", (0,) * 8),
+    ):
+        function = globals()[name]
+        try:
+            function(*nothing)
+        except Exception as error:  # of unpickling: anything
+            _warn_of_cache(f"{type(error).__name__}: {error}", str(function.stats.cache_path))
+            try:
+                function.recompile()  # empties its cache
+                function(*nothing)
+            except Exception:
+                globals()[name] = jit(**function.targetoptions)(function.py_func)
+                globals()[name](*nothing)
+
+
+def _warn_of_cache(reason: str, path: str) -> None:
+    """Once for all functions."""
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    where = f" in {path}" if path else ""
+    logger.warning("Numba's cache%s cannot be used (%s); compiling anew, which takes seconds.", where, reason)
+
+
+def native(**options: object) -> Callable:
+    """`njit`, with a cache on disk if there is a folder for it."""
+
+    def decorate(function: Callable) -> Callable:
+        try:
+            return njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError as error:
+            compiled = njit(nogil=True, **options)(function)
+            _warn_of_cache(str(error), "")
+            return compiled
+
+    return decorate
+
+
 def _pointer_to(element: types.Type) -> Callable:
     """For Numba's functions: the pointer to elements of this type, from a tensor's address."""
 
@@ -86,7 +137,7 @@ def _pointer_to(element: types.Type) -> Callable:
 _floats, _integers, _booleans = _pointer_to(types.float32), _pointer_to(types.int64), _pointer_to(types.boolean)
 
 
-@njit(cache=True, nogil=True)
+@native()
 def _official_rule(scores, scores_row, scores_column, lengths, full_length, num_points, num_sequences, longest, keep):
     scores = carray(_floats(scores), _ENDLESS)
     lengths = carray(_integers(lengths), num_sequences)
@@ -137,7 +188,7 @@ def _official_rule(scores, scores_row, scores_column, lengths, full_length, num_
             below = upper
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@native(fastmath={"reassoc", "contract", "nsz"})
 def _cls_scores(
     q, q_row, q_head, k, k_row, k_head, v, v_row, v_head,
     lengths, rows_apart, num_sequences, longest, num_heads, head_dim, value_dim, scale, with_norm, scores,
@@ -182,7 +233,7 @@ def _cls_scores(
                 scores[s, t] *= math.sqrt(square)
 
 
-@njit(cache=True, nogil=True)
+@native()
 def _kept_rows(mask, mask_row, mask_column, position, lengths, num_sequences, size, kept):
     """`kept` holds rows [size], positions [size], lengths [num_sequences]; returns the number of the first two."""
     mask = carray(_booleans(mask), _ENDLESS)

@@ -78,6 +78,7 @@ class HasBlocks:
         costs = []
         for index, (block, grid) in enumerate(zip(self.block_list(), self.block_grids(input_shape), strict=True)):
             record = recorded.get(index) or grid.dense_record(index, num_samples * frames, self.prefix_of(index))
+            record = record if paper else record.with_padding()
             cost = self.block_cost(block, record, grid, paper=paper, frames=frames)
             costs.append(cost.reshape(num_samples, -1).sum(dim=1))
         device = next((record.num_in.device for record in recorded.values()), None)

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ats.attention import ragged_attention
+from ats.errors import UserError
 from ats.models.activation_checkpoint import run_block
+from ats.models.weights import linear_part
 from ats.reduction import Candidates, Reduction, Step
 from ats.reduction.scores import average_over_frames, score_candidates
 from ats.tokens import BlockRecord, KeptTokens, Layout, RaggedTokens
@@ -122,7 +124,10 @@ class ATSBlock(nn.Module):
             num_keys=step.keys.layout.lengths,
             num_out=out.layout.lengths,
             max_tokens=out.max_tokens,
+            rows_in=step.tokens.layout.padded_rows,
+            rows_out=out.layout.padded_rows,
             reduction=reduction,
+            idle=out is step.kept,
             kept=None if reduction is None else KeptTokens.of(out, -1),
             candidates=step.candidates if self.record_scores else None,
             previous=step.tokens.record,
@@ -203,13 +208,13 @@ class ATSBlock(nn.Module):
         None: of CLS.
         """
         qkv, size = self.attn.qkv, self.attn.proj.in_features
-        q = F.linear(x, qkv.weight[:size], None if qkv.bias is None else qkv.bias[:size])
+        q = linear_part(qkv, x, slice(size))
         return self.attn.q_norm(q.unflatten(-1, (self.attn.num_heads, -1)))
 
     def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
         """Keys and values, each [T, H, D], of tokens [T, C]. `tokens` gives their positions."""
         qkv, size = self.attn.qkv, self.attn.proj.in_features
-        kv = F.linear(x, qkv.weight[size:], None if qkv.bias is None else qkv.bias[size:])
+        kv = linear_part(qkv, x, slice(size, None))
         k, v = kv.unflatten(-1, (2, self.attn.num_heads, -1)).unbind(1)
         return self.attn.k_norm(k), v
 
@@ -225,6 +230,16 @@ class ATSBlock(nn.Module):
 def rows(x: Tensor, index: Tensor | None) -> Tensor:
     """The rows `index` of x, by default all. index_select always gathers whole rows; x[index] may not."""
     return x if index is None else x.index_select(0, index)
+
+
+def unwrapped(block: nn.Module) -> nn.Module:
+    """The ATSBlock inside wrappers of one module (torch.compile's, FSDP's, checkpointing's); other blocks unchanged."""
+    inner = block
+    while not isinstance(inner, ATSBlock):
+        if len(inner._modules) != 1:
+            return block
+        (inner,) = inner._modules.values()
+    return inner
 
 
 def ats_blocks(model: nn.Module) -> list[ATSBlock]:
@@ -253,10 +268,12 @@ def run_blocks(
     call = call or (lambda block, x, _: run_block(block, x))
     tokens = None
     for place, block in enumerate(blocks):
-        if isinstance(block, ATSBlock):
+        if isinstance(unwrapped(block), ATSBlock):
             tokens = call(block, begin(x) if tokens is None else tokens, place)
-        else:
+        elif tokens is None:
             x = call(block, x, place)
+        else:
+            raise UserError(f"Block {place} is a {type(block).__name__} without ATS behind blocks with ATS.")
         if after is not None:
             after(place, begin(x) if tokens is None else tokens)
     return begin(x) if tokens is None else tokens

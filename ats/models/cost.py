@@ -60,7 +60,7 @@ def vit_block_multiply_adds(block: nn.Module, record: BlockRecord, *, paper: boo
     project = linear_multiply_adds(attn.proj) + (0 if gate is None else linear_multiply_adds(gate))
     mlp = linears_multiply_adds(block.mlp)
     extra = 0
-    if reduction is not None and not paper:
+    if reduction is not None and not paper and not record.idle:
         extra = reduction.multiply_adds(n, m, head_dim=attn_dim // attn.num_heads, num_heads=attn.num_heads)
     if reduction is not None and reduction.after_attention:  # every token attends; fewer go on to the MLP
         return n * (q + kv) + 2 * n * n * attn_dim + n * project + m * mlp + extra

@@ -1,7 +1,8 @@
 """What `ats.patch` needs of every library of models: the state of a patched model, and classes with ATS.
 
 A model or block gets ATS by a change of its `__class__`: it stays the same object, with the same modules, parameters
-and state-dict keys, and can change back. `timm/model.py` and `transformers/model.py` are the two libraries. Each has
+and state-dict keys, and can change back. Classes that torch makes while a program runs (FSDP2's, parametrizations')
+stay in front. `timm/model.py` and `transformers/model.py` are the two libraries. Each has
 `VERSIONS` (original class -> ATS version) and functions of a model: `refusal`, `attach`, `default_score`, and
 `network`, the facts for `plan_reductions`.
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from torch import nn
 
 from ats.errors import UserError, suggest
 from ats.models.backbone import HasBlocks
+from ats.models.block import ATSBlock, unwrapped
 from ats.reduction import Reduction
 from ats.tokens import LAYOUTS, KeptTokens
 
@@ -29,6 +32,45 @@ def version_of(original: type[nn.Module], *bases: type, name: str = "", **attrib
     version = type(name, (*bases, original), attributes)
     setattr(sys.modules[module], name, version)
     return version
+
+
+# Modules whose classes are made while a program runs, a subclass of the module's own: FSDP2, replicate, parametrize.
+WRAPPERS = ("torch.distributed.", "torch.nn.utils.parametrize")
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without ATS, and without what torch put in front of it."""
+    kind = type(module)
+    if version := _version_in(kind):
+        return version.original
+    while any(base.__module__.startswith(WRAPPERS) for base in (kind, *kind.__bases__[:-1])):
+        kind = kind.__bases__[-1]
+    return kind
+
+
+def change_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Replace a module's original class or its ATS version by `new`, behind what torch put in front of it."""
+    old = _version_in(type(module)) or original_class(module)
+    module.__class__ = _rebased(type(module), old, new)
+
+
+def _version_in(kind: type) -> type | None:
+    """The ATS version that a class is or derives from."""
+    return next(
+        (base for base in kind.__mro__ if "original" in vars(base) and base.__module__.startswith("ats.")), None
+    )
+
+
+@cache  # one class for all blocks, as torch's own: torch.compile compiles for a class
+def _rebased(kind: type, old: type, new: type) -> type:
+    """The class `kind` with `new` instead of its base `old`."""
+    if kind is old:
+        return new
+    # transformers gives each subclass of a layer a `forward`, which would be that of `old`.
+    skipped = ("__dict__", "__weakref__", "forward")
+    attributes = {name: value for name, value in vars(kind).items() if name not in skipped}
+    bases = (*kind.__bases__[:-1], _rebased(kind.__bases__[-1], old, new))
+    return type(kind.__name__.replace(old.__name__, new.__name__), bases, attributes)
 
 
 @dataclass
@@ -52,6 +94,13 @@ class Handle:
         object.__setattr__(self, "_model", model)
 
     @property
+    def settings(self) -> dict:
+        """What `ats.patch` was given, without blocks that are gone: timm's `prune_intermediate_layers` removes some."""
+        state, depth = self._model.ats_state, len(self._model.block_list())
+        state.settings = _cut(state.settings, depth)
+        return state.settings
+
+    @property
     def last(self) -> list[KeptTokens]:
         """With `trace`, what each block with a reduction kept of the last batch: `.block`, `.num_tokens` [B] (prefix
         tokens counted) and `.patches`, the original indices of the patches kept by each image.
@@ -62,25 +111,36 @@ class Handle:
         return last
 
     def __getattr__(self, name: str) -> object:
-        state = self._model.ats_state
+        settings = self.settings
         if name == "trace":
-            return state.trace
-        if name in state.settings:
-            return state.settings[name]
-        raise AttributeError(f"model.ats has no {name}.{suggest(name, [*state.settings, 'trace', 'last'])}")
+            return self._model.ats_state.trace
+        if name in settings:
+            return settings[name]
+        raise AttributeError(f"model.ats has no {name}.{suggest(name, [*settings, 'trace', 'last'])}")
 
     def __setattr__(self, name: str, value: object) -> None:
-        state = self._model.ats_state
+        state, settings = self._model.ats_state, self.settings
         if name == "trace":
             state.trace, state.last = bool(value), None
-        elif name in state.settings:
-            state.apply(self._model, state.settings | {name: value})
+        elif name in settings:
+            state.apply(self._model, settings | {name: value})
         else:
-            names = [*state.settings, "trace"]
+            names = [*settings, "trace"]
             raise UserError(f"model.ats has no setting {name}: choose from {', '.join(names)}.{suggest(name, names)}")
 
     def __repr__(self) -> str:
-        return f"ats({', '.join(f'{name}={value!r}' for name, value in self._model.ats_state.settings.items())})"
+        return f"ats({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
+
+
+def _cut(settings: dict, depth: int) -> dict:
+    """Settings without the blocks from `depth` on."""
+    cut = {name: value[:depth] if isinstance(value, list) else value for name, value in settings.items()}
+    if "blocks" in settings:
+        cut["blocks"] = [block for block in settings["blocks"] if block < depth]
+    if "stages" in settings:
+        stages = (_cut(stage, depth) for stage in settings["stages"])
+        cut["stages"] = [stage for stage in stages if stage["blocks"]]
+    return cut
 
 
 class Patched(HasBlocks):
@@ -100,13 +160,46 @@ def refuse_merging(model: nn.Module, reductions: Iterable[Reduction], no_merge: 
     for reduction in reductions:
         reason = (reduction.merges and no_merge) or (reduction.makes_fused and no_fuse)
         if reason:
-            raise UserError(f"sampler {reduction.name} does not work with this {type(model).__name__}: {reason}.")
+            name = original_class(model).__name__
+            raise UserError(f"sampler {reduction.name} does not work with this {name}: {reason}.")
 
 
-def refusal_of_blocks(blocks: nn.Module, refusal: Callable[[nn.Module], str]) -> str:
-    """Why ATS cannot be put into these blocks; "" if it can."""
-    reasons = (f"block {index} {reason}" for index, block in enumerate(blocks) if (reason := refusal(block)))
-    return next(reasons, "") if len(blocks) else "it has no blocks"
+def refusal_of_blocks(model: nn.Module, blocks: nn.Module, refusal: Callable[[nn.Module], str]) -> str:
+    """Why ATS cannot be put into these blocks of `model`; "" if it can."""
+    places: dict[nn.Module, int] = {}
+    for index, block in enumerate(blocks):
+        first = places.setdefault(block, index)
+        if first < index:
+            return (
+                f"blocks {first} and {index} are the same {original_class(block).__name__} object, which cannot sample "
+                f"in two places; give each its own: copy.deepcopy(block)"
+            )
+        if isinstance(block, ATSBlock) and not isinstance(model, Patched):
+            return (
+                f"it shares block {index} with another model, which has ATS; give it its own by copy.deepcopy, or "
+                "ats.unpatch the other model first"
+            )
+        if reason := refusal(block):
+            return f"block {index} {reason}"
+    return "" if places else "it has no blocks"
+
+
+def check_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Raise a UserError if the blocks, or what the head reads, are no longer what `ats.patch` has seen."""
+    state, begun = model.ats_state, False
+    for place, block in enumerate(blocks):
+        block = unwrapped(block)
+        has_ats = isinstance(block, ATSBlock)
+        if has_ats or begun:
+            begun = True
+            if not has_ats or block.index != place or block.ats_state is not state:
+                raise UserError(
+                    f"Block {place} is not the one that got ATS: blocks were replaced, moved or shared with another "
+                    "model after ats.patch. Type model.ats.blocks = model.ats.blocks to put ATS into those that are "
+                    "there now."
+                )
+            if block.reduction is not None and block.reduction.merges:
+                refuse_merging(model, [block.reduction], model.no_merge, model.no_fuse)
 
 
 def attach_to(
@@ -120,21 +213,20 @@ def attach_to(
     """
     state = next((part.ats_state for part in parts if hasattr(part, "ats_state")), None) or State()
     for part in parts:
-        part.__class__ = versions.get(type(part), type(part))
+        change_class(part, versions[original_class(part)])
         part.ats_state = state
     first = min(reductions, default=len(blocks))
     for index, block in enumerate(blocks):
         if index >= first:
-            block.__class__ = versions.get(type(block), type(block))
-            block.reduction, block.index = reductions.get(index), index
+            change_class(block, versions[original_class(block)])
+            block.reduction, block.index, block.ats_state = reductions.get(index), index, state
         else:
             restore(block)
 
 
 def restore(module: nn.Module) -> None:
     """Make an ATS version its original again; other modules do not change."""
-    original = vars(type(module)).get("original")
-    if original is not None:
-        module.__class__ = original
+    if _version_in(type(module)):
+        change_class(module, original_class(module))
         for name in ("ats_state", "reduction", "index", "layout"):
             vars(module).pop(name, None)

@@ -21,7 +21,7 @@ from types import ModuleType
 from torch import nn
 
 from ats.errors import UserError, suggest
-from ats.plugin.handle import Patched, restore
+from ats.plugin.handle import Patched, original_class, restore
 from ats.plugin.timm import model as timm_models
 from ats.reduction import REDUCTIONS, Reduction
 from ats.reduction.base import options_of
@@ -50,15 +50,12 @@ def patch(
     Raises:
         UserError: ATS does not support the model (class and reason), it has ATS already, or a setting is out of range.
     """
-    library = library_of(model)
     if isinstance(model, Patched):
         raise UserError(
             "This model has ATS already: change its settings by model.ats.num_tokens = ... (or .blocks, .sampler, "
             ".score), or call ats.unpatch(model) first."
         )
-    reason = _wrapped(model) or library.refusal(model)
-    if reason:
-        raise UserError(f"ats.patch cannot take {type(model).__name__}: {reason}. See docs/PLUGIN.md.")
+    _refuse(model)
     if stages is not None:
         if blocks is not None or options or sampler != "inverse_transform":
             raise UserError("Give stages, or blocks with the sampler and options of one reduction, not both.")
@@ -72,7 +69,7 @@ def patch(
                 f"ats.patch has no option {unknown[0]}: choose from {', '.join(names)}.{suggest(unknown[0], names)}"
             )
         if settings["score"] is None:
-            settings["score"] = library.default_score(model)
+            settings["score"] = library_of(model).default_score(model)
     _apply(model, settings)
     return model
 
@@ -96,7 +93,13 @@ def unpatch(model: nn.Module) -> nn.Module:
     now. Raises a UserError if it is not patched.
     """
     if not isinstance(model, Patched):
-        raise UserError(f"This {type(model).__name__} has no ATS to remove: ats.patch(model, ...) was not called.")
+        path, inner = _wrapped(model)
+        hint = (
+            f"it wraps one: ats.unpatch({path})"
+            if isinstance(inner, Patched)
+            else "ats.patch(model, ...) was not called"
+        )
+        raise UserError(f"This {type(model).__name__} has no ATS to remove: {hint}.")
     for module in model.modules():
         restore(module)
     return model
@@ -117,19 +120,38 @@ def library_of(model: nn.Module) -> ModuleType:
         ) from error
 
 
-def _wrapped(model: nn.Module) -> str:
-    """What to patch instead if this wraps a supported model; "" if it does not."""
-    for name in ("module", "_orig_mod", "model"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, Patched) or (isinstance(inner, nn.Module) and type(inner) in library_of(inner).VERSIONS):
-            return f"it wraps a {type(inner).__name__}; patch that one: ats.patch(model.{name}, ...)"
-    return ""
+def _wrapped(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """The supported model that this one wraps (DistributedDataParallel, torch.compile, timm's features_only, ...), and
+    what to type for it; None if there is none.
+    """
+    path = "model"
+    while True:
+        names = (name for name in ("module", "_orig_mod", "model") if isinstance(getattr(model, name, None), nn.Module))
+        name = next(names, None)
+        if name is None:
+            return path, None
+        path, model = f"{path}.{name}", getattr(model, name)
+        if original_class(model) in library_of(model).VERSIONS:
+            return path, model
+
+
+def _refuse(model: nn.Module) -> None:
+    """Raise a UserError, with the reason, if ATS cannot be put into the model as it is now."""
+    library, (path, inner) = library_of(model), _wrapped(model)
+    if inner is None:
+        reason = library.refusal(model)
+    else:
+        reason = f"it wraps a {original_class(inner).__name__}; patch that one: ats.patch({path}, ...)"
+    if reason:
+        raise UserError(f"ats.patch cannot take {original_class(model).__name__}: {reason}. See docs/PLUGIN.md.")
 
 
 def _apply(model: nn.Module, settings: dict) -> None:
     """Give the model's blocks the reductions of the settings. Wrong settings change nothing."""
     settings = {name: _plain(value) for name, value in settings.items()}
-    library_of(model).attach(model, _plan(model, settings))
+    planned = _plan(model, settings)
+    _refuse(model)  # blocks may be others than those that `patch` has seen
+    library_of(model).attach(model, planned)
     state = model.ats_state
     state.settings, state.apply = settings, _apply
 

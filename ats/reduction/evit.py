@@ -107,7 +107,7 @@ class EViT(Reduction):
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
         """Of the row of CLS."""
-        return (self.num_kept(num_in) < num_in) * num_in * head_dim * num_heads
+        return num_in * head_dim * num_heads
 
     @classmethod
     def usual_blocks(cls, depth: int) -> list[int]:

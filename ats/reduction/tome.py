@@ -76,8 +76,7 @@ class ToMe(Reduction):
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
         """Of the similarities."""
         num_a = torch.ceil(num_in / 2)
-        merges = (num_in - self.num_prefix_tokens >= 2) & (self.r > 0)
-        return merges * num_a * (num_in - num_a) * head_dim
+        return num_a * (num_in - num_a) * head_dim
 
     @classmethod
     def usual_blocks(cls, depth: int) -> list[int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from importlib import import_module
+from pathlib import Path
 from unittest import mock
 
 import numba
@@ -160,8 +163,86 @@ def test_a_network_keeps_the_same_tokens_without_numba(monkeypatch):
     assert all(torch.equal(a.position, b.position) for a, b in zip(trace, plain_trace, strict=True))
 
 
-def test_nowhere_to_keep_what_numba_builds(monkeypatch, caplog):
-    """Numba then raises as it meets the first function: a warning, once, and the plain operations."""
+@pytest.fixture
+def imported_anew(monkeypatch, tmp_path):
+    """A function that imports the kernels again, with Numba's cache, as it is now, in the folder it returns."""
+
+    folder = tmp_path
+
+    def again() -> Path:
+        monkeypatch.delitem(sys.modules, "ats.kernels.numba_kernels", raising=False)
+        monkeypatch.delattr("ats.kernels.numba_kernels", raising=False)
+        kernels._numba_kernels.cache_clear()
+        return folder
+
+    numba_kernels.prepare()
+    built = Path(numba_kernels._kept_rows.stats.cache_path)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    again()
+    folder = Path(import_module("ats.kernels.numba_kernels")._kept_rows.stats.cache_path)
+    for file in built.glob("numba_kernels.*.nb?"):
+        shutil.copy2(file, folder)
+    again()
+    yield again
+    kernels._numba_kernels.cache_clear()
+
+
+def kept_of_two() -> list[list[int]]:
+    """What `kept_rows` gives for two tokens, the second of which is kept."""
+    mask = torch.tensor([[False, True]])
+    return [t.tolist() for t in kernels.kept_rows(mask, torch.arange(2), torch.tensor([2]))]
+
+
+DAMAGES = {
+    "no pickle": lambda data: b"no pickle",
+    "empty": lambda data: b"",
+    "cut short": lambda data: data[: len(data) // 2],
+    "begins wrong": lambda data: bytes(40) + data[40:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_a_damaged_cache_is_built_anew(imported_anew, kind, damage, caplog):
+    """One warning, and the next process finds a good one."""
+    kept_of_two()
+    assert not caplog.text
+    folder = imported_anew()
+    files = list(folder.glob(f"numba_kernels._kept_rows*.{kind}"))
+    assert files
+    for file in files:
+        file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    assert kept_of_two() == [[1], [1], [1]]
+    assert len([r for r in caplog.records if "Numba's cache in" in r.message]) == len(caplog.records) == 1
+    imported_anew()
+    assert kept_of_two() == [[1], [1], [1]]
+    assert len(caplog.records) == 1
+
+
+def test_a_cache_that_cannot_be_written(imported_anew, monkeypatch, caplog):
+    """A full disk, or a folder that lost its permissions: compiled without a cache."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    folder = imported_anew()
+    for file in folder.glob("numba_kernels._kept_rows*.nb?"):
+        file.unlink()
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile._save_index", full)
+    assert kept_of_two() == [[1], [1], [1]]
+    assert ["No space left on device" in r.message for r in caplog.records] == [True]
+
+
+def test_no_folder_for_a_cache(imported_anew, monkeypatch, caplog):
+    """Numba then raises as it meets a function: one warning, compiled for this process."""
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    monkeypatch.setattr("numba.core.dispatcher.Dispatcher.__call__", lambda *_: 0)
+    assert kernels.kept_rows(torch.ones(1, 2, dtype=torch.bool), torch.arange(2), torch.tensor([2])) is not None
+    assert ["no locator available" in r.message for r in caplog.records] == [True]
+
+
+def test_numba_does_not_work(monkeypatch, caplog):
+    """A warning, once, and the plain operations."""
 
     def no_locator(**_):
         raise RuntimeError("cannot cache function: no locator available")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import randomise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,7 +12,7 @@ from ats.config import get_cfg
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
 from ats.models.block import ats_blocks
-from ats.tokens import BlockRecord, Trace
+from ats.tokens import LAYOUTS, BlockRecord, Trace
 
 
 def counted(model: torch.nn.Module, x: torch.Tensor) -> tuple[float, Trace]:
@@ -61,6 +62,52 @@ def test_each_image_is_counted_by_its_own_tokens():
         assert alone.as_run.item() == together.as_run[i].item()
         assert alone.paper.item() == together.paper[i].item()
     assert len(set(together.as_run.tolist())) > 1
+
+
+STAGES = {
+    "sampling": [{"BLOCKS": [1, 3], "NUM_TOKENS": 0.7}],
+    "random by mean attention": [{"SAMPLER": "random", "BLOCKS": [0, 2], "NUM_TOKENS": 30, "SCORE": "mean_attention"}],
+    "tome": [{"SAMPLER": "tome", "BLOCKS": [0, 1, 2, 3], "R": [9, 0, 5, 40]}],
+    "evit after sampling": [{"BLOCKS": [1], "NUM_TOKENS": 30}, {"SAMPLER": "evit", "BLOCKS": [2], "KEEP_RATE": 0.95}],
+    "tome before top-k": [{"SAMPLER": "tome", "BLOCKS": [0], "R": 9}, {"SAMPLER": "topk", "BLOCKS": [2, 3]}],
+    "merging what is dropped": [{"SAMPLER": "merge_dropped", "BLOCKS": [1, 2], "NUM_TOKENS": 0.7}],
+}
+PSVIT = [
+    "MODEL.NAME", "PSViT", "DATA.TRAIN_CROP_SIZE", 32, "PSVIT.NUM_POINTS", [6, 6], "PSVIT.EMBED_DIM", 24,
+    "PSVIT.NUM_HEADS", 3, "PSVIT.DEPTH", 6, "PSVIT.NUM_ITERS", 2, "PSVIT.STEM_DIMS", [8, 8, 16],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stages", STAGES)
+def test_padding_is_counted_as_run(stages, layout, batch, merge_dropped):
+    """Rows of padding are computed, so they count as run; the paper's accounting is of tokens, in every layout."""
+    cfg = get_cfg()
+    cfg.merge_from_list([
+        "VIT.IMG_SIZE", 32, "VIT.PATCH_SIZE", 4, "VIT.EMBED_DIM", 24, "VIT.DEPTH", 4, "VIT.NUM_HEADS", 3,
+        "ATS.ENABLE", True, "ATS.LAYOUT", layout, "ATS.STAGES", STAGES[stages],
+    ])  # fmt: skip
+    model = randomise(build_model(cfg)).eval()
+    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    total, trace = counted(model, x)
+    cost = gflops(model, trace, x.shape)
+    if layout != "packed" or batch == 1:  # the counter sees a packed batch's attention padded
+        assert cost.as_run.sum().item() * 1e9 == pytest.approx(total * 1e9, abs=0.5)
+    model.layout = "packed"
+    want = gflops(model, model.forward_tokens(x)[1], x.shape)
+    assert torch.equal(cost.paper, want.paper)
+    assert (cost.as_run >= want.as_run).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_is_counted_behind_moving_points(layout):
+    """PS-ViT, whose first blocks have no padding."""
+    cfg = get_cfg()
+    cfg.merge_from_list([*PSVIT, "ATS.ENABLE", True, "ATS.LAYOUT", layout, "ATS.BLOCKS", [3, 5], "ATS.NUM_TOKENS", 20])
+    model, x = randomise(build_model(cfg)).eval(), torch.randn(1, 3, 32, 32)
+    total, trace = counted(model, x)
+    assert gflops(model, trace, x.shape).as_run.item() * 1e9 == pytest.approx(total * 1e9, abs=0.5)
 
 
 @pytest.mark.parametrize(

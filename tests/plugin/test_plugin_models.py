@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+from helpers import counted_multiply_adds, planned
 from plugin_models import TARGET, candidates, models, render, small_settings, split
 from timm.models import model_entrypoint
 from timm_models import CONTRACT, LAWS, images, kinds, masked_host, small_model
@@ -18,7 +19,8 @@ import ats
 from ats.errors import UserError
 from ats.flops import gflops
 from ats.plugin.timm.blocks import VERSIONS as BLOCK_VERSIONS
-from ats.plugin.timm.model import REASONS, VERSIONS
+from ats.plugin.timm.model import REASONS, VERSIONS, attach, network
+from ats.tokens import LAYOUTS
 
 NUM_TOKENS = 12  # above the 9 prefix tokens of the model with the most, below the 16 tokens of the one with the fewest
 
@@ -137,6 +139,23 @@ def test_multiply_adds_equal_the_counter(name, score):
     cost = gflops(model, trace, x.shape)
     assert cost.as_run.item() * 1e9 == pytest.approx(counter.get_total_flops() / 2, abs=0.5)
     assert cost.dense * 1e9 == pytest.approx(dense, abs=0.5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pool", ["token", "avg", "map", ""])
+@torch.no_grad()
+def test_pooled_padding_is_counted(pool, layout):
+    """GFLOPs as run equal torch's counter in every layout: a pool or a head may read zeros for dropped tokens."""
+    model = small_model("vit_tiny_patch16_224", global_pool=pool).requires_grad_(False)
+    score = "mean_attention" if pool in ("avg", "map") else "cls_attention"
+    attach(model, planned(blocks=[1, 3], num_tokens=12, score=score, **network(model)))
+    model.layout = layout
+    x = images(model, 1 if layout == "packed" else 3)
+    total, trace = counted_multiply_adds(model, x)
+    cost = gflops(model, trace, x.shape)
+    assert cost.as_run.sum().item() * 1e9 == pytest.approx(total, abs=0.5)
+    model.layout = "packed"
+    assert torch.equal(cost.paper, gflops(model, model.forward_tokens(x)[1], x.shape).paper)
 
 
 def test_every_accepted_model_is_of_a_tested_kind(sweep):

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from ats.errors import UserError
 from ats.models.block import ATSBlock
 from ats.models.dense_grid import Grid, coarsen, tokens_of_cells
+from ats.models.weights import refuse_stale
 from ats.reduction import Step
 from ats.tokens import Layout, RaggedTokens
 
@@ -212,6 +213,7 @@ class ConvATSBlock(ATSBlock):
 def batch_norm(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Batch norm of rows [T, C]. A single row has no statistics: it uses the running ones, in training too."""
     if bn.training and len(x) == 1:
+        refuse_stale(bn)
         return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
     # T images of one pixel: for one image of T pixels (a transposed view) torch's CPU backward is wrong (2.15).
     return bn(x[:, :, None, None])[:, :, 0, 0]

@@ -34,6 +34,7 @@ from ats.attention import ragged_attention
 from ats.models.block import ATSBlock, rows
 from ats.models.dense_grid import Grid, coarsen, rescale, tokens_of_cells
 from ats.models.mvit.dense import MultiScaleBlock, pool_grid, relative_index, resize_table
+from ats.models.weights import refuse_stale
 from ats.reduction import Step
 from ats.tokens import RaggedTokens
 
@@ -91,6 +92,7 @@ class MultiScaleATSBlock(ATSBlock):
         Padded to a multiple of 8, as fused kernels prefer.
         """
         attn, num_prefix = self.attn, queries.num_prefix_tokens
+        refuse_stale(attn)
         tables, columns, ones, start = [], [], [], 0
         by_axis = zip((attn.rel_pos_t, attn.rel_pos_h, attn.rel_pos_w), query_grid, key_grid, strict=True)
         for axis, (table, num_q, num_k) in enumerate(by_axis):

@@ -18,6 +18,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from ats.models.dense_grid import ONE, Grid, convolved_grid
+from ats.models.weights import linear_part, refuse_stale
 
 NORM_EPS = 1e-6
 
@@ -163,7 +164,7 @@ class MultiScaleAttention(nn.Module):
         else:
             start = "qkv".index(names) * self.spec.dim_attn
             part = slice(start, start + len(names) * self.spec.dim_attn)
-            x = F.linear(x, self.qkv.weight[part], None if self.qkv.bias is None else self.qkv.bias[part])
+            x = linear_part(self.qkv, x, part)
         return x.unflatten(-1, (len(names), self.num_heads, -1))
 
     def pools(self, names: str) -> list[nn.Module]:
@@ -260,6 +261,8 @@ def pool_grid(pools: Sequence[nn.Module], x: Tensor, grid: Grid, num_prefix_toke
     prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:].flatten(2).contiguous()
     dense_grid = patches.unflatten(1, grid)
     if isinstance(pool, nn.Conv3d):
+        for own in pools:
+            refuse_stale(own)
         weight = torch.cat([own.weight for own in pools for _ in range(parts[1])])
         pooled = depthwise_convolution(dense_grid, weight, pool.stride, pool.padding)
     else:

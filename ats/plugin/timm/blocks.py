@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, GluMlp, LayerNormFp32, Mlp, RmsNorm, RmsNormFp32, SwiGLU
 from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
@@ -20,8 +19,10 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
+from ats.errors import UserError
 from ats.models.block import ATSBlock
-from ats.plugin.handle import version_of
+from ats.models.weights import linear_part, refuse_stale, stale
+from ats.plugin.handle import original_class, version_of
 from ats.reduction import Step
 from ats.tokens import RaggedTokens
 
@@ -34,6 +35,14 @@ NO_NORM = nn.Identity()
 
 class TimmBlock(ATSBlock):
     """Base of the ATS versions of timm's blocks; never instantiated, see `handle.attach_to`."""
+
+    def forward(self, tokens: RaggedTokens, **kwargs: object) -> RaggedTokens:
+        if isinstance(tokens, Tensor):  # a model without ATS calls it
+            raise UserError(
+                "This block has ATS, but the model that runs it has not: they share it since ats.patch of another "
+                "model. Give each its own by copy.deepcopy, or ats.unpatch the other one."
+            )
+        return super().forward(tokens)
 
     def attention_output(self, out: Tensor, step: Step) -> Tensor:
         attn = self.attn
@@ -57,6 +66,7 @@ class TimmBlock(ATSBlock):
 
     def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
         attn = self.attn
+        refuse_stale(attn)
         if attn.qkv is None:
             num_heads = getattr(attn, "num_kv_heads", attn.num_heads)
             k, v = (projection(x).unflatten(-1, (num_heads, -1)) for projection in (attn.k_proj, attn.v_proj))
@@ -80,11 +90,10 @@ class TimmBlock(ATSBlock):
 
     def _joint_projection(self, x: Tensor, part: slice) -> Tensor:
         """The outputs `part` of the projection to queries, keys and values."""
-        attn = self.attn
-        bias = attn.qkv.bias
+        attn, bias = self.attn, None
         if getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        return F.linear(x, attn.qkv.weight[part], None if bias is None else bias[part])
+        return linear_part(attn.qkv, x, part, bias)
 
     def _place(self, x: Tensor, tokens: RaggedTokens | None) -> Tensor:
         """Queries or keys [T, h, D] after the rotary embedding."""
@@ -127,16 +136,19 @@ VERSIONS: dict[type[nn.Module], type[TimmBlock]] = {
 
 def refusal_of_block(block: nn.Module) -> str:
     """What ATS does not support in this block; "" if it supports everything."""
-    if type(block) not in VERSIONS:
+    if original_class(block) not in VERSIONS:
         known = ", ".join(f"{kind.__module__.removeprefix('timm.models.')}.{kind.__name__}" for kind in VERSIONS)
         return f"is a {type(block).__name__}; understood are {known}"
-    if type(block.attn) not in ATTENTIONS:
+    if original_class(block.attn) not in ATTENTIONS:
         return f"has attention of class {type(block.attn).__name__}"
-    if block.attn.qkv is not None and type(block.attn.qkv) is not nn.Linear:
+    if block.attn.qkv is not None and original_class(block.attn.qkv) is not nn.Linear:
         return f"has attn.qkv of class {type(block.attn.qkv).__name__} instead of Linear"
-    if type(block.mlp) not in MLPS or any(isinstance(module, nn.Conv2d) for module in block.mlp.modules()):
+    for name, layer in (("attn", block.attn), ("attn.qkv", block.attn.qkv)):
+        if layer is not None and (reason := stale(layer)):
+            return f"has {name} {reason}"
+    if original_class(block.mlp) not in MLPS or any(isinstance(module, nn.Conv2d) for module in block.mlp.modules()):
         return f"has an MLP of class {type(block.mlp).__name__}"
     for norm in (block.norm1, block.norm2, *(getattr(block.attn, name, None) for name in ("q_norm", "k_norm", "norm"))):
-        if norm is not None and type(norm) not in NORMS:
+        if norm is not None and original_class(norm) not in NORMS:
             return f"has a norm of class {type(norm).__name__}"
     return ""

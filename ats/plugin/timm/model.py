@@ -28,9 +28,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ats.compat import timm_feature_indices
 from ats.errors import UserError
-from ats.models.block import ATSBlock, run_blocks
+from ats.models.block import ATSBlock, ats_blocks, run_blocks, unwrapped
 from ats.models.cost import BlockGrid, conv_multiply_adds, linear_multiply_adds, linears_multiply_adds
-from ats.plugin.handle import Patched, attach_to, refusal_of_blocks, refuse_merging, version_of
+from ats.plugin.handle import (
+    Patched,
+    attach_to,
+    check_blocks,
+    original_class,
+    refusal_of_blocks,
+    refuse_merging,
+    version_of,
+)
 from ats.plugin.timm.blocks import NORMS, refusal_of_block
 from ats.plugin.timm.blocks import VERSIONS as BLOCK_VERSIONS
 from ats.reduction import Reduction
@@ -43,16 +51,19 @@ def network(model: nn.Module) -> dict[str, object]:
     return {"depth": len(model.blocks), "num_prefix_tokens": num_prefix, "has_cls": has_cls}
 
 
+CLS_POOLS = ("token", "")  # "": the head gets all tokens
+AVERAGES = "its head does not read CLS alone, but a merged token counts for several"
+
+
 def default_score(model: nn.Module) -> str:
     """The paper's score if the head reads CLS, else the mean attention."""
-    pools = model.global_pool not in ("token", "") or getattr(model, "attn_pool", None) is not None
+    pools = model.global_pool not in CLS_POOLS or getattr(model, "attn_pool", None) is not None
     return "mean_attention" if pools or model.cls_token is None else "cls_attention_value_norm"
 
 
 def no_merge(model: nn.Module) -> str:
     """Why this model's tokens cannot be merged; "" if they can."""
-    reads_others = default_score(model) == "mean_attention"
-    return "its head does not read CLS alone, but a merged token counts for several" if reads_others else ""
+    return AVERAGES if default_score(model) == "mean_attention" else ""
 
 
 def no_fuse(model: nn.Module) -> str:
@@ -114,6 +125,12 @@ class TimmModel(Patched):
             return super().forward_head(x, pre_logits).masked_fill(~present[..., None], 0)
         return super().forward_head(self._fill(x, present), pre_logits)
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """The original's; a UserError for a pooling that the tokens' merging does not allow."""
+        if global_pool not in (None, *CLS_POOLS):
+            refuse_merging(self, [block.reduction for block in ats_blocks(self)], AVERAGES, "")
+        super().reset_classifier(num_classes, global_pool)
+
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """The original's pooling, with attention pooling over the present tokens."""
         present = None if getattr(self, "attn_pool", None) is None else self._present(x)
@@ -141,10 +158,20 @@ class TimmModel(Patched):
     def block_grids(self, input_shape: Sequence[int]) -> list[BlockGrid]:
         return [BlockGrid.of(1, *self.patch_embed.dynamic_feat_size(tuple(input_shape[-2:])))] * len(self.blocks)
 
+    def multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int], *, paper: bool) -> Tensor:
+        """As the base class's. Padding is pooled too: to the longest image, with static shapes to all positions."""
+        pooled = trace
+        if trace and not paper and self.layout != "packed":
+            longest = trace[-1].num_tokens.amax().expand(len(trace[-1].num_tokens))
+            pooled = [] if self.layout == "static" else [replace(trace[-1], num_tokens=longest)]
+        blocks = self.block_multiply_adds(trace, input_shape, paper=paper)
+        return sum(blocks) + self.stem_multiply_adds(pooled, input_shape)
+
     def stem_multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int]) -> Tensor | float:
         """Embedding, pooling and head of each image."""
         height, width = self.patch_embed.dynamic_feat_size(tuple(input_shape[-2:]))
-        left = trace[-1].num_tokens.double() if trace else float(self.num_prefix_tokens + height * width)
+        num_positions = self.num_prefix_tokens + height * width
+        left = trace[-1].num_tokens.double() if trace else float(num_positions)
         pool = getattr(self, "attn_pool", None)
         total = self._embedding_multiply_adds(input_shape, height * width)
         if pool is not None:
@@ -153,7 +180,7 @@ class TimmModel(Patched):
             per_latent = sum(linears_multiply_adds(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None)
             total = total + latents * per_latent + pooled * linear_multiply_adds(pool.kv)
             total = total + 2 * latents * pooled * pool.kv.in_features
-        num_rows = left if self.global_pool == "" and pool is None else 1
+        num_rows = num_positions if self.global_pool == "" and pool is None else 1  # zeros for dropped tokens, too
         heads = [head for head in (self.head, getattr(self, "head_dist", None)) if isinstance(head, nn.Linear)]
         return total + num_rows * sum(map(linear_multiply_adds, heads))
 
@@ -177,6 +204,7 @@ class TimmModel(Patched):
         """Images through the (first `num_blocks`) blocks: the kept tokens before the final norm, and dense features
         after the blocks `take`, with the final norm if `norm`.
         """
+        check_blocks(self, self.blocks)
         x, rope = self._embed(x)
         taken: list[Tensor] = []
 
@@ -184,7 +212,7 @@ class TimmModel(Patched):
             own = rope[index] if getattr(self, "rope_mixed", False) and rope is not None else rope
             if own is None:
                 return self._call(block, x)
-            if isinstance(block, ATSBlock):
+            if isinstance(unwrapped(block), ATSBlock):
                 return self._call(block, replace(x, rotary=rotary_table(own, self.num_prefix_tokens)))
             return self._call(block, x, rope=own)
 
@@ -228,7 +256,7 @@ class TimmModel(Patched):
         """[B, N] bool, True for present tokens; None if all are present, or only prefix tokens are read."""
         if x.ndim != 3 or (self.global_pool == "token" and getattr(self, "attn_pool", None) is None):
             return None
-        if not isinstance(self.blocks[-1], ATSBlock):
+        if not isinstance(unwrapped(self.blocks[-1]), ATSBlock):
             return None
         present = x.ne(0).any(dim=-1)
         present[:, : self.num_prefix_tokens] = True
@@ -299,9 +327,9 @@ REASONS = {
 
 def refusal(model: nn.Module) -> str:
     """Why ATS cannot be put into this model; "" if it can."""
-    if type(model) not in VERSIONS and not isinstance(model, Patched):
+    if original_class(model) not in VERSIONS:
         known = ", ".join(kind.__name__ for kind in VERSIONS)
-        reason = REASONS.get(type(model).__name__)
+        reason = REASONS.get(original_class(model).__name__)
         return (
             f"{reason + '; ' if reason else ''}ATS supports timm's {known} (no subclasses), "
             "and transformers' ViT, DeiT, Dinov2 and Dinov2WithRegisters"
@@ -313,6 +341,6 @@ def refusal(model: nn.Module) -> str:
         return f"it pools by {type(pool).__name__}{' with positions' if hasattr(pool, 'pos_embed') else ''}"
     if getattr(model, "rel_pos_bias", None) is not None:
         return "its blocks share one relative position bias"
-    if type(model.norm) not in NORMS:
+    if original_class(model.norm) not in NORMS:
         return f"its final norm is a {type(model.norm).__name__}"
-    return refusal_of_blocks(model.blocks, lambda block: "" if isinstance(block, ATSBlock) else refusal_of_block(block))
+    return refusal_of_blocks(model, model.blocks, refusal_of_block)

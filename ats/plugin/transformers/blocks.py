@@ -23,7 +23,7 @@ from transformers.models.dinov2_with_registers import modeling_dinov2_with_regis
 from transformers.models.vit import modeling_vit as vit
 
 from ats.models.block import ATSBlock
-from ats.plugin.handle import State, version_of
+from ats.plugin.handle import State, original_class, version_of
 from ats.reduction import Step
 from ats.tokens import RaggedTokens, Trace
 
@@ -147,19 +147,19 @@ def num_prefix_of(layer: nn.Module) -> int:
 
 def refusal_of_block(layer: nn.Module) -> str:
     """What ATS does not support in this layer; "" if it supports everything."""
-    if type(layer) not in VERSIONS:
+    if original_class(layer) not in VERSIONS:
         return f"is a {type(layer).__name__}; understood are {', '.join(kind.__name__ for kind in VERSIONS)}"
     attention = layer.attention
-    if type(attention) not in ATTENTIONS:
+    if original_class(attention) not in ATTENTIONS:
         return f"has attention of class {type(attention).__name__}"
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         projection = getattr(attention, name, None)
-        if type(projection) is not nn.Linear:
+        if original_class(projection) is not nn.Linear:
             return f"has attention.{name} of class {type(projection).__name__} instead of Linear"
-    if type(layer.mlp) not in MLPS:
+    if original_class(layer.mlp) not in MLPS:
         return f"has an MLP of class {type(layer.mlp).__name__}"
     for name in ("norm1", "norm2", "layernorm_before", "layernorm_after"):
         norm = getattr(layer, name, None)
-        if norm is not None and type(norm) is not nn.LayerNorm:
+        if norm is not None and original_class(norm) is not nn.LayerNorm:
             return f"has {name} of class {type(norm).__name__} instead of LayerNorm"
     return ""

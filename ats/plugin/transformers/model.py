@@ -23,7 +23,15 @@ from ats.compat import transformers_record_registry
 from ats.errors import UserError
 from ats.models.block import ATSBlock
 from ats.models.cost import BlockGrid, conv_multiply_adds, linear_multiply_adds, vit_block_multiply_adds
-from ats.plugin.handle import Patched, attach_to, refusal_of_blocks, refuse_merging, version_of
+from ats.plugin.handle import (
+    Patched,
+    attach_to,
+    check_blocks,
+    original_class,
+    refusal_of_blocks,
+    refuse_merging,
+    version_of,
+)
 from ats.plugin.transformers.blocks import (
     FILL_DROPPED,
     FinalNorm,
@@ -53,6 +61,7 @@ def dense_outputs(forward: Callable) -> Callable:
                 "output_attentions: ATS never computes the whole attention matrix. Call without it, or "
                 "ats.unpatch(model); what ATS keeps is in model.ats.last after model.ats.trace = True."
             )
+        check_blocks(self, _layers(self))
         return _dense(forward(self, *args, **kwargs))
 
     return wrapped
@@ -174,7 +183,7 @@ def attach(model: nn.Module, reductions: dict[int, Reduction]) -> None:
     """Make `model` its ATS version with these reductions. Raises a UserError if they merge tokens, but the model
     averages its patches.
     """
-    refuse_merging(model, reductions.values(), VERSIONS.get(type(model), type(model)).no_merge, "")
+    refuse_merging(model, reductions.values(), VERSIONS[original_class(model)].no_merge, "")
     parts = dict.fromkeys([model, _base(model), _base(model).layernorm])  # a base model is its own base
     attach_to(list(parts), _layers(model), reductions, VERSIONS | BLOCK_VERSIONS | {nn.LayerNorm: FinalNorm})
 
@@ -190,15 +199,17 @@ REASONS = dict.fromkeys(
 
 def refusal(model: nn.Module) -> str:
     """Why ATS cannot be put into this model; "" if it can."""
-    if type(model) not in VERSIONS:
+    if original_class(model) not in VERSIONS:
         known = ", ".join(kind.__name__ for kind in VERSIONS)
-        reason = REASONS.get(type(model).__name__)
+        reason = REASONS.get(original_class(model).__name__)
         return f"{reason + '; ' if reason else ''}ATS supports transformers' {known}, and no subclass"
     base, prefix = _base(model), model.base_model_prefix
-    if isinstance(base, Patched):
+    if isinstance(base, Patched) and not isinstance(model, Patched):
         return f"its {prefix} has ATS already; remove it first: ats.unpatch(model.{prefix})"
-    if type(base) not in VERSIONS:
+    if original_class(base) not in VERSIONS:
         return f"its {prefix} is a {type(base).__name__}"
-    if type(base.layernorm) is not nn.LayerNorm:
+    if isinstance(base.layernorm, FinalNorm) and not isinstance(model, Patched):
+        return "it shares its final norm with another model, which has ATS; give it its own by copy.deepcopy"
+    if original_class(base.layernorm) is not nn.LayerNorm:
         return f"its final norm is a {type(base.layernorm).__name__}"
-    return refusal_of_blocks(_layers(model), refusal_of_block)
+    return refusal_of_blocks(model, _layers(model), refusal_of_block)
