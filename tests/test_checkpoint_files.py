@@ -117,27 +117,27 @@ def tarred() -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("content", "what"),
-    {
-        b"": "it is empty",
-        bytes(3000): "full of zeros",
-        b"<html>404</html>": "a web page",
-        b"\xef\xbb\xbf\n<!DOCTYPE html>": "a web page",
-        b'<?xml version="1.0"?><Error/>': "a web page or XML",
-        b'{"message": "Not Found"}': 'a text file, which begins "{"message": "Not Found"}"',
-        "Zugriff verweigert: für Gäste".encode(): "a text file",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n": "a Git LFS pointer.* git lfs pull",
-        gzip.compress(b"x"): "compressed with gzip: unpack it",
-        bz2.compress(b"x"): "compressed with bzip2",
-        lzma.compress(b"x"): "compressed with xz",
-        zipped("a.npy", "b.npy"): r"a zip archive of other files \(a.npy, b.npy\)",
-        zipped("x/data.pkl", "x/constants.pkl", "x/code/a.py"): "a TorchScript program",
-        tarred(): "a tar archive",
-        b"\x89HDF\r\n\x1a\n" + bytes(100): "an HDF5 file",
-        b"\x93NUMPY\x01\x00": "a NumPy array",
-    }.items(),
-)
+FOREIGN = {  # content -> what it is called
+    b"": "it is empty",
+    bytes(3000): "full of zeros",
+    b"<html>404</html>": "a web page",
+    b"\xef\xbb\xbf\n<!DOCTYPE html>": "a web page",
+    b'<?xml version="1.0"?><Error/>': "a web page or XML",
+    b'{"message": "Not Found"}': 'a text file, which begins "{"message": "Not Found"}"',
+    "Zugriff verweigert: für Gäste".encode(): "a text file",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n": "a Git LFS pointer.* git lfs pull",
+    gzip.compress(b"x"): "compressed with gzip: unpack it",
+    bz2.compress(b"x"): "compressed with bzip2",
+    lzma.compress(b"x"): "compressed with xz",
+    zipped("a.npy", "b.npy"): r"a zip archive of other files \(a.npy, b.npy\)",
+    zipped("x/data.pkl", "x/constants.pkl", "x/code/a.py"): "a TorchScript program",
+    tarred(): "a tar archive",
+    b"\x89HDF\r\n\x1a\n" + bytes(100): "an HDF5 file",
+    b"\x93NUMPY\x01\x00": "a NumPy array",
+}
+
+
+@pytest.mark.parametrize(("content", "what"), FOREIGN.items(), ids=range(len(FOREIGN)))
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
 def test_files_of_other_kinds_are_called_by_what_they_are(content, what, name, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -145,7 +145,9 @@ def test_files_of_other_kinds_are_called_by_what_they_are(content, what, name, t
         load_checkpoint(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps({"a": 1}, protocol=2), pickle.dumps({"a": 1}, protocol=4), b"\x80"])
+@pytest.mark.parametrize(
+    "content", [pickle.dumps({"a": 1}, protocol=2), pickle.dumps({"a": 1}, protocol=4), b"\x80"], ids=range(3)
+)
 def test_a_pickle_of_another_program_is_not_read(content, tmp_path):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"a pickle that torch\.save did not write, and reading it could run code"):

@@ -167,9 +167,9 @@ def test_two_models_that_share_blocks(name):
     set_blocks(second, blocks_of(first))
     ats.patch(first, blocks=[1, 2], num_tokens=12)
     want = run(name, first)
-    with pytest.raises(UserError, match="it shares block 1 with another model, which has ATS"):
+    with pytest.raises(UserError, match=r"it shares block 1 with another model, which has ATS"):
         ats.patch(second, blocks=[0])
-    with pytest.raises(UserError, match="has ATS, but the model that runs it has not|tokens of blocks with ATS"):
+    with pytest.raises(UserError, match=r"has ATS, but the model that runs it has not|tokens of blocks with ATS"):
         run(name, second)
     assert torch.equal(run(name, first), want)
     ats.unpatch(first)
@@ -200,14 +200,14 @@ def test_merging_and_a_pool_that_averages(how):
     model = ats.patch(small_model(NAMES[0]), blocks=[0, 1], sampler="tome", r=2)
     want = run(NAMES[0], model)
     if how == "reset_classifier":
-        with pytest.raises(UserError, match="sampler tome does not work .* its head does not read CLS alone"):
+        with pytest.raises(UserError, match=r"sampler tome does not work .* its head does not read CLS alone"):
             model.reset_classifier(9, "avg")
         assert torch.equal(run(NAMES[0], model), want)
         model.reset_classifier(9, "token")
         model.double()
     else:
         model.global_pool = "avg"
-        with pytest.raises(UserError, match="sampler tome does not work .* its head does not read CLS alone"):
+        with pytest.raises(UserError, match=r"sampler tome does not work .* its head does not read CLS alone"):
             run(NAMES[0], model)
         model.global_pool = "token"
     run(NAMES[0], model)
