@@ -6,6 +6,7 @@ needed to go on: there is a way round, and one warning where a promise is lost w
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import logging
@@ -76,6 +77,14 @@ def write(path: str | Path, content: str | bytes, *, sync: bool = True) -> None:
     content = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     with atomic_write(path, sync=sync) as temporary:
         temporary.write_bytes(content)
+
+
+def encoding_of(path: str | Path) -> str:
+    """The encoding of a text that people wrote: UTF-8, or UTF-16 (PowerShell, Excel's "Unicode text"), perhaps with a
+    byte order mark, which is no part of the text.
+    """
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def write_picture(path: str | Path, save: Callable[..., object], **options: object) -> None:

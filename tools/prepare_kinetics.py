@@ -36,14 +36,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone that is not installed
 
 from ats.cli.parser import Parser, in_range, to_path
-from ats.datasets.decode import Video
-from ats.datasets.folders import class_folders, files_below, warn_about_numbers
+from ats.datasets.decode import VIDEO_EXTENSIONS, Video
+from ats.datasets.folders import advise_nfc, class_folders, files_below, warn_about_numbers
 from ats.errors import UserError, counted, exit_status, printable
 from ats.files import atomic_write, write
 from ats.options import Range
 
 SPLITS = ("train", "val", "test")
-EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
 GOP_SIZE = 48  # frames from one key frame to the next; a seek decodes half of them on average
 KNOWN = "checked.json"
 LINE_BREAK = re.compile("[\r\n]")
@@ -69,25 +68,26 @@ def find_videos(videos: Path) -> list[Item]:
     classes = {split: class_folders(videos / split) for split in splits}
     if not any(classes.values()):
         raise UserError(
-            f"{videos} has no train/<class>, val/<class> or test/<class>: name the right folder with --videos."
+            f"{videos} has no train/<class>, val/<class> or test/<class>: put the class folders into train/ and val/, "
+            "or name the right folder with --videos."
         )
     names = classes[splits[0]]
     warn_about_numbers(str(videos), tuple(names))
     items = []
     for split in splits:
         if unknown := sorted(set(classes[split]) - set(names)):
-            raise UserError(
-                f"{videos / split} has classes that {splits[0]}/ has not: {', '.join(map(printable, unknown[:5]))}."
-            )
+            shown = ", ".join(map(printable, unknown[:5]))
+            advice = advise_nfc(unknown, names, folder=f"{splits[0]}/", root=str(videos))
+            raise UserError(f"{videos / split} has classes that {splits[0]}/ has not: {shown}.{advice}")
         labels = {name: label for label, name in enumerate(names)}
-        paths = files_below(videos / split, EXTENSIONS, noun="video")
+        paths = files_below(videos / split, VIDEO_EXTENSIONS, noun="video")
         in_class = [path for path in paths if path.count("/") == 1]
         items += [Item(f"{split}/{path}", split, labels[path.split("/")[0]]) for path in in_class]
         if num_others := len(paths) - len(in_class):
             message = "%s: %s not directly in a class folder, and so left out."
             logger.warning(message, videos / split, counted(num_others, "video is", "videos are"))
     if not items:
-        raise UserError(f"The class folders in {videos} hold no videos ({', '.join(EXTENSIONS)}).")
+        raise UserError(f"The class folders in {videos} hold no videos ({', '.join(VIDEO_EXTENSIONS)}).")
     return items
 
 
@@ -123,7 +123,10 @@ def prepare(
 
 
 def shrink(video: Video, target: Path, *, short_side: int) -> None:
-    """Re-encode a video as h264 in mp4: short side `short_side` pixels, upright, with the same time stamps."""
+    """Re-encode a video as h264 in mp4: short side `short_side` pixels, upright, with the same time stamps.
+
+    Where these do not ascend (AVI), a frame comes one period after the one before: mp4 cannot hold it otherwise.
+    """
     with av.open(str(target), "w", format="mp4") as container:
         stream = None
         for frame in video.frames():
@@ -134,6 +137,10 @@ def shrink(video: Video, target: Path, *, short_side: int) -> None:
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
                 stream.codec_context.time_base, stream.codec_context.gop_size = frame.time_base, GOP_SIZE
                 stream.codec_context.thread_count = 1  # videos are encoded in parallel
+                last, period = None, max(1, round(1 / (video.fps * frame.time_base)))
+            if last is not None and (frame.pts is None or frame.pts <= last):
+                frame.pts = last + period
+            last = frame.pts
             container.mux(stream.encode(frame.reformat(stream.width, stream.height, "yuv420p")))
         container.mux(stream.encode(None))
 

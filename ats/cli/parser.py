@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
     def unknown_option(self, word: str) -> UserError:
         """The error for `word`, with the closest options."""
         options = [name for a in self._actions if a.help is not argparse.SUPPRESS for name in a.option_strings]
-        return UserError(f"Unknown option {shown(word)}.{suggest(word, options)}")
+        file = f" For the file of this name type ./{shown(word)}." if os.path.exists(word) else ""
+        return UserError(f"Unknown option {shown(word)}.{file or suggest(word, options)}")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         flush_stdout()  # of --help

@@ -15,7 +15,7 @@ from ats.checkpoint import to_fine_tune
 from ats.datasets import transforms
 from ats.datasets.base import Split
 from ats.datasets.decode import ClipSampling
-from ats.datasets.folders import class_folders
+from ats.datasets.folders import advise_nfc, class_folders
 from ats.datasets.imagenet import ImageNet
 from ats.datasets.kinetics import Kinetics, read_csv
 from ats.datasets.loader import EvalBatchSampler, Loader, TrainBatchSampler, num_cores
@@ -103,10 +103,11 @@ def _check_same_classes(val: ImageNet) -> None:
             names = ", ".join(map(printable, sorted(missing)[:5])) + (
                 f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             )
-            raise UserError(
-                f"{fewer} has no folder for: {names}. Labels follow the sorted names, so it needs the class folders "
-                f"of {more}; one without images may be empty."
+            advice = advise_nfc(missing, theirs ^ ours, folder=fewer, root=os.path.dirname(fewer))
+            rule = (
+                f" Labels follow the sorted names, so it needs the class folders of {more}; one without images may be "
             )
+            raise UserError(f"{fewer} has no folder for: {names}.{advice or f'{rule}empty.'}")
 
 
 def build_clip_transforms(cfg: CfgNode, split: Split) -> list[transforms.ClipTransform]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import unicodedata
 from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from fractions import Fraction
@@ -31,6 +32,9 @@ from ats.datasets.base import read_errors
 from ats.datasets.packets import is_cut_off, num_shown
 from ats.errors import UserError
 
+# Of the files in a folder; a file that is named by itself may have any extension.
+VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts")
+VIDEO_EXTENSIONS += (".flv", ".wmv", ".ogv")
 MAX_PIXELS = 8192 * 8192  # per frame; more is a mistake or an attempt to exhaust memory
 # Formats FFmpeg may use: video containers, not lists of other files (concat, hls, dash, image2, sdp, ...).
 CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
@@ -141,7 +145,10 @@ class Video(AbstractContextManager):
 
     def _open(self) -> None:
         if not os.path.isfile(self.path):
-            raise ValueError("there is no such file")
+            alike = any(os.path.isfile(unicodedata.normalize(form, self.path)) for form in ("NFC", "NFD"))
+            other = ", but one with this name in other characters (Unicode NFC or NFD: macOS writes an accent as one)"
+            folder = "it is a folder: frames as images are not read" if os.path.isdir(self.path) else ""
+            raise ValueError(folder or f"there is no such file{other if alike else ''}")
         # "file:" and the whitelists: neither a path like http:// nor a playlist in the file can open anything else.
         options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
         try:

@@ -1,8 +1,8 @@
 """What is in a data folder: the one place that lists folders, so that all commands see the same classes and files.
 
-Names that begin with a dot (`.ipynb_checkpoints`, `.DS_Store`, `._cat.png`) are left out. Symbolic links are followed,
-but each real file is listed once: a link to a file or folder that is listed anyway adds nothing. What is neither a file
-nor a folder, such as a FIFO, is left out too.
+Names that begin with a dot (`.ipynb_checkpoints`, `.DS_Store`, `._cat.png`) and folders of operating systems (SYSTEM)
+are left out. Symbolic links are followed, but each real file is listed once: a link to a file or folder that is listed
+anyway adds nothing. What is neither a file nor a folder, such as a FIFO, is left out too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import logging
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
 
@@ -21,6 +22,9 @@ from ats.errors import UserError, counted, printable
 
 logger = logging.getLogger(__name__)
 
+# What zip files made on a Mac, network drives (@eaDir: thumbnails, as images), Windows and file systems add.
+SYSTEM = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+SHOWN_KINDS = 5  # extensions that a warning names
 LEFT_OUT = HIDDEN, REPEATED, SPECIAL = "hidden", "linked twice or in a loop", "neither file nor folder"
 
 
@@ -31,7 +35,7 @@ def class_folders(folder: str | os.PathLike) -> list[str]:
     """
     inside, names = os.path.join(os.path.realpath(folder), ""), []
     for entry in _entries(folder):
-        if entry.name.startswith("."):
+        if _is_hidden(entry.name):
             continue
         if entry.is_symlink():
             try:
@@ -114,7 +118,10 @@ def files_below(root: str | os.PathLike, extensions: Sequence[str], *, noun: str
         else:
             skipped[SPECIAL] += 1
     left_out = ", ".join(f"{number} {what}" for what in LEFT_OUT if (number := skipped.pop(what, 0)))
-    others = ", ".join(f"{number} {printable(extension)}" for extension, number in skipped.most_common() if number)
+    kinds = [(printable(extension), number) for extension, number in skipped.most_common() if number]
+    others = ", ".join(f"{number} {extension}" for extension, number in kinds[:SHOWN_KINDS])
+    if rest := [number for _, number in kinds[SHOWN_KINDS:]]:
+        others += f", and {counted(sum(rest), 'other')} of {counted(len(rest), 'kind')}"
     report = [f"skipped {others}: only {', '.join(extensions)} are read"] if others else []
     report += [f"left out {left_out}"] if left_out else []
     if report:
@@ -123,13 +130,33 @@ def files_below(root: str | os.PathLike, extensions: Sequence[str], *, noun: str
     return sorted(files, key=lambda path: (path.split(os.sep, 1)[0], *os.path.split(path)))
 
 
+def same_in_nfc(name: str, others: Iterable[str]) -> bool:
+    """Whether one of `others` looks like `name` without being equal: e with an accent is one character or two."""
+    form = unicodedata.normalize("NFC", name)
+    return any(other != name and unicodedata.normalize("NFC", other) == form for other in others)
+
+
+def advise_nfc(names: Iterable[str], others: Sequence[str], *, folder: str, root: str) -> str:
+    """What to type if `folder`, which has no class folder of one of `names`, has one whose name looks the same."""
+    if not any(same_in_nfc(name, others) for name in names):
+        return ""
+    return (
+        f" {folder} has the same in other characters (macOS writes an accent as one of its own, others do not). To "
+        f"make the names equal type convmv -r -f utf8 -t utf8 --nfc --notest {root}"
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM
+
+
 def _walk(top: str | os.PathLike, skipped: Counter[str]) -> tuple[list[str], list[str], list[str]]:
     """The files, folders and links below `top`, relative to it, without following links; counts what it skips."""
     files, folders, links = [], [], []
     for folder in chain([""], folders):  # which grows
         for entry in _entries(os.path.join(top, folder)):
             path = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):
+            if _is_hidden(entry.name):
                 skipped[HIDDEN] += 1
             elif entry.is_symlink():
                 links.append(path)

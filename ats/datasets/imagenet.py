@@ -82,7 +82,8 @@ def read_image(path: str) -> Image.Image:
             with open(path, "rb") as file, open_image(file) as image:
                 return to_rgb(image)
         except Image.UnidentifiedImageError as error:
-            raise ValueError("it is not an image, or its header is damaged") from error
+            kinds = f"{', '.join(FORMATS)}, with 1, 3 or 4 channels"
+            raise ValueError(f"it is not an image that can be read ({kinds}), or its header is damaged") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,6 @@ Excel write it.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import logging
 import os
@@ -27,6 +26,7 @@ from ats.datasets.base import FileDataset, Split
 from ats.datasets.decode import ClipSampling, Video
 from ats.datasets.transforms import ClipTransform
 from ats.errors import NoSuchSplit, UserError
+from ats.files import encoding_of
 
 logger = logging.getLogger(__name__)
 
@@ -152,9 +152,7 @@ def read_csv(path: str, *, separator: str, num_classes: int, prefix: str = "", a
 def _lines(path: str) -> list[tuple[int, str]]:
     """The lines that are not empty, with their numbers from 1."""
     try:
-        with open(path, "rb") as file:  # Excel's "Unicode text", and what PowerShell writes, is UTF-16
-            encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-        with open(path, encoding=encoding, errors="surrogateescape") as file:
+        with open(path, encoding=encoding_of(path), errors="surrogateescape") as file:
             return [(number, line) for number, text in enumerate(file, start=1) if (line := text.strip())]
     except (OSError, UnicodeError) as error:
         raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
@@ -180,8 +178,8 @@ def _parse(line: str, separator: str, *, where: str, num_classes: int) -> tuple[
         shape = f"`path{separator}label` with a label from 0 on"
         raise UserError(f"{where}: {_shown(line)} is not {shape}.{_advise_separator(line, separator)}")
     if (label := parsed[1]) >= num_classes:
-        advice = "Correct the line or the key."
-        raise UserError(f"{where}: label {label} is not below MODEL.NUM_CLASSES {num_classes}. {advice}")
+        rule = f"is not below MODEL.NUM_CLASSES {num_classes}: labels count from 0"
+        raise UserError(f"{where}: label {label} {rule}. Correct the line or the key.")
     return parsed
 
 

@@ -15,12 +15,13 @@ from ats.config import CfgNode
 from ats.config.keys import keys
 from ats.datasets.base import read_errors
 from ats.datasets.build import build_clip_transforms, build_transform, clip_sampling, input_shape
+from ats.datasets.decode import VIDEO_EXTENSIONS
 from ats.datasets.folders import class_folders, files_below
 from ats.datasets.imagenet import read_image
 from ats.datasets.kinetics import read_clip, read_csv
 from ats.errors import UserError, printable, suggest
+from ats.files import encoding_of
 
-CLIP_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg")
 IMAGENET_1K = "imagenet-1k"
 
 
@@ -33,8 +34,8 @@ def list_files(paths: Iterable[Path], *, clips: bool) -> list[Path]:
     """The given files and, for each folder, all images (or clips) below it, sorted. UserError if a path does not exist,
     a folder has no such file, or a file is of the wrong kind.
     """
-    kind, extensions = ("clip", CLIP_EXTENSIONS) if clips else ("image", IMG_EXTENSIONS)
-    others = IMG_EXTENSIONS if clips else CLIP_EXTENSIONS
+    kind, extensions = ("clip", VIDEO_EXTENSIONS) if clips else ("image", IMG_EXTENSIONS)
+    others = IMG_EXTENSIONS if clips else VIDEO_EXTENSIONS
     files: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -83,8 +84,8 @@ def class_names(cfg: CfgNode, source: str = "") -> list[str]:
         names = ImageNetInfo(IMAGENET_1K).label_descriptions()
     elif source:
         try:
-            names = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+            names = [line.strip() for line in Path(source).read_text(encoding_of(source)).splitlines() if line.strip()]
+        except (OSError, UnicodeError) as error:
             raise UserError(
                 f"--classes {source}: cannot be read ({error}). Give a file with one name per line, or {IMAGENET_1K}."
             ) from error

@@ -274,3 +274,20 @@ def test_class_names(tmp_path):
         (tmp_path / "val" / synset).mkdir(parents=True)
     cfg.DATA.PATH_TO_DATA_DIR = str(tmp_path)
     assert class_names(cfg) == names[:2]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_class_names_that_windows_wrote(encoding, tmp_path):
+    """With a byte order mark, which is no part of the first name."""
+    (tmp_path / "names.txt").write_bytes("caf\u00e9\r\n\u732b\r\n".encode(encoding))
+    cfg = get_cfg()
+    cfg.MODEL.NUM_CLASSES = 2
+    assert class_names(cfg, str(tmp_path / "names.txt")) == ["caf\u00e9", "\u732b"]
+
+
+def test_files_named_like_options(words, tmp_path, monkeypatch, capsys):
+    """Names of videos often begin with a dash, and `*.png` brings them to the command line."""
+    monkeypatch.chdir(tmp_path)
+    Path("-Vt.png").touch()
+    assert main([*words, "-Vt.png"]) == 1
+    assert "Unknown option -Vt.png. For the file of this name type ./-Vt.png" in capsys.readouterr().err

@@ -113,7 +113,12 @@ def test_mistakes_are_explained(pair, text):
         ("SOLVER.BASE_LR", float("nan"), "SOLVER.BASE_LR nan"),
         ("SOLVER.CLIP_GRAD_L2NORM", 0, "SOLVER.CLIP_GRAD_L2NORM 0: give a number above 0 or None."),
         ("DATA.TEST_CROP_SIZE", 0, "DATA.TEST_CROP_SIZE 0"),
-        ("DATA.MEAN", [0.5], "DATA.MEAN [0.5]: give no or 3 numbers."),
+        (
+            "DATA.MEAN",
+            [123.675, 116.28, 103.53],
+            "DATA.MEAN [123.675, 116.28, 103.53]: give no or 3 numbers from 0 to 1.",
+        ),
+        ("DATA.MEAN", [0.5], "DATA.MEAN [0.5]: give no or 3 numbers from 0 to 1."),
         ("ATS.NUM_TOKENS", ["many"], "ATS.NUM_TOKENS ['many']: give a number above 0 or numbers above 0."),
     ],
 )

@@ -152,7 +152,7 @@ def test_a_file_that_is_no_config_gets_one_line_with_its_name(tmp_path, case):
         ("VIT: {DEPTH: 0x10}", "VIT.DEPTH", 16),
         ("VIT: {DEPTH: &a 3}\nMVIT: {DEPTH: *a}", "MVIT.DEPTH", 3),
         ("VIT: {DEPTH: 3}\nVIT.DEPTH: 3", "VIT.DEPTH", 3),
-        ("DATA: {MEAN: [1e-1, 0.2, 3]}", "DATA.MEAN", [0.1, 0.2, 3.0]),
+        ("DATA: {STD: [1e-1, 0.2, 3]}", "DATA.STD", [0.1, 0.2, 3.0]),
         ("OUTPUT_DIR: 2026-11-01", "OUTPUT_DIR", "2026-11-01"),
         ("OUTPUT_DIR: 012", "OUTPUT_DIR", "012"),
         ("OUTPUT_DIR: 1e3", "OUTPUT_DIR", "1e3"),

@@ -342,7 +342,7 @@ def test_files_that_are_not_videos(tmp_path):
 
     assert "there is no such file" in reason(tmp_path / "none.mp4")
     assert "there is no such file" in reason("http://127.0.0.1/clip.mp4")
-    assert "there is no such file" in reason(tmp_path)
+    assert "it is a folder: frames as images are not read" in reason(tmp_path)
     assert "it has no video stream" in reason(sound(tmp_path / "sound.mp4"))
     texts = {"empty": "", "page": "<html>404</html>" * 50, "list": "#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/x.ts\n"}
     for name, text in texts.items():

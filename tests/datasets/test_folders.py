@@ -12,6 +12,7 @@ import pytest
 from image_folders import make_cfg, make_tree
 
 from ats.datasets import ImageNet, build_dataset
+from ats.datasets.decode import Video
 from ats.datasets.folders import class_folders, files_below
 from ats.datasets.imagenet import read_image
 from ats.datasets.transforms import eval_transform
@@ -229,3 +230,53 @@ def test_numbered_classes(names, shown, tmp_path, caplog):
         (tmp_path / "videos" / "val" / name / "a.mp4").touch()
     assert [item.label for item in prepare_kinetics.find_videos(tmp_path / "videos")] == list(range(len(names)))
     assert caplog.text.count("are named by numbers") == 2 * bool(shown)
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"])
+def test_folders_of_operating_systems_are_hidden(name, tree, caplog):
+    """Zip files made on a Mac have __MACOSX; network drives keep thumbnails of the images, as images, in @eaDir."""
+    before, content = images(tree / "val"), (tree / "val" / "n00000001" / "0.png").read_bytes()
+    for thumbnails in (tree / "val" / name, tree / "val" / "n00000001" / name / "0.png"):
+        thumbnails.mkdir(parents=True)
+        (thumbnails / "THUMB.png").write_bytes(content)
+    assert images(tree / "val") == before
+    assert "12 images; left out 2 hidden." in caplog.text
+    assert name not in class_folders(tree / "val")
+
+
+def test_a_warning_names_few_kinds_of_files(val, caplog):
+    """Slices are often named scan.001, scan.002, ...: thousands of extensions."""
+    for i in range(1000):
+        (val / "n00000000" / f"scan.{i:03}").touch()
+    images(val)
+    assert ", and 995 others of 995 kinds: only .jpg" in caplog.text
+    assert len(caplog.text) < 400
+
+
+def test_names_that_look_the_same(tree, tmp_path):
+    """A Mac writes an accent as a character of its own: the error about another class says so, whatever reads it."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (tree / "train" / "n00000000").rename(tree / "train" / composed)
+    (tree / "val" / "n00000000").rename(tree / "val" / decomposed)
+    advice = r"has the same in other characters .* convmv -r -f utf8 -t utf8 --nfc --notest "
+    with pytest.raises(UserError, match=rf"no folder for: {composed}\..*{advice}"):
+        build_dataset(make_cfg(tree), "val")
+    for split, name in (("train", composed), ("val", decomposed)):
+        (tmp_path / "videos" / split / name).mkdir(parents=True)
+        (tmp_path / "videos" / split / name / "a.mp4").touch()
+    with pytest.raises(UserError, match=advice):
+        prepare_kinetics.find_videos(tmp_path / "videos")
+    with pytest.raises(UserError, match=r"there is no such file, but one with this name in other characters"):
+        Video(tmp_path / "videos" / "val" / composed / "a.mp4")
+    with pytest.raises(UserError, match=r"there is no such file\."):
+        Video(tmp_path / "videos" / "val" / composed / "b.mp4")
+
+
+def test_all_commands_know_the_same_videos(tmp_path):
+    """Also those of camcorders and phones."""
+    for extension in (".mp4", ".wmv", ".3gp", ".flv", ".MTS", ".ogv"):
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / "a" / f"x{extension}").touch()
+    listed = {Path(item.name).name for item in prepare_kinetics.find_videos(tmp_path)}
+    assert listed == {file.name for file in list_files([tmp_path], clips=True)}
+    assert len(listed) == 6

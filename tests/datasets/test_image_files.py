@@ -167,3 +167,12 @@ def test_pillows_warning_as_an_error_is_a_bad_file(tmp_path, monkeypatch, recwar
         UserError, match=rf"Cannot read the image {tmp_path}/a\.png: .*Image size \(200 pixels\) exceeds"
     ):
         read_image(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("kind", ["jpeg2000", "tiff"])
+def test_what_is_not_read_says_what_is(kind, tmp_path):
+    """Pictures under another extension than their own, and multispectral ones, are whole."""
+    write = {"jpeg2000": lambda: saved(RGB, "jpeg2000"), "tiff": lambda: tiff(np.zeros((16, 24, 5), np.uint8), bits=8)}
+    (tmp_path / "a.jpg").write_bytes(write[kind]())
+    with pytest.raises(UserError, match=r"it is not an image that can be read .JPEG, PNG, .*WEBP.*1, 3 or 4 channels"):
+        read_image(str(tmp_path / "a.jpg"))

@@ -199,7 +199,7 @@ def test_lines_are_split_at_the_last_separator(tmp_path, separator, text, paths)
         ("a.mp4 0\n\n\nb.mp4 -1\n", r"line 4: 'b\.mp4 -1' is not"),
         ("a.mp4 1.0\n", r"line 1: "),
         (" 7\n", r"line 1: "),
-        ("a.mp4 3\n", r"line 1: label 3 is not below MODEL\.NUM_CLASSES 3"),
+        ("a.mp4 3\n", r"line 1: label 3 is not below MODEL\.NUM_CLASSES 3: labels count from 0\."),
         ("", r"test\.csv is empty: it needs one line"),
         ("\n \n", r"test\.csv is empty"),
     ],

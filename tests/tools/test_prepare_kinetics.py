@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
 import prepare_kinetics
 import pytest
-from clips import encode, noise, read_numbers
+from clips import encode, noise, numbered_frame, read_numbers
 
 from ats.config import load_config
 from ats.datasets import build_dataset
@@ -108,3 +109,17 @@ def test_prepare_kinetics_and_odd_names(tmp_path, caplog):
     assert "there is no such file" in bad[0]
     assert "7 videos; left out 1 linked twice or in a loop" in caplog.text
     assert "1 video is not directly in a class folder" in caplog.text
+
+
+def test_frames_whose_times_do_not_ascend_are_shrunk(tmp_path):
+    """AVI gives times of decoding, so frames that were reordered come with 1, 4, 3, 5, 2, ...; none gets lost."""
+    frames = [numbered_frame(i).repeat(2, axis=0).repeat(2, axis=1) for i in range(60)]
+    encode(tmp_path / "raw" / "train" / "a" / "x.avi", frames, options={"bf": "3", "x264-params": "b-adapt=0"})
+    with av.open(str(tmp_path / "raw" / "train" / "a" / "x.avi")) as container:
+        stamps = [frame.pts for frame in container.decode(video=0)]
+    assert stamps != sorted(stamps), "the file no longer shows the case"
+    counts = prepare_kinetics.prepare_kinetics(tmp_path / "raw", tmp_path / "small", short_side=48, num_workers=1)
+    assert counts["bad"] == 0
+    with prepare_kinetics.Video(tmp_path / "small" / "train" / "a" / "x.mp4") as video:
+        assert read_numbers(video.read(range(video.num_frames))) == list(range(60))
+        assert video.fps == pytest.approx(30, rel=0.1)
