@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-# What schedulers and terminals send to a run that is to end: SLURM, submitit and SGE may use SIGUSR1 or SIGUSR2, LSF and
-# limits of CPU time SIGXCPU, a closed terminal SIGHUP.
+# What schedulers and terminals send to a run that is to end: SLURM, submitit and SGE may use SIGUSR1 or SIGUSR2, LSF
+# and limits of CPU time SIGXCPU, a closed terminal SIGHUP.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
@@ -63,6 +63,9 @@ def exit_status(
     Args:
         prefix: of the error's line; the process, if there are several.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, e.g. by `2>&-`; progress bars and logs write to it nevertheless
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - stays open as long as the process lives
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does; a file name may hold what the terminal does not know
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

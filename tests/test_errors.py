@@ -87,3 +87,11 @@ def test_numbers_in_the_environment(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", text)
         with pytest.raises(UserError, match=f"variable WORLD_SIZE is {text}, not a number. Type unset WORLD_SIZE"):
             environment_number("WORLD_SIZE", 1)
+
+
+def test_closed_streams(monkeypatch):
+    """`2>&-` or `>&-`: Python has None in place of the stream."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert exit_status(lambda: [print("text", file=stream) for stream in (sys.stdout, sys.stderr)]) == 0
+    assert exit_status(lambda: sys.stderr.isatty()) == 0

@@ -120,6 +120,11 @@ def explain_lost_process() -> Iterator[None]:
                 f"{reason.rstrip('.')}. If it was killed (see dmesg), the machine ran out of memory: lower "
                 "DATA_LOADER.NUM_WORKERS. Run the same command to resume from the last checkpoint."
             ) from error
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT {os.environ.get('MASTER_PORT', '')} is in use on this machine, perhaps by another run: "
+                "type torchrun --standalone ..., or give torchrun another --master_port."
+            ) from error
         # gloo has no exception type of its own; its errors name their source file or say "gloo".
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise UserError(
