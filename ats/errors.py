@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+# What schedulers and terminals send to a run that is to end: SLURM, submitit and SGE may use SIGUSR1 or SIGUSR2, LSF
+# and limits of CPU time SIGXCPU, a closed terminal SIGHUP.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+
 class UserError(ValueError):
     """A mistake that the user can fix. The message says what is wrong, where, and what to type."""
 
@@ -38,7 +43,7 @@ class Stopped(BaseException):
     and nothing that copes with errors, such as a bad file, may catch it.
 
     Attributes:
-        status: the process's exit status: 143 after SIGTERM, 130 after SIGINT.
+        status: the process's exit status, 128 + the signal: 143 after SIGTERM, 130 after SIGINT.
     """
 
     def __init__(self, signum: int, where: str) -> None:
@@ -58,6 +63,9 @@ def exit_status(
     Args:
         prefix: of the error's line; the process, if there are several.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, e.g. by `2>&-`; progress bars and logs write to it nevertheless
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - stays open as long as the process lives
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does; a file name may hold what the terminal does not know
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -118,6 +126,14 @@ def quoted(value: object) -> str:
 _SHORT = reprlib.Repr()
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 16
 _SHORT.maxstring = _SHORT.maxother = 250
+
+
+def environment_number(name: str, default: int) -> int:
+    """The whole number in an environment variable, `default` if it is unset or empty."""
+    text = os.environ.get(name, "").strip()
+    if not re.fullmatch("[0-9]*", text, re.ASCII):
+        raise UserError(f"The environment variable {name} is {shown(text)}, not a number. Type unset {name} first.")
+    return int(text or default)
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from ats.engine.output import ROOT, log_to_file, setup_logging
-from ats.errors import UserError, exit_status, printable
+from ats.errors import UserError, environment_number, exit_status, printable
 
 ODD = {
     "a\udcff.png": r"a\udcff.png",  # a byte that is not UTF-8
@@ -75,3 +75,23 @@ def test_errors_on_the_terminal(monkeypatch, capsys):
     output.flush()
     assert output.buffer.getvalue() == rb"\u65e5\u672c\udcff" + b"\n"
     assert capsys.readouterr().err == "error: Cannot read \\x1b[2J\\udcff.png.\n  second line\n"
+
+
+def test_numbers_in_the_environment(monkeypatch):
+    for text, number in (("", 1), (" 4\n", 4), ("0", 0)):
+        monkeypatch.setenv("WORLD_SIZE", text)
+        assert environment_number("WORLD_SIZE", 1) == number
+    monkeypatch.delenv("WORLD_SIZE")
+    assert environment_number("WORLD_SIZE", 1) == 1
+    for text in ("two", "-1", "1.5"):
+        monkeypatch.setenv("WORLD_SIZE", text)
+        with pytest.raises(UserError, match=f"variable WORLD_SIZE is {text}, not a number. Type unset WORLD_SIZE"):
+            environment_number("WORLD_SIZE", 1)
+
+
+def test_closed_streams(monkeypatch):
+    """`2>&-` or `>&-`: Python has None in place of the stream."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert exit_status(lambda: [print("text", file=stream) for stream in (sys.stdout, sys.stderr)]) == 0
+    assert exit_status(lambda: sys.stderr.isatty()) == 0

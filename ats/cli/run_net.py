@@ -22,7 +22,7 @@ from ats.config import CfgNode, load_config
 from ats.config.keys import describe, list_sections
 from ats.config.schema import changed, nest
 from ats.engine.output import ROOT, setup_logging
-from ats.errors import UserError
+from ats.errors import UserError, environment_number
 
 EXAMPLE = "python tools/run_net.py --cfg configs/Digits/DeiT.yaml DATA.PATH_TO_DATA_DIR data/digits TRAIN.ENABLE True"
 USAGE = """python tools/run_net.py --cfg FILE [KEY VALUE | KEY=VALUE ...] [--print-config [all]] [--force] [--debug]
@@ -130,7 +130,7 @@ def run(cfg: CfgNode, *, force: bool = False) -> None:
 
 def execute(argv: list[str]) -> None:
     """Do what the command line says, or print the configuration or help."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if environment_number("WORLD_SIZE", 1) > 1:
         # DistributedDataParallel warns about a setting we chose on purpose (`device.data_parallel`), and the store
         # of every process warns that another one has ended.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

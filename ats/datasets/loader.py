@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
+from multiprocessing.queues import Queue
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ats.datasets.base import Draw, Sample
-from ats.errors import UserError
+from ats.errors import STOP_SIGNALS, UserError, environment_number
 
 WORKER_DEATH_WAIT = 5.0  # seconds; a worker that closed its pipe has died by then
 
@@ -131,7 +132,7 @@ class Loader(DataLoader):
     """
 
     def __init__(self, dataset: Dataset, **settings: object):
-        super().__init__(dataset, collate_fn=collate, worker_init_fn=ignore_stop_signals, **settings)
+        super().__init__(dataset, collate_fn=collate, worker_init_fn=init_worker, **settings)
 
     def __iter__(self) -> Iterator[Sample]:
         try:
@@ -155,15 +156,41 @@ class Loader(DataLoader):
 
 def collate(samples: list[Sample] | UserError) -> Sample | UserError:
     """Stack samples: x [B, 3, (T,) H, W], label and index int64 [B], bad B strings. A UserError passes through."""
-    return samples if isinstance(samples, UserError) else default_collate(samples)
+    if isinstance(samples, UserError):
+        return samples
+    try:
+        return default_collate(samples)
+    except RuntimeError as error:
+        if "shared memory" not in str(error):  # which only a data worker allocates
+            raise
+        return _no_way_to_hand_over(error)
 
 
-def ignore_stop_signals(worker: int) -> None:
+def _no_way_to_hand_over(error: Exception) -> UserError:
+    return UserError(
+        f"A data worker cannot hand over its batch: {error}. If /dev/shm is full, give the container more (docker run "
+        "--shm-size=8g); if too many files are open, type ulimit -n 65535 first; if a path is too long, type export "
+        "TMPDIR=/tmp first. Or set DATA_LOADER.NUM_WORKERS to a smaller number: 0 needs none of these. The same "
+        "command goes on from the last checkpoint."
+    )
+
+
+def _hand_over_error(queue: Queue, error: Exception, batch: tuple[int, object]) -> None:
+    """Put the error in place of the batch that the queue's thread could not write. Its own way is to print a traceback
+    and go on, and the training would wait for that batch for ever.
+    """
+    queue.put((batch[0], _no_way_to_hand_over(error)))
+
+
+def init_worker(worker: int) -> None:
     """A `worker_init_fn`: leave stopping to the training process, since schedulers and terminals signal whole groups.
 
     A SIGTERM from that process itself still counts: PyTorch ends a worker that way if it does not exit on its own.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = _hand_over_error  # in this process only
+    for signum in STOP_SIGNALS:
+        if signum != signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS cannot say who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
@@ -179,4 +206,4 @@ def _exit_on_parents_sigterm() -> None:
 def num_cores() -> int:
     """Cores per process that torchrun started on this machine, within a container's CPU limit where one can be read."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(cores // environment_number("LOCAL_WORLD_SIZE", 1), 1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ats.errors import UserError, counted
+from ats.errors import UserError, counted, environment_number
 from ats.tokens import KeptTokens
 
 
@@ -87,7 +87,7 @@ def process_group(device: str = "auto", *, timeout_minutes: float = 10) -> Itera
     Raises:
         UserError: torchrun did not start the processes, there are more processes than GPUs, or one has stopped.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if environment_number("WORLD_SIZE", 1) == 1:
         yield
         return
     if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
@@ -97,7 +97,7 @@ def process_group(device: str = "auto", *, timeout_minutes: float = 10) -> Itera
         )
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
-        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local_rank, num_gpus = environment_number("LOCAL_RANK", 0), torch.cuda.device_count()
         if local_rank >= num_gpus:
             raise UserError(f"This machine has {num_gpus} GPUs: type torchrun --nproc_per_node={num_gpus}.")
         torch.cuda.set_device(local_rank)
@@ -119,6 +119,11 @@ def explain_lost_process() -> Iterator[None]:
             raise UserError(
                 f"{reason.rstrip('.')}. If it was killed (see dmesg), the machine ran out of memory: lower "
                 "DATA_LOADER.NUM_WORKERS. Run the same command to resume from the last checkpoint."
+            ) from error
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT {os.environ.get('MASTER_PORT', '')} is in use on this machine, perhaps by another run: "
+                "type torchrun --standalone ..., or give torchrun another --master_port."
             ) from error
         # gloo has no exception type of its own; its errors name their source file or say "gloo".
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():

@@ -32,10 +32,16 @@ _locks: dict[Path, IO] = {}  # folder -> its lock, which this process holds unti
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to stderr without breaking a running progress bar."""
+    """Writes to stderr without breaking a running progress bar. If that fails, because the terminal or the reader is
+    gone or the disk full, it says so once; `log.txt` has the messages too.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except OSError as error:
+            self.setLevel(logging.CRITICAL + 1)  # removing it here would make this message miss the next handler
+            ROOT.warning("Nothing more is printed: the console cannot be written to (%s).", error.strerror)
 
 
 class _FileHandler(logging.FileHandler):
@@ -135,6 +141,11 @@ def _lock(folder: Path) -> None:
             file.seek(0)
             owner = file.read().decode(errors="replace").strip()
             advice = "Stop it, or give this one another OUTPUT_DIR."
+            if tasks := [name for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE") if os.environ.get(name)]:
+                advice += (
+                    f" If srun or mpirun started both ({tasks[0]} is {os.environ[tasks[0]]}), each is a training of "
+                    "its own: let it start one torchrun per machine instead, as docs/TRAINING.md says."
+                )
             raise UserError(f"{folder} is in use by another run ({owner}). {advice}") from None
         warn_once("%s cannot be locked (%s): make sure that no other run uses it.", folder, error)
     file.truncate(0)

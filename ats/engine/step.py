@@ -145,6 +145,9 @@ class Recipe:
         )
 
 
+MIN_LOSS_SCALE = 2.0**-14  # it begins at 2**16, and every skipped step halves it
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient norm is NaN or infinite. The step has not changed the weights."""
 
@@ -170,8 +173,8 @@ def train_step(
         batch_size: size of the batch over all processes; default: B.
 
     Raises:
-        NonFiniteError: the loss is not finite, or the gradient is not and no scaler would skip the step. Raised on
-            every process if it happens on one.
+        NonFiniteError: the loss is not finite, or the gradient is not and no scaler would skip the step, or it has
+            skipped one after the other. Raised on every process if it happens on one.
     """
     optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
@@ -201,4 +204,9 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     scale = scaler.get_scale() if scaler.is_enabled() else None
+    if scale is not None and scale < MIN_LOSS_SCALE and not math.isfinite(grad_norm):
+        raise NonFiniteError(
+            f"The gradient's norm is {grad_norm} (loss {loss:.4g}), however small float16's loss scale ({scale:.3g}); "
+            "TRAIN.AMP_DTYPE bfloat16 needs none. It happened"
+        )
     return StepStats(loss, grad_norm, dict(zip(tokens, token_means, strict=True)), loss_scale=scale)

@@ -6,7 +6,7 @@ Random numbers are functions of their place in the training: those of a step (mi
 from (RNG_SEED, epoch, step), those of a sample's augmentation from (RNG_SEED, epoch, its place in the order). So a run
 resumed at any step equals the uninterrupted run bit for bit. With several processes (`device.process_group`), each
 takes its share of every batch, and the result is the same up to round-off. SIGTERM (from a scheduler) and SIGINT
-(Ctrl-C) end a training after the current step, with a checkpoint.
+(Ctrl-C), and the other `STOP_SIGNALS`, end a training after the current step, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -31,7 +31,7 @@ from ats.checkpoint import load_weights, save_safetensors
 from ats.config import CfgNode
 from ats.datasets import Loader, Sample, build_loader
 from ats.datasets.base import Split
-from ats.engine.checkpointing import Checkpoints, TrainState, newest_checkpoint, resume
+from ats.engine.checkpointing import Checkpoints, TrainState, list_checkpoints, newest_checkpoint, resume
 from ats.engine.device import (
     all_gather,
     all_reduce,
@@ -50,13 +50,12 @@ from ats.engine.evaluate import build_test, check_samples, describe_model, evalu
 from ats.engine.output import log_plan, open_output_dir
 from ats.engine.step import NonFiniteError, Recipe, StepStats, build_optimizer, set_lr, train_step
 from ats.engine.train_log import BadFiles, TrainLog, Window, drop_lines_after
-from ats.errors import NoSuchSplit, Stopped, UserError, counted
+from ats.errors import STOP_SIGNALS, NoSuchSplit, Stopped, UserError, counted
 from ats.files import write
 from ats.models import build_model
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 Draw = Callable[[nn.Module, Dataset[Sample]], Tensor | None]
 
 
@@ -73,7 +72,7 @@ def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Pat
     Raises:
         UserError: bad settings, data, weights or checkpoints; OUTPUT_DIR belongs to another training or is in use; too
             many unreadable files; a lost data worker or process; a loss that is not finite; a full disk.
-        Stopped: by SIGTERM or SIGINT, after saving a checkpoint.
+        Stopped: by one of `STOP_SIGNALS`, after saving a checkpoint.
     """
     output_dir = open_output_dir(cfg)
     trainer = Trainer(cfg, output_dir, force=force, draw=draw)
@@ -101,9 +100,13 @@ class Trainer:
         self.train_loader, self.val_loader = loaders["train"], loaders.get("val")
         self.sampler = self.train_loader.batch_sampler
         self.num_epochs, self.num_steps = cfg.SOLVER.MAX_EPOCH, self.sampler.num_batches
-        self.state = build_state(cfg, self.device)
+        # What a checkpoint will replace is not read: the file may be gone by now, and timm's server out of reach.
+        resumes = cfg.TRAIN.AUTO_RESUME and bool(list_checkpoints(output_dir))
+        self.state = build_state(cfg, self.device, pretrained=not resumes)
         check_samples(cfg, self.state.model, loaders, device=self.device)
         resumed = resume(self.state, output_dir, cfg, force=force)
+        if resumes and not resumed:  # all checkpoints are damaged
+            self.state = build_state(cfg, self.device)
         if is_main():
             write(output_dir / "config.yaml", cfg.dump())
             drop_lines_after(output_dir / "log.jsonl", self.state.epoch, self.state.step)
@@ -218,9 +221,9 @@ class Trainer:
 
     def _agree(self, stop: StopSignals, *, num_bad: int = 0) -> tuple[int, int]:
         """Over all processes: the signal that any of them received (0: none), and the number of bad files."""
-        received = [stop.received == signum for signum in SIGNALS]
+        received = [stop.received == signum for signum in STOP_SIGNALS]
         *counts, num_bad = all_reduce(torch.tensor([*received, num_bad], dtype=torch.int64)).tolist()
-        return next((signum for signum, count in zip(SIGNALS, counts, strict=True) if count), 0), num_bad
+        return next((signum for signum, count in zip(STOP_SIGNALS, counts, strict=True) if count), 0), num_bad
 
     def _steps_done(self) -> int:
         return self.state.epoch * self.num_steps + self.state.step
@@ -288,9 +291,15 @@ def _build_loaders(cfg: CfgNode) -> dict[Split, Loader]:
     return loaders
 
 
-def build_state(cfg: CfgNode, device: torch.device) -> TrainState:
-    """Model, optimizer, scaler and EMA before the first step; the weights of `TRAIN.CHECKPOINT_FILE_PATH` if given."""
+def build_state(cfg: CfgNode, device: torch.device, *, pretrained: bool = True) -> TrainState:
+    """Model, optimizer, scaler and EMA before the first step; the weights of `TRAIN.CHECKPOINT_FILE_PATH` if given, or
+    timm's (TIMM.PRETRAINED). Without `pretrained`, random ones.
+    """
     seed_everything(cfg.RNG_SEED)
+    if not pretrained:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.TRAIN.CHECKPOINT_FILE_PATH, cfg.TIMM.PRETRAINED = "", False
     model = build_model(cfg)
     if cfg.TRAIN.CHECKPOINT_FILE_PATH:
         skip = getattr(model, "head_keys", ("head",)) if cfg.TRAIN.RESET_HEAD else ()
@@ -303,14 +312,16 @@ def build_state(cfg: CfgNode, device: torch.device) -> TrainState:
 
 
 class StopSignals:
-    """A context that records SIGTERM and SIGINT instead of ending the process. A second SIGINT ends it at once."""
+    """A context that records `STOP_SIGNALS` instead of ending the process. A second SIGINT ends it at once."""
 
     received = 0  # the number of the first signal
     _interruptible_part = ""
 
     def __enter__(self) -> StopSignals:
         is_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers in no other
-        self._previous = {signum: signal.signal(signum, self._handle) for signum in SIGNALS if is_main_thread}
+        # nohup ignores SIGHUP, and so does the run then.
+        signals = [s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in signals if is_main_thread}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -330,7 +341,7 @@ class StopSignals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received and signum == signal.SIGINT:
-            os.write(2, b"\nsecond SIGINT: quit without a checkpoint\n")
+            _print_now("second SIGINT: quit without a checkpoint")
             os._exit(128 + signal.SIGINT)
         if self.received:
             return
@@ -338,4 +349,10 @@ class StopSignals:
         if self._interruptible_part:
             raise Stopped(signum, self._interruptible_part)
         again = ", again to quit at once" if signum == signal.SIGINT else ""
-        os.write(2, f"\n{signal.Signals(signum).name}: stopping after this step{again}\n".encode())
+        _print_now(f"{signal.Signals(signum).name}: stopping after this step{again}")
+
+
+def _print_now(text: str) -> None:
+    """Print in a signal handler, if the console is still there: after a SIGHUP it is not."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())

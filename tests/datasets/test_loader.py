@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
+import os
 import random
 import threading
 import time
@@ -108,6 +110,37 @@ def test_an_error_of_the_pipe_alone_is_named(monkeypatch):
 def _raise_eof():
     raise EOFError
     yield
+
+
+class Unsendable(str):
+    """What a worker can make and not hand over."""
+
+    def __reduce__(self) -> tuple:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+class Unsendables(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> str:
+        return Unsendable(index)
+
+
+def test_a_batch_that_cannot_be_handed_over():
+    """Too many open files, or a TMPDIR too long for a socket: PyTorch would wait for the batch for ever."""
+    with pytest.raises(UserError, match=r"cannot hand over its batch: .*Too many open files.*DATA_LOADER.NUM_WORKERS"):
+        list(Loader(Unsendables(), num_workers=1, timeout=30))
+
+
+def test_full_shared_memory(monkeypatch):
+    def full(samples):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(loader_module, "default_collate", full)
+    error = loader_module.collate([])
+    assert isinstance(error, UserError)
+    assert "--shm-size" in str(error)
 
 
 def test_unknown_dataset(shared_tree):

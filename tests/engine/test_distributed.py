@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Run, run_net, run_net_well
 from runs import assert_same, read_log
+from torch import distributed as dist
 
 from ats.checkpoint import load_checkpoint
 from ats.config import load_config
 from ats.datasets.loader import TrainBatchSampler
 from ats.engine import train
 from ats.engine.checkpointing import checkpoint_path
-from ats.engine.device import process_group, rank
+from ats.engine.device import explain_lost_process, process_group, rank
 from ats.engine.tally import Ensemble, Tally
 from ats.errors import UserError
 
@@ -230,3 +231,9 @@ def test_not_started_by_torchrun(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=r"WORLD_SIZE is 2 but LOCAL_RANK, .* are not set. Type: torchrun"):
         process_group().__enter__()
+
+
+def test_port_in_use(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(UserError, match=r"MASTER_PORT 29500 is in use.*--standalone"), explain_lost_process():
+        raise dist.DistNetworkError("The server socket has failed to listen (port: 29500, name: EADDRINUSE)")

@@ -197,6 +197,16 @@ def test_float16_skips_a_step_with_infinite_gradient(make_cfg):
     assert_same(before, list(state.model.parameters()))
 
 
+def test_float16_does_not_skip_steps_for_ever(make_cfg):
+    """A gradient that no loss scale makes finite is an error: the run would go on and learn nothing."""
+    state, step = make_step(make_cfg("TRAIN.MIXED_PRECISION", "True", "TRAIN.AMP_DTYPE", "float16"))
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-13)
+    next(state.model.parameters()).register_hook(lambda grad: grad * float("inf"))
+    assert step(*random_batch()).loss_scale == 2.0**-14
+    with pytest.raises(train.NonFiniteError, match=r"float16's loss scale .*TRAIN.AMP_DTYPE bfloat16"):
+        step(*random_batch())
+
+
 def test_non_finite_step_does_not_change_the_weights(make_cfg):
     state, step = make_step(make_cfg())
     before = [p.clone() for p in state.model.parameters()]

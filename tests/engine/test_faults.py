@@ -7,6 +7,8 @@ pytest tests/engine/test_faults.py -k any_moment --kills 30
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import random
 import signal
@@ -19,9 +21,11 @@ from processes import Run, run_net, run_net_well
 from runs import assert_same, read_log
 
 from ats.checkpoint import load_checkpoint, save_checkpoint
-from ats.engine import checkpointing, train
+from ats.engine import checkpointing, output, train
 from ats.engine.checkpointing import checkpoint_path, list_checkpoints
-from ats.errors import UserError
+from ats.engine.output import log_to_file, setup_logging
+from ats.engine.train_log import drop_lines_after
+from ats.errors import Stopped, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -243,6 +247,87 @@ def test_interrupt_and_lock(tiny_config, tmp_path):
     third.wait_for(f"Resumed from {list_checkpoints(tmp_path / 'out')[0]}")
     os.kill(third.pid, signal.SIGTERM)
     assert third.wait()[0] in (143, -signal.SIGTERM)  # -SIGTERM if it arrives before the first step
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
+def test_signals_of_schedulers_and_closed_terminals(make_cfg, monkeypatch, signum):
+    cfg, train_step = make_cfg("TRAIN.EVAL_PERIOD", "0", "TEST.ENABLE", "False"), train.train_step
+
+    def step(*args, **kwargs):
+        os.kill(os.getpid(), signum)
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(Stopped, match=signum.name) as stopped:
+        train.train(cfg)
+    assert stopped.value.status == 128 + signum
+    assert [path.name for path in list_checkpoints(Path(cfg.OUTPUT_DIR))] == [
+        "checkpoint_epoch_00000_step_00000001.pyth"
+    ]
+
+
+def test_nohup_is_respected():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.received
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_lost_console_ends_only_the_console(tmp_path, monkeypatch):
+    """An ssh connection that breaks, or a full disk behind `2> file`."""
+
+    def lost(*args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    setup_logging()
+    log_to_file(tmp_path / "log.txt")
+    monkeypatch.setattr("sys.stderr.write", lost)
+    monkeypatch.setattr(os, "write", lost)
+    for text in ("first", "second"):
+        logging.getLogger("ats.somewhere").info(text)
+    with train.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == signal.SIGHUP
+    log = (tmp_path / "log.txt").read_text()
+    assert all(text in log for text in ("first", "second"))
+    assert log.count("Nothing more is printed: the console cannot be written to (Input/output error).") == 1
+
+
+def test_lines_of_the_log_that_are_no_lines(tmp_path):
+    """A power cut can leave zeros at the end of a file."""
+    good = '{"event": "train", "epoch": 1, "step": 1}\n'
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(good.encode() + b'\0\0\n\xff\xfe\n{"note": 1}\n[1]\n{"event": "train", "ep')
+    drop_lines_after(path, epoch=1, step=0)
+    assert path.read_text() == good
+
+
+def test_weights_that_a_checkpoint_replaces_are_not_needed(make_cfg, tmp_path):
+    """To start from is not to resume from: the file may be gone, until every checkpoint is damaged."""
+    train.train(make_cfg("TEST.ENABLE", "False", "SOLVER.MAX_EPOCH", "1", out="first"))
+    start = (tmp_path / "first" / "model.safetensors").rename(tmp_path / "start.safetensors")
+    cfg = make_cfg("TEST.ENABLE", "False", "SOLVER.MAX_EPOCH", "1", "TRAIN.CHECKPOINT_FILE_PATH", str(start))
+    weights = train.train(cfg).read_bytes()
+    start.unlink()
+    assert train.train(cfg).read_bytes() == weights
+    for path in list_checkpoints(Path(cfg.OUTPUT_DIR)):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"No checkpoint file .*start.safetensors"):
+        train.train(cfg)
+
+
+def test_tasks_that_srun_started_one_by_one(tmp_path, monkeypatch):
+    def locked(*args):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("fcntl.lockf", locked)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(UserError, match=r"SLURM_STEP_NUM_TASKS is 4.*one torchrun per machine"):
+        output._lock(tmp_path)
 
 
 def _slow_steps() -> None:
