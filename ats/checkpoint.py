@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 # Keys under which releases keep their weights. EMA weights come first: they are the ones that were evaluated.
 WRAPPERS = ("ema_state", "state_dict_ema", "model_ema", "model_state", "model", "state_dict", "module")
 INFIXES = re.compile(r"\b_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")  # PyTorch's own, at any level
-ONLY_PRETRAINING = ("mask_token", "decoder")  # MAE's, which the encoder does not need
+# Keys that no network here needs: of pretraining (MAE, DINOv2), and of profilers (thop), which leave theirs behind.
+NOT_NEEDED = re.compile(r"(mask_token|decoder)|(.*\.)?total_(ops|params)$")
+GIVEN = "the given state dict"
 Weights = str | Path | dict[str, Tensor]  # a file, or a state dict, which may be wrapped
 
 
@@ -42,7 +44,7 @@ def load_weights(model: nn.Module, source: Weights, *, skip: Iterable[str] = (),
     Raises:
         UserError: the file cannot be read, or has missing, unexpected or misshapen keys, which the message lists.
     """
-    name = "the given state dict" if isinstance(source, dict) else str(source)
+    name = GIVEN if isinstance(source, dict) else str(source)
     expected = model.state_dict()
     state = _find(source if isinstance(source, dict) else load_checkpoint(source), expected, name)
     for key in state.keys() & expected.keys():
@@ -54,9 +56,18 @@ def load_weights(model: nn.Module, source: Weights, *, skip: Iterable[str] = (),
         except (RuntimeError, LookupError, TypeError, ValueError) as error:  # of shapes that no release has
             _check(expected, state, name, advice)
             raise UserError(f"{name} does not belong to this model: {str(error).splitlines()[0]}") from error
+    # Only now: the filters of timm know a release by such keys.
+    if unused := [key for key in state if key not in expected and NOT_NEEDED.match(key)]:
+        logger.info("%s: not used by this network: %s.", name, _grouped(unused))
+    state = {key: value for key, value in state.items() if key not in unused}
     kept = {key: value for key, value in expected.items() if key.startswith(tuple(skip))}
     state = {key: value for key, value in state.items() if not key.startswith(tuple(skip))} | kept
     _check(expected, state, name, advice)
+    numbers = {key: state[key] for key, own in model.named_parameters() if key in state and not own.is_meta}
+    if broken := [key for key, value in numbers.items() if not value.isfinite().all()]:
+        logger.warning(
+            "%s holds NaN or infinite weights, as diverged trainings leave them: %s.", name, _grouped(broken)
+        )
     model.load_state_dict(state)
 
 
@@ -95,9 +106,7 @@ def _find(contents: dict, expected: dict[str, Tensor], name: str) -> dict[str, T
         raise UserError(_which(contents, places, name))
     ((path, prefix),) = places
     state = {key.removeprefix(prefix): value for key, value in parts[path].items() if key.startswith(prefix)}
-    unused = [key for key in state if key not in expected and key.startswith(ONLY_PRETRAINING)]
-    state = {key: value for key, value in state.items() if key not in unused}
-    if unused := [*unused, *(key for key in parts[path] if not key.startswith(prefix))]:
+    if unused := [key for key in parts[path] if not key.startswith(prefix)]:
         logger.info("%s: not used by this network: %s.", name, _grouped(unused))
     return state
 
@@ -145,6 +154,8 @@ def _which(contents: dict, places: list[tuple[tuple, str]], name: str) -> str:
     labels = {".".join(map(str, (*path, prefix.rstrip(".")))).strip("."): (path, prefix) for path, prefix in places}
     label = next((label for label in labels if re.search("ema|teacher", label)), next(iter(labels)))
     path, prefix = labels[label]
+    if name == GIVEN:
+        return f"{name} holds several sets of weights: {', '.join(labels)}. {top_level} Give the one you want."
     file = Path(name)
     code = f"c.load_checkpoint({json.dumps(name)})"
     code = "".join([code, *(f"[{json.dumps(key, default=repr)}]" for key in path)]) if path else f"c.unwrap({code})"

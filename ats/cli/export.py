@@ -84,6 +84,11 @@ def run(argv: list[str]) -> None:
     for name, images in read_images(cfg, args.images).items():
         difference = compare(exported, run_file, images)
         print(f"On {len(images)} {name}: {difference}.")
+        if not difference.scale.isfinite():
+            raise UserError(
+                f"The network gives NaN or infinite logits on {name}, so {args.output} is of no use. Check "
+                "TEST.CHECKPOINT_FILE_PATH."
+            )
         if not difference.is_right:
             raise UserError(
                 f"{args.output} does not compute what the network does ({difference.num_far} of {len(images)} {name} "

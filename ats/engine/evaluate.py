@@ -113,7 +113,7 @@ def check_samples(cfg: CfgNode, model: nn.Module, loaders: dict[Split, Loader], 
             continue
         taken.add(x.shape)
         try:
-            _, trace = model.forward_tokens(x)
+            logits, trace = model.forward_tokens(x)
             gflops(model, trace, x.shape)
         except torch.OutOfMemoryError:
             raise
@@ -125,6 +125,12 @@ def check_samples(cfg: CfgNode, model: nn.Module, loaders: dict[Split, Loader], 
                 f"{cfg.MODEL.NAME} cannot take the {split} samples of {name} and {size}, which are {shape}: "
                 f"{str(error).rstrip('.')}. Change one of these keys."
             ) from error
+        if logits.shape != (1, cfg.MODEL.NUM_CLASSES):
+            shape = " x ".join(map(str, logits.shape[1:]))
+            raise UserError(
+                f"{cfg.MODEL.NAME} gives {shape} logits for a sample instead of MODEL.NUM_CLASSES "
+                f"{cfg.MODEL.NUM_CLASSES}: take num_classes and global_pool out of TIMM.KWARGS, or correct the network."
+            )
     model.train(was_training)
 
 

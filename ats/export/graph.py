@@ -206,7 +206,7 @@ class Difference:
     @property
     def num_far(self) -> int:
         """Images further off than 1e-3 x scale."""
-        return int((self.distance > 1e-3 * self.scale).sum())
+        return int((~(self.distance <= 1e-3 * self.scale)).sum())  # NaN is far from everything
 
     @property
     def is_right(self) -> bool:

@@ -235,6 +235,14 @@ def test_the_decoder_of_mae_is_left_out_with_a_note(weights, caplog):
         load_weights(vit(), backbone(weights), advice="A.B True")
 
 
+def test_what_profilers_leave_in_a_model_is_left_out(weights):
+    """thop's counts, one in every layer."""
+    counts = {f"{key.rpartition('.')[0]}.total_{kind}": torch.ones(1) for key in weights for kind in ("ops", "params")}
+    model = vit()
+    load_weights(model, weights | counts | {"total_ops": torch.ones(1)})
+    assert torch.equal(model.cls_token, weights["cls_token"])
+
+
 def test_a_head_of_another_kind_gives_way_to_a_fresh_one(weights):
     head = {"base_encoder.head.0.weight": torch.ones(3, 3), "base_encoder.head.1.bias": torch.ones(3)}
     load_weights(vit(), backbone(weights, "base_encoder.") | head, skip=("head.",))
@@ -261,6 +269,24 @@ def test_tensors_that_would_lose_something_are_refused(change, text, only, weigh
 def test_weights_of_another_precision_are_taken(weights):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         load_weights(vit(), {key: value.to(dtype) for key, value in weights.items()})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(value, weights, caplog):
+    weights["blocks.1.mlp.fc1.bias"][2] = weights["head.weight"][0, 0] = value
+    load_weights(vit(), weights)
+    text = "holds NaN or infinite weights, as diverged trainings leave them: head.weight, blocks.*.mlp.fc1.bias."
+    assert text in caplog.text
+    caplog.clear()
+    weights["blocks.1.mlp.fc1.bias"][2] = 0
+    load_weights(vit(), weights, skip=("head.",))
+    assert not caplog.text
+
+
+def test_several_sets_in_a_given_dict(weights):
+    """There is no file to name in a command."""
+    with pytest.raises(UserError, match=r"sets of weights: a, b\. Its top-level keys: a, b\. Give the one you want\.$"):
+        load_weights(vit(), {"a": weights, "b": dict(weights)})
 
 
 def nested(depth: int) -> dict:

@@ -12,7 +12,7 @@ import torch
 from test_timm_config import config as timm_config
 from torch import nn
 
-from ats.checkpoint import save_safetensors
+from ats.checkpoint import load_checkpoint, save_safetensors
 from ats.cli import export as tool
 from ats.config import CfgNode, get_cfg
 from ats.errors import UserError
@@ -163,6 +163,16 @@ def test_mistakes_are_explained(overrides, output, text, tmp_path, capsys):
     with pytest.raises(AssertionError, match=text):
         raise AssertionError(capsys.readouterr().err)
     assert not (tmp_path / output).exists()
+
+
+def test_a_network_that_gives_no_numbers_is_not_passed(tmp_path, capsys):
+    cfg = trained(settings("ViT"), tmp_path / "weights.safetensors")
+    weights = load_checkpoint(tmp_path / "weights.safetensors")
+    weights["head.bias"][0] = torch.nan
+    save_safetensors(tmp_path / "weights.safetensors", weights)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert tool.main(["--cfg", str(tmp_path / "config.yaml"), "-o", str(tmp_path / "a.pt2"), "--dense"]) == 1
+    assert "The network gives NaN or infinite logits on random images" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named(monkeypatch):

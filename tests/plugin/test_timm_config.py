@@ -66,12 +66,46 @@ def test_loads_files(tmp_path):
         load_weights(build_model(config("vit_small_patch14_reg4_dinov2")), tmp_path / "model.safetensors")
 
 
+def test_loads_dinov2s_release_with_registers():
+    """Its names, and its place for the embeddings of CLS; timm knows the release by its mask token."""
+    source, target = (build_model(config("vit_small_patch14_reg4_dinov2")) for _ in range(2))
+    released = {key.replace("reg_token", "register_tokens"): value + 1 for key, value in source.state_dict().items()}
+    own_cls, released["cls_token"] = released["cls_token"], released["cls_token"] - 3
+    released["pos_embed"] = torch.cat([torch.full_like(own_cls, 3), released["pos_embed"]], dim=1)
+    load_weights(target, {"teacher": released | {"mask_token": torch.zeros(1, 48)}})
+    torch.testing.assert_close(target.state_dict(), {key: value + 1 for key, value in source.state_dict().items()})
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_loads_what_masked_pretraining_of_eva_leaves(pool):
+    """The final norm goes where the network has one, behind the average or before CLS is read."""
+    small = SMALL.replace("]]", f"], [global_pool, {pool}]]").replace("embed_dim, 48", "embed_dim, 60")
+    model = build_model(config("eva02_tiny_patch14_224", "ATS.SCORE", "mean_attention", small=small))
+    released = {key.replace("fc_norm", "norm"): value + 1 for key, value in model.state_dict().items()}
+    load_weights(model, {"model": released | {"mask_token": torch.zeros(1, 1, 60)}})
+    assert torch.equal((model.norm if pool == "token" else model.fc_norm).weight, released["norm.weight"])
+
+
+@pytest.mark.parametrize(("pair", "text"), [("num_classes, 3", "3 logits"), ("global_pool, ''", "17 x 4 logits")])
+def test_a_network_without_one_logit_per_class_is_refused_first(pair, text, tiny_config, tmp_path, capsys):
+    from run_net import main
+
+    kwargs = SMALL.replace("]]", f"], [{pair}]]")
+    common = ["--cfg", str(tiny_config), "MODEL.NAME=timm/deit3_small_patch16_224", f"TIMM.KWARGS={kwargs}"]
+    assert main([*common, "DEVICE=cpu", "TRAIN.ENABLE=True", f"OUTPUT_DIR={tmp_path / 'out'}"]) == 1
+    assert f"gives {text} for a sample instead of MODEL.NUM_CLASSES 4: take num_classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
         (["MODEL.NAME", "timm/deit3_smal_patch16_224"], "timm has no deit3_smal_patch16_224. Did you mean deit3_small"),
         (["MODEL.NAME", "timm/resnet10t", "TIMM.KWARGS", []], "a ResNet, is not supported"),
         (["TIMM.KWARGS", [["img_sise", 32]]], "timm cannot build deit3_small_patch16_224 with these"),
+        (["TIMM.KWARGS", [["norm_layer", "nosuch"]]], "timm cannot build deit3_small_patch16_224 with these: 'nosuch'"),
+        (["TIMM.KWARGS", [["patch_size", 0]]], "timm cannot build deit3_small_patch16_224 with these: "),
+        (["TIMM.KWARGS", [["checkpoint_path", "no.pth"]]], "timm cannot build deit3_small_patch16_224 with these: Fil"),
+        (["MODEL.NAME", "timm/deit3_small_patch16_224.nosuch"], "Invalid pretrained tag (nosuch)"),
         (["TIMM.KWARGS", ["img_size", 32]], "give pairs of name and value, e.g. [[img_size, 384]]"),
         (["DATA.TEST_CROP_SIZE", 64], 'takes images of 32 x 32 pixels. Set DATA.TEST_CROP_SIZE 32, or TIMM.KWARGS "[['),
         (["TRAIN.ENABLE", True], "DATA.TRAIN_CROP_SIZE 224"),

@@ -153,6 +153,8 @@ class TimmModel(Patched):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A release's weights for this model, converted as timm does after a download."""
+        if self.original is Eva and isinstance(self.fc_norm, nn.Identity):  # beside a mask token, timm expects one
+            state = {key: value for key, value in state.items() if key != "mask_token"}
         return FILTERS[self.original](state, self)
 
     def block_grids(self, input_shape: Sequence[int]) -> list[BlockGrid]:
