@@ -102,7 +102,7 @@ class Trainer:
         self.num_epochs, self.num_steps = cfg.SOLVER.MAX_EPOCH, self.sampler.num_batches
         # What a checkpoint will replace is not read: the file may be gone by now, and timm's server out of reach.
         resumes = cfg.TRAIN.AUTO_RESUME and bool(list_checkpoints(output_dir))
-        self.state = build_state(cfg, self.device, pretrained=not resumes)
+        self.state = build_state(cfg, self.device, read_weights=not resumes)
         check_samples(cfg, self.state.model, loaders, device=self.device)
         resumed = resume(self.state, output_dir, cfg, force=force)
         if resumes and not resumed:  # all checkpoints are damaged
@@ -291,12 +291,12 @@ def _build_loaders(cfg: CfgNode) -> dict[Split, Loader]:
     return loaders
 
 
-def build_state(cfg: CfgNode, device: torch.device, *, pretrained: bool = True) -> TrainState:
+def build_state(cfg: CfgNode, device: torch.device, *, read_weights: bool = True) -> TrainState:
     """Model, optimizer, scaler and EMA before the first step; the weights of `TRAIN.CHECKPOINT_FILE_PATH` if given, or
-    timm's (TIMM.PRETRAINED). Without `pretrained`, random ones.
+    timm's (TIMM.PRETRAINED). Random ones without `read_weights`.
     """
     seed_everything(cfg.RNG_SEED)
-    if not pretrained:
+    if not read_weights:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.TRAIN.CHECKPOINT_FILE_PATH, cfg.TIMM.PRETRAINED = "", False

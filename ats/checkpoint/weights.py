@@ -1,4 +1,4 @@
-"""Load weights into a network and match their keys strictly. `checkpoint_files` reads and writes the files.
+"""Load weights into a network and match their keys strictly.
 
 Releases wrap their weights (`model`, `state_dict`, ...) and prefix their keys (`module.`, `backbone.`, ...). Wrappers
 are removed, and so is the prefix in front of the network's own keys. What is specific to an architecture, e.g. resizing
@@ -18,11 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ats.checkpoint_files import load_checkpoint, save_checkpoint, save_safetensors
+from ats.checkpoint.file import load_checkpoint
 from ats.config import CfgNode
 from ats.errors import UserError, counted
-
-__all__ = ["load_checkpoint", "load_weights", "save_checkpoint", "save_safetensors", "to_fine_tune", "unwrap"]
 
 logger = logging.getLogger(__name__)
 

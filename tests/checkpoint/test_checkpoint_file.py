@@ -22,8 +22,8 @@ import torch
 from yacs.config import CfgNode
 
 from ats.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
+from ats.checkpoint.safe_types import _DType
 from ats.errors import UserError
-from ats.safe_types import _DType
 
 torch.manual_seed(0)
 WEIGHTS = {"a.weight": torch.randn(3, 4), "b": torch.arange(5), "c": torch.tensor(3.0)}

@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ats.checkpoint.safe_types import SAFE_TYPES
 from ats.config import find_shipped
 from ats.errors import UserError
 from ats.files import atomic_write, write
-from ats.safe_types import SAFE_TYPES
 
 logger = logging.getLogger(__name__)
 
