@@ -187,13 +187,13 @@ def drop_lines_after(path: Path, epoch: int, step: int) -> None:
     def is_kept(line: str) -> bool:
         try:
             values = simplejson.loads(line)
-        except simplejson.JSONDecodeError:
-            return False  # half a line: the run was killed while it wrote
-        if values["event"] == "val" and step == 0:  # the evaluation after the last epoch will run again
-            return values["epoch"] < epoch
-        return values["epoch"] <= epoch or (values["epoch"] == epoch + 1 and values["step"] <= step)
+            if values["event"] == "val" and step == 0:  # the evaluation after the last epoch will run again
+                return values["epoch"] < epoch
+            return values["epoch"] <= epoch or (values["epoch"] == epoch + 1 and values["step"] <= step)
+        except (ValueError, LookupError, TypeError):
+            return False  # half a line: the run was killed while it wrote; or what a crash of the machine left
 
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     write(path, "".join(f"{line}\n" for line in lines if is_kept(line)))
 
 
