@@ -44,7 +44,9 @@ def load_weights(model: nn.Module, source: Weights, *, skip: Iterable[str] = (),
     """
     name = GIVEN if isinstance(source, dict) else str(source)
     expected = model.state_dict()
-    state = _find(source if isinstance(source, dict) else load_checkpoint(source), expected, name)
+    kept = {key: value for key, value in expected.items() if key.startswith(tuple(skip))}
+    needed = {key: value for key, value in expected.items() if key not in kept}
+    state = _find(source if isinstance(source, dict) else load_checkpoint(source), needed, expected, name)
     for key in state.keys() & expected.keys():
         if expected[key].ndim == 0 and state[key].numel() == 1:  # some writers store scalars as vectors of length 1
             state[key] = state[key].reshape(())
@@ -58,7 +60,6 @@ def load_weights(model: nn.Module, source: Weights, *, skip: Iterable[str] = (),
     if unused := [key for key in state if key not in expected and NOT_NEEDED.match(key)]:
         logger.info("%s: not used by this network: %s.", name, _grouped(unused))
     state = {key: value for key, value in state.items() if key not in unused}
-    kept = {key: value for key, value in expected.items() if key.startswith(tuple(skip))}
     state = {key: value for key, value in state.items() if not key.startswith(tuple(skip))} | kept
     _check(expected, state, name, advice)
     numbers = {key: state[key] for key, own in model.named_parameters() if key in state and not own.is_meta}
@@ -85,18 +86,18 @@ def unwrap(contents: dict, _seen: tuple[int, ...] = ()) -> dict[str, Tensor]:
     return {key: value for key, value in contents.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-def _find(contents: dict, expected: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def _find(contents: dict, needed: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """The weights in `contents` for a network with the keys of `expected`: the dict and the prefix that hold most of
-    them. If no key matches, the network may know them by other names.
+    the `needed` ones. If no key matches, the network may know them by other names.
     """
     state = unwrap(contents)
     parts = {(): state} if state else _parts(contents)
     if not any(INFIXES.search(key) for key in expected):
         parts = {path: {INFIXES.sub("", key): value for key, value in part.items()} for path, part in parts.items()}
-    counts = {(path, prefix): n for path, part in parts.items() for prefix, n in _prefixes(part, expected).items()}
+    counts = {(path, prefix): n for path, part in parts.items() for prefix, n in _prefixes(part, needed).items()}
     most = max(counts.values(), default=0)
     # Most, not half: one stage of another naming scheme (`stages.2.blocks.0...`) can hold two thirds of all blocks.
-    places = [place for place, count in counts.items() if count == most and count >= 0.8 * len(expected)]
+    places = [place for place, count in counts.items() if count == most and count >= 0.8 * len(needed)]
     if not places:
         places = [(path, "") for path, part in parts.items() if path == () or 2 * len(part) >= len(expected)]
         parts = {path: _without_shared_prefix(part, expected) for path, part in parts.items()}

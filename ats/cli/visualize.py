@@ -103,6 +103,8 @@ def draw_files(
 
     stems: Counter[str] = Counter()
     taken = set(map(real_name, files))  # the inputs, and what is drawn already
+    if output.resolve() in {file.resolve().parent for file in files}:  # a folder of pictures that are not ours
+        taken.update(map(real_name, output.iterdir()))
     bad: list[str] = []
     for file in files:
         try:
@@ -122,15 +124,17 @@ def draw_files(
 
 
 def free_path(folder: Path, stem: str, *, stems: Counter[str], taken: set[str]) -> Path:
-    """`folder/stem.png`, or with _2, _3, ... after the stem: the first path that is not in `taken`, which it joins.
+    """`folder/stem.png`, or with _2, _3, ... after the stem: the first path that is not in `taken`, nor is its .gif,
+    which both join.
 
     `stems` counts how often each stem was asked for.
     """
     while True:
         number = stems[stem] = stems[stem] + 1
         path = folder / f"{stem}{f'_{number}' if number > 1 else ''}.png"
-        if (real := real_name(path)) not in taken:
-            taken.add(real)
+        names = {real_name(path), real_name(path.with_suffix(".gif"))}
+        if taken.isdisjoint(names):
+            taken |= names
             return path
 
 

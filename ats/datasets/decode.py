@@ -167,7 +167,7 @@ class Video(AbstractContextManager):
 
     def _scan(self) -> None:
         """Find time stamps (in display order), key frames and rate from the packets alone."""
-        codec, first, shown, is_counted = self._stream.codec_context, None, [], False
+        codec, first, shown, stamps, is_counted = self._stream.codec_context, None, [], [], False
         self._key_pts: list[int] = []
         for packet in self._container.demux(self._stream):
             if not packet.size:
@@ -182,6 +182,7 @@ class Video(AbstractContextManager):
             number = num_shown(codec.codec.canonical_name, memoryview(packet))
             is_counted |= number is None or (number > 0 and packet.pts is None)
             shown += [packet.pts] * (number or 0)
+            stamps += [packet.pts] if number != 0 and packet.pts is not None else []
         if is_cut_off(self.path):
             raise ValueError(DAMAGED)
         self._key_pts.sort()
@@ -190,7 +191,7 @@ class Video(AbstractContextManager):
         self.num_frames = len(pts) if self._pts else sum(1 for _ in self._frames_from_start())
         if not self.num_frames:
             raise ValueError("it has no frames")
-        self.fps = self._rate(pts)
+        self.fps = self._rate(stamps)
 
     def _are_of_frames(self, pts: list[int], shown: list[int], first: av.Packet | None) -> bool:
         """Whether `pts`, which are those of the packets `shown` but sorted, are the time stamps that the decoder gives
@@ -205,12 +206,15 @@ class Video(AbstractContextManager):
         is_delayed = first.dts is not None and first.dts < first.pts
         return shown != pts or is_delayed or not codec.has_b_frames
 
-    def _rate(self, pts: list[int]) -> float:
-        """The declared rate, as in SlowFast; the measured one if the file declares none or a wrong one."""
+    def _rate(self, stamps: list[int]) -> float:
+        """The declared rate, as in SlowFast; the measured one if the file declares none or a wrong one. `stamps`: of
+        all packets that may be frames, in any order.
+        """
         declared = float(self._stream.average_rate or self._stream.guessed_rate or 0)
-        if len(pts) < 2 or not self._stream.time_base:
+        length = (max(stamps) - min(stamps)) * Fraction(self._stream.time_base or 0) if stamps else 0
+        if self.num_frames < 2 or not length:
             return declared or 30.0
-        measured = float((len(pts) - 1) / ((pts[-1] - pts[0]) * Fraction(self._stream.time_base)))
+        measured = float((self.num_frames - 1) / length)
         return declared if 0.9 < declared / measured < 1.1 else measured
 
     def _frames_from_start(self) -> Iterator[av.VideoFrame]:

@@ -161,9 +161,10 @@ def _lines(path: str) -> list[tuple[int, str]]:
 def _split(line: str, separator: str) -> tuple[str, int] | None:
     """The path and the label of a line; None if it is not of this form."""
     path, _, label = line.rpartition(separator)
-    if '"' in line and len(separator) == 1:
+    mark = separator.strip() or separator[0]
+    if '"' in line and len(mark) == 1:
         try:
-            fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
+            fields = next(csv.reader([line], delimiter=mark, skipinitialspace=True, strict=True))
         except csv.Error:  # the quotation mark is part of the path
             fields = []
         path, label = fields if len(fields) == 2 else (path, label)

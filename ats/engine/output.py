@@ -28,6 +28,9 @@ from ats.files import warn_once
 
 ROOT = logging.getLogger("ats")
 
+# What runs write in OUTPUT_DIR, besides checkpoints that come and go.
+FILES = (".lock", "log.txt", "log.jsonl", "config.yaml", "model.safetensors", "result.json")
+FILES += ("checkpoints/checkpoint_best.pyth",)
 _locks: dict[Path, IO] = {}  # folder -> its lock, which this process holds until it ends
 
 
@@ -116,6 +119,10 @@ def open_output_dir(cfg: CfgNode) -> Path:
     output_dir = Path(cfg.OUTPUT_DIR)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        for path in (output_dir / name for name in FILES):
+            if path.is_dir() or path.is_fifo():  # which would end the run after hours, or make it wait for ever
+                what = "folder" if path.is_dir() else "FIFO"
+                raise UserError(f"{path} is a {what}, but a file goes there. Remove it, or give another OUTPUT_DIR.")
         if is_main():
             _lock(output_dir)
         log_to_file(output_dir / ("log.txt" if is_main() else f"log_rank{rank()}.txt"))

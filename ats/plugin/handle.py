@@ -94,10 +94,16 @@ class Handle:
         object.__setattr__(self, "_model", model)
 
     @property
+    def _state(self) -> State:
+        if not isinstance(self._model, Patched):
+            raise UserError("This model has no ATS any more: call ats.patch(model, ...), then use model.ats.")
+        return self._model.ats_state
+
+    @property
     def settings(self) -> dict:
         """What `ats.patch` was given, without blocks that are gone: timm's `prune_intermediate_layers` removes some."""
-        state, depth = self._model.ats_state, len(self._model.block_list())
-        state.settings = _cut(state.settings, depth)
+        state = self._state
+        state.settings = _cut(state.settings, len(self._model.block_list()))
         return state.settings
 
     @property
@@ -105,21 +111,23 @@ class Handle:
         """With `trace`, what each block with a reduction kept of the last batch: `.block`, `.num_tokens` [B] (prefix
         tokens counted) and `.patches`, the original indices of the patches kept by each image.
         """
-        last = self._model.ats_state.last
+        last = self._state.last
         if last is None:
             raise UserError("No batch has been traced: set model.ats.trace = True and run the model on a batch.")
         return last
 
     def __getattr__(self, name: str) -> object:
+        if name.startswith("_"):  # asked for while a handle is copied, before it has its model
+            raise AttributeError(name)
         settings = self.settings
         if name == "trace":
-            return self._model.ats_state.trace
+            return self._state.trace
         if name in settings:
             return settings[name]
         raise AttributeError(f"model.ats has no {name}.{suggest(name, [*settings, 'trace', 'last'])}")
 
     def __setattr__(self, name: str, value: object) -> None:
-        state, settings = self._model.ats_state, self.settings
+        state, settings = self._state, self.settings
         if name == "trace":
             state.trace, state.last = bool(value), None
         elif name in settings:

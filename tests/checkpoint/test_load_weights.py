@@ -226,6 +226,14 @@ def test_one_of_several_sets_of_weights_must_be_chosen(places, named, suggested,
     assert torch.equal(model.cls_token, weights["cls_token"])
 
 
+def test_keys_that_are_not_wanted_choose_no_set_of_weights(weights):
+    """A teacher without a head is not worse than a student with one if the head is left out anyway."""
+    contents = {"student": weights, "teacher": backbone(weights)}
+    with pytest.raises(UserError, match="holds several sets of weights: student, teacher"):
+        load_weights(vit(), contents, skip=("head.",))
+    load_weights(vit(), contents)  # only one fits
+
+
 def test_the_decoder_of_mae_is_left_out_with_a_note(weights, caplog):
     caplog.set_level("INFO")
     extra = {key: torch.ones(2) for key in ("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.bias")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,15 @@ def _file_for_checkpoints(data: Path, out: Path) -> None:
     (out / "checkpoints").write_text("")
 
 
+def _folder_for_weights(data: Path, out: Path) -> None:
+    (out / "model.safetensors").mkdir(parents=True)
+
+
+def _fifo_for_log(data: Path, out: Path) -> None:
+    out.mkdir()
+    os.mkfifo(out / "log.jsonl")
+
+
 MISTAKES = {
     "no such data set": (["TEST.DATASET", "imagnet"], r"TEST.DATASET 'imagnet' is not known. Did you mean imagenet?"),
     "views of images": (["TEST.NUM_ENSEMBLE_VIEWS", "3"], "TEST.NUM_ENSEMBLE_VIEWS 3: images have one view; type 1."),
@@ -62,6 +72,8 @@ MISTAKES = {
         "3 x 40 x 40: ",
     ),
     "checkpoints is a file": (_file_for_checkpoints, "checkpoints"),
+    "model.safetensors is a folder": (_folder_for_weights, "model.safetensors is a folder, but a file goes there."),
+    "log.jsonl is a FIFO": (_fifo_for_log, "log.jsonl is a FIFO, but a file goes there."),
 }
 
 

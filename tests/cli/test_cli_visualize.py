@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,6 +108,16 @@ def test_every_file_gets_a_picture_of_its_own(words, colours, tmp_path, capsys):
     written = [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
     assert len({path.casefold() for path in written}) == len(names)
     assert sorted(map(str, folder.glob("*.png"))) == sorted([*written, str(folder / "x.png"), str(folder / "x_3.png")])
+
+
+def test_what_lies_beside_an_input_is_not_written_over(words, colours, tmp_path):
+    for name in ("cat.png", "cat_2.png"):
+        shutil.copy(colours / "val" / "red" / "0.png", tmp_path / name)
+    beside = {tmp_path / "cat_2.png": (tmp_path / "cat_2.png").read_bytes(), tmp_path / "cat_3.gif": b"mine"}
+    (tmp_path / "cat_3.gif").write_bytes(b"mine")
+    assert main([*words, str(tmp_path / "cat.png"), "-o", str(tmp_path)]) == 0
+    assert all(path.read_bytes() == content for path, content in beside.items())
+    assert (tmp_path / "cat_4.png").is_file()
 
 
 def test_odd_names(words, colours, tmp_path, capsys):

@@ -27,6 +27,14 @@ def decode_everything(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+@pytest.mark.parametrize(("codec", "suffix"), [("mpeg4", "avi"), ("mpeg4", "mp4"), ("wmv2", "wmv"), ("vp8", "avi")])
+def test_the_rate_of_a_picture_that_does_not_move(tmp_path, codec, suffix):
+    """Most packets are of a few bytes then, and only decoding tells whether they are frames."""
+    path = encode(tmp_path / f"still.{suffix}", [numbered_frame(0)] * 45, codec=codec)
+    with Video(path) as video:
+        assert (video.num_frames, video.fps) == (45, pytest.approx(30, rel=0.05))
+
+
 def test_temporal_sampling_is_slowfasts():
     """All 232 rows of the golden case, to the frame."""
     rows = GOLDEN["temporal_sampling"]["rows"]

@@ -223,6 +223,11 @@ def test_what_pandas_and_excel_write_is_read(tmp_path, separator, quoting, encod
     assert listing.lines.tolist() == [1, 2, 3, 4, 5]
 
 
+def test_quotation_marks_and_a_separator_with_a_space(tmp_path):
+    listing = read_csv(write(tmp_path, '"a, b.mp4", 1\nc.mp4, 0\n'), separator=", ", num_classes=2)
+    assert [os.fsdecode(path) for path in listing.paths] == ["a, b.mp4", "c.mp4"]
+
+
 def test_paths_written_on_windows(tmp_path, caplog):
     """A backslash is part of the name only if there is such a file; the prefix holds for either."""
     (tmp_path / "a").mkdir()

@@ -233,7 +233,8 @@ def test_resume_is_bit_identical(make_cfg):
     shutil.copy(source / name, target / name)
     first_epoch = [line for line in (source / "log.jsonl").read_text().splitlines() if json.loads(line)["epoch"] == 1]
     killed_in_epoch_2 = '{"event": "train", "epoch": 2, "step": 2, "loss": 7}\n{"event": "tra'
-    (target / "log.jsonl").write_text("\n".join([*first_epoch, killed_in_epoch_2]))
+    crashed = b'\n\xff\0\n[1]\n{"epoch": "x"}\n'  # what a crash of the machine can leave
+    (target / "log.jsonl").write_bytes("\n".join([*first_epoch, killed_in_epoch_2]).encode() + crashed)
 
     np.random.seed(99)  # noqa: NPY002 - the state of the global generators must not matter
     torch.manual_seed(99)

@@ -323,3 +323,13 @@ def test_blocks_in_wrappers():
         for index, block in enumerate(blocks_of(model)):
             blocks_of(model)[index] = checkpoint_wrapper(block)
         assert torch.equal(run(name, model), want)
+
+
+def test_a_handle_that_outlives_its_patch():
+    model = ats.patch(small_model(NAMES[0]), blocks=[1], num_tokens=9)
+    handle = model.ats
+    assert copy.copy(handle).num_tokens == 9
+    ats.unpatch(model)
+    for use in (lambda: handle.num_tokens, lambda: repr(handle), lambda: setattr(handle, "num_tokens", 5)):
+        with pytest.raises(UserError, match="has no ATS any more"):
+            use()

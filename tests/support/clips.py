@@ -14,6 +14,7 @@ import pytest
 
 NUM_BITS = 8
 CODECS = {"h264": "libx264", "hevc": "libx265", "vp8": "libvpx", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
+CODECS |= {"mpeg4": "mpeg4", "wmv2": "wmv2"}
 av.logging.set_level(None)
 
 
