@@ -25,7 +25,16 @@ settings.load_profile("any machine")
 # The longest files, begun first: whole files go to the processes of `make test`, and a long one that is begun last
 # keeps one of them busy while the others have nothing left to do.
 LONGEST = ("compile", "distributed", "faults", "demo", "study", "mvit", "cvt", "demo_video_weights", "calibration")
-LONGEST += ("seed_command", "triton_sampling", "model_zoo", "run_net_video", "export", "make_digits", "suite")
+LONGEST += (
+    "seed_command",
+    "triton_sampling",
+    "start_methods",
+    "model_zoo",
+    "run_net_video",
+    "export",
+    "make_digits",
+    "suite",
+)
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0), "yellow": (255, 255, 0)}
 
