@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from ats.errors import UserError, printable
 
+ADVICE = "Restore the file, or remove it from the data set."  # how errors about a file end
 MAX_REPLACEMENTS = 16  # unreadable files in a row before giving up
 
 Split = Literal["train", "val", "test"]
@@ -127,7 +128,7 @@ def read_errors(path: str, *, kind: str = "file", listed_in: str = "") -> Iterat
             if not message or not isinstance(error, OSError | ValueError):
                 message = ": ".join(filter(None, (type(error).__name__, message)))
             what = f"the {kind} {printable(path)}: {printable(message)}"
-            message = f"Cannot read {what}. Restore the file, or remove it from the data set."
+            message = f"Cannot read {what}. {ADVICE}"
         raise UserError(f"{listed_in}: {message}" if listed_in else message) from error
 
 

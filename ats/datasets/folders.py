@@ -126,8 +126,13 @@ def files_below(root: str | os.PathLike, extensions: Sequence[str], *, noun: str
     report += [f"left out {left_out}"] if left_out else []
     if report:
         found = f"{printable(os.fspath(root))}: {counted(len(files), noun)}"
-        logger.warning("%s; %s.", found, "; ".join(report))
+        _warn(f"{found}; {'; '.join(report)}.")
     return sorted(files, key=lambda path: (path.split(os.sep, 1)[0], *os.path.split(path)))
+
+
+@cache  # a training also lists what its evaluations will read
+def _warn(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def same_in_nfc(name: str, others: Iterable[str]) -> bool:

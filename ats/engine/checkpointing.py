@@ -209,7 +209,7 @@ def _misfit(
     """
     there = {key: tuple(value.shape) for key, value in contents["model_state"].items()}
     here = {key: tuple(value.shape) for key, value in state.model.state_dict().items()}
-    start = _start_from(state.model, contents["model_state"])
+    start = "" if here == there else _start_from(state.model, contents["model_state"])
     # Weights may fit once they are adapted, e.g. resized to other images, but the state of the optimizer does not.
     if start != "" or any(there.get(key, shape) != shape for key, shape in here.items()):
         keys = [key for key in here | there if here.get(key) != there.get(key)]

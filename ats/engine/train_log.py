@@ -177,7 +177,8 @@ class TrainLog:
 
 def _let_the_main_thread_report(error: threading.ExceptHookArgs) -> None:
     """TensorBoard's thread ends with a full disk's error; the main thread gets it at its next call."""
-    if not isinstance(error.exc_value, OSError):
+    is_tensorboards = type(error.thread).__module__.startswith("tensorboard")
+    if not (is_tensorboards and isinstance(error.exc_value, OSError)):
         threading.__excepthook__(error)
 
 

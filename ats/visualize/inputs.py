@@ -13,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ats.config import CfgNode
 from ats.config.keys import keys
-from ats.datasets.base import read_errors
+from ats.datasets.base import ADVICE, read_errors
 from ats.datasets.build import build_clip_transforms, build_transform, clip_sampling, input_shape
 from ats.datasets.decode import VIDEO_EXTENSIONS
 from ats.datasets.folders import class_folders, files_below
@@ -63,8 +63,8 @@ def read_input(path: Path, cfg: CfgNode) -> Tensor:
                 return build_transform(cfg, "test")(read_image(str(path)))
             frames = read_clip(str(path), clip_sampling(cfg)._replace(use_offset_sampling=True), clip=0)
             return build_clip_transforms(cfg, "val")[0](frames)
-    except UserError as error:  # its advice is about data sets
-        raise UserError(str(error).replace(" Restore the file, or remove it from the data set.", "")) from error
+    except UserError as error:  # the file is in no data set
+        raise UserError(str(error).removesuffix(f" {ADVICE}")) from error
 
 
 def class_names(cfg: CfgNode, source: str = "") -> list[str]:
