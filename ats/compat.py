@@ -10,6 +10,7 @@ from __future__ import annotations
 
 # Whether a tensor is inside a torch.func transform (vmap, grad). The Numba and Triton kernels are invisible to those.
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 # Sees every operator with its outputs. PyTorch has no memory statistics for the CPU, so they are counted with this.
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,11 +24,17 @@ from torch.utils._pytree import tree_map_only
 __all__ = [
     "TorchDispatchMode",
     "current_dispatch_mode",
+    "forward_ad_level",
     "is_functorch_wrapped_tensor",
     "timm_feature_indices",
     "transformers_record_registry",
     "tree_map_only",
 ]
+
+
+def forward_ad_level() -> int:
+    """The innermost open level of forward-mode differentiation; -1: none."""
+    return forward_ad._current_level
 
 
 # timm and transformers are imported inside the functions, so that importing this module stays fast.

@@ -50,11 +50,16 @@ def load_case(name: str, dtype: torch.dtype) -> tuple[dict, torch.nn.Module, np.
     return case, model, golden, images(golden["image_u8"], dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "cpu_backend"),
+    [(torch.float32, "torch"), (torch.float32, "onednn"), (torch.float64, "torch")],
+    ids=["float32", "float32-onednn", "float64"],
+)
 @pytest.mark.parametrize("name", CASES)
-def test_kept_sets_and_logits(name, dtype):
+def test_kept_sets_and_logits(name, dtype, cpu_backend):
     """Every kept set is exact, every logit within what the official softmax's epsilon moves it."""
     case, model, golden, x = load_case(name, dtype)
+    model.cpu_backend = cpu_backend
     with torch.no_grad():
         logits, trace = model.forward_tokens(x)
     np.testing.assert_allclose(logits.numpy(), golden["logits"], atol=3e-5, rtol=0)
@@ -68,9 +73,11 @@ def test_kept_sets_and_logits(name, dtype):
 @pytest.mark.parametrize(
     "name", [name for name in CASES if name not in ("A4_deit_small_recipe", "A5_batch_dependence")]
 )
-def test_gradients(name):
+@pytest.mark.parametrize("cpu_backend", ["torch", "onednn"])
+def test_gradients(name, cpu_backend):
     """Gradients with respect to the image and every stored weight."""
     _, model, golden, x = load_case(name, torch.float32)
+    model.cpu_backend = cpu_backend
     x.requires_grad_()
     (model(x) * torch.from_numpy(golden["loss_weight"])).sum().backward()
     parameters = dict(model.named_parameters())

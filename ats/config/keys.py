@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from ats.config.key import NONE, Key, Section
 from ats.errors import UserError, suggest
+from ats.kernels.cpu import BACKENDS
 from ats.options import COUNT, FINITE, FROM_0, POSITIVE, PROBABILITY, RATE, SEED, SHARE
 from ats.reduction import REDUCTIONS
 from ats.reduction.base import options_of
@@ -232,6 +233,10 @@ SECTIONS: tuple[Section, ...] = (
             "static: to the most tokens possible, so that no shape depends on the image: for torch.export, CUDA graphs "
             "and whole-graph compilation, with K (ATS.NUM_TOKENS) as small as the images allow. All give the same "
             "logits. For ViT, PSViT and timm/<name>; the others are packed."),
+        Key("ATS.CPU_BACKEND", "auto", choices=tuple(BACKENDS),
+            help="What computes float32 linear layers and attention on a CPU, with ATS and without. torch: PyTorch's "
+            "own choice. onednn: oneDNN. auto: the faster of them by a short measurement, once per process. They differ "
+            "by round-off."),
     )),
     Section("TRAIN", "Training: data set, batches, checkpoints, precision.", (
         Key("TRAIN.ENABLE", False, "Train the network.", free=True),

@@ -6,9 +6,9 @@
 
 A file holds SlowFast's `model_state`, `optimizer_state`, `epoch` (the last finished one, counted from 0) and `cfg`
 (YAML text), plus `step` (steps done in the next epoch), `sizes` (of data, batch and epoch), `scaler_state`,
-`ema_state` (with EMA), `best_top1` and `log_state` (the running averages of the next log line). Random states are not
-saved: the random numbers of a step follow from (RNG_SEED, epoch, step), those of a sample from (RNG_SEED, epoch, its
-place in the order).
+`ema_state` (with EMA), `best_top1`, `log_state` (the running averages of the next log line) and `cpu_kernels` (the
+fastest on this CPU; others would compute other last bits). Random states are not saved: the random numbers of a step
+follow from (RNG_SEED, epoch, step), those of a sample from (RNG_SEED, epoch, its place in the order).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ats.engine.device import broadcast, is_main
 from ats.engine.output import settings
 from ats.errors import UserError
 from ats.files import link
+from ats.kernels import cpu
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class TrainState:
         contents = {"model_state": self.model.state_dict(), "optimizer_state": self.optimizer.state_dict()}
         contents |= {"scaler_state": self.scaler.state_dict(), "epoch": self.epoch - 1, "step": self.step}
         contents |= {"best_top1": self.best_top1, "log_state": self.log_state, "sizes": self.sizes}
+        contents["cpu_kernels"] = cpu.choices()
         return contents if self.ema is None else contents | {"ema_state": self.ema.module.state_dict()}
 
     def restore(self, contents: dict) -> None:
@@ -81,6 +83,7 @@ class TrainState:
         self.epoch, self.step = contents["epoch"] + 1, contents.get("step", 0)
         self.best_top1, self.log_state = contents.get("best_top1", -1.0), contents.get("log_state", {})
         self.sizes = contents.get("sizes", {})
+        cpu.restore(contents.get("cpu_kernels", []))
 
 
 def checkpoint_path(output_dir: Path, epoch: int, step: int = 0) -> Path:

@@ -51,6 +51,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
                 f"ATS.LAYOUT {cfg.ATS.LAYOUT}: MODEL.NAME {name} has the layout {' and '.join(layouts)} only."
             )
         model.layout = cfg.ATS.LAYOUT
+    model.cpu_backend = cfg.ATS.CPU_BACKEND
     warn_of_unread_keys(cfg)
     if cfg.MODEL.ACT_CHECKPOINT:
         set_grad_checkpointing(model)

@@ -10,16 +10,19 @@ Shapes: B samples (images or clips), S sequences (images, clips, or the frames o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import ClassVar
 
+import torch
 from fvcore.common.config import CfgNode
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ats.errors import UserError
+from ats.kernels.cpu import fastest
 from ats.models.block import ATSBlock, run_blocks
-from ats.models.cost import BlockGrid, vit_block_multiply_adds
+from ats.models.cost import BlockGrid, size, vit_block_multiply_adds
 from ats.reduction import REDUCTIONS, Reduction
 from ats.reduction.base import options_of
 from ats.reduction.plan import config_key, plan_reductions
@@ -34,6 +37,7 @@ class HasBlocks:
 
     layouts: ClassVar[tuple[str, ...]] = ("packed",)  # names in `tokens.LAYOUTS` that it supports
     layout: str = "packed"  # the current one
+    cpu_backend: str = "auto"  # what computes on a CPU, a name in `kernels.cpu.BACKENDS`
     no_merge: str = ""  # why its tokens cannot be merged or fused; "" if they can
     no_fuse: str = ""  # why they cannot be fused, which creates tokens without a position
     num_prefix_tokens: int  # P, tokens that are always kept, CLS first; 0: no CLS
@@ -59,6 +63,17 @@ class HasBlocks:
     def refusal(self, reduction: Reduction) -> str:
         """Why this network cannot lose tokens by `reduction`; "" if it can."""
         return (reduction.merges and self.no_merge) or (reduction.makes_fused and self.no_fuse) or ""
+
+    def fastest_kernels(self, x: Tensor) -> AbstractContextManager:
+        """For a forward pass of x: on a CPU, its products by the fastest kernels (`kernels/cpu.py`)."""
+
+        def num_tokens() -> int:
+            return self.prefix_of(0) + size(self.block_grids(x.shape)[0].queries)
+
+        # A checkpointed block runs again outside of this, in the backward pass.
+        recomputes = torch.is_grad_enabled() and getattr(self, "grad_checkpointing", False)
+        backend = "torch" if recomputes else self.cpu_backend
+        return fastest(self.block_list(), x, backend=backend, num_tokens=num_tokens)
 
     # ---- cost, from the trace
 
@@ -120,11 +135,13 @@ class Backbone(HasBlocks, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images or clips -> logits [B, classes]."""
-        return self.run(x)[0]
+        with self.fastest_kernels(x):
+            return self.run(x)[0]
 
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, Trace]:
         """Images or clips -> logits [B, classes] and what each block with a reduction kept, in order."""
-        logits, records = self.run(x)
+        with self.fastest_kernels(x):
+            logits, records = self.run(x)
         return logits, Trace(records)
 
     def reduce_blocks(

@@ -17,6 +17,7 @@ from functools import cache
 from torch import nn
 
 from ats.errors import UserError, suggest
+from ats.kernels.cpu import BACKENDS
 from ats.models.backbone import HasBlocks
 from ats.models.block import ATSBlock, unwrapped
 from ats.reduction import Reduction
@@ -81,13 +82,15 @@ class State:
     apply: Callable[[nn.Module, dict], None] | None = None  # changes the model's settings; from `patch.py`
     trace: bool = False  # keep the trace of the last batch in `last`
     last: list[KeptTokens] | None = None
+    cpu_backend: str = "auto"  # see `kernels/cpu.py`
     embedding_costs: dict = field(default_factory=dict)  # input shape -> measured multiply-adds of the patch embedding
 
 
 class Handle:
     """`model.ats`: the settings of `ats.patch`, each of which can be read and set, and the trace.
 
-    `trace` True records what the blocks keep. It is off by default, because a trace takes memory.
+    `trace` True records what the blocks keep. It is off by default, because a trace takes memory. `cpu_backend` is
+    ATS.CPU_BACKEND: auto (default), torch or onednn.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -120,20 +123,22 @@ class Handle:
         if name.startswith("_"):  # asked for while a handle is copied, before it has its model
             raise AttributeError(name)
         settings = self.settings
-        if name == "trace":
-            return self._state.trace
+        if name in ("trace", "cpu_backend"):
+            return getattr(self._state, name)
         if name in settings:
             return settings[name]
-        raise AttributeError(f"model.ats has no {name}.{suggest(name, [*settings, 'trace', 'last'])}")
+        raise AttributeError(f"model.ats has no {name}.{suggest(name, [*settings, 'trace', 'last', 'cpu_backend'])}")
 
     def __setattr__(self, name: str, value: object) -> None:
         state, settings = self._state, self.settings
         if name == "trace":
             state.trace, state.last = bool(value), None
+        elif name == "cpu_backend":
+            self._model.cpu_backend = value
         elif name in settings:
             state.apply(self._model, settings | {name: value})
         else:
-            names = [*settings, "trace"]
+            names = [*settings, "trace", "cpu_backend"]
             raise UserError(f"model.ats has no setting {name}: choose from {', '.join(names)}.{suggest(name, names)}")
 
     def __repr__(self) -> str:
@@ -156,6 +161,17 @@ class Patched(HasBlocks):
 
     layouts = LAYOUTS
     ats_state: State
+
+    @property
+    def cpu_backend(self) -> str:
+        """What computes on a CPU: the state's, which a classifier shares with the base model in it."""
+        return self.ats_state.cpu_backend
+
+    @cpu_backend.setter
+    def cpu_backend(self, value: str) -> None:
+        if value not in BACKENDS:
+            raise UserError(f"cpu_backend {value!r}: choose from {', '.join(BACKENDS)}.{suggest(value, BACKENDS)}")
+        self.ats_state.cpu_backend = value
 
     @property
     def ats(self) -> Handle:

@@ -207,6 +207,12 @@ class TimmModel(Patched):
         after the blocks `take`, with the final norm if `norm`.
         """
         check_blocks(self, self.blocks)
+        with self.fastest_kernels(x):
+            return self._run_blocks(x, take=take, norm=norm, num_blocks=num_blocks)
+
+    def _run_blocks(
+        self, x: Tensor, *, take: Sequence[int], norm: bool, num_blocks: int | None
+    ) -> tuple[RaggedTokens, list[Tensor]]:
         x, rope = self._embed(x)
         taken: list[Tensor] = []
 

@@ -1,0 +1,264 @@
+"""Linear layers and attention on a CPU by the fastest kernels that PyTorch has for them, found by timing them once.
+
+PyTorch sends float32 products to MKL. MKL has no AVX-512 code for AMD, so there linear layers run at less than half of
+what a core can do; oneDNN, which PyTorch carries too, reaches it. On other CPUs MKL is as fast or faster. The vendor
+says little, so a clock decides, on the layers at hand; 30 to 50 ms, once per process, width and number of threads.
+
+    with fastest(blocks, x, backend="auto", num_tokens=...):    # "torch": as PyTorch does it; "onednn": all by oneDNN
+        ...                                     # F.linear and F.scaled_dot_product_attention, of this thread alone
+
+All kernels compute in float32 and differ by round-off. Another dtype, autocast, a compiler, a FLOP counter or a
+torch.func transform gets PyTorch's own operations. A `TorchFunctionMode` replaces the two functions, so hooks, adapters
+and parametrizations around them work as ever, and nothing outside the `with` changes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ats.compat import current_dispatch_mode, forward_ad_level, is_functorch_wrapped_tensor
+
+MARGIN = 1.25  # so much faster another kernel must be; less may be noise, and two runs would differ in their last bits
+FLOPS_TO_TIME = 4e8  # of the layers of a block, in one round
+ROUNDS = 4
+MIN_ROWS = 8  # a product with fewer is over before oneDNN has looked up its kernel
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernels run."""
+
+    linear: str = "torch"  # or "onednn"
+    attention: str = "fused"  # without gradients: or a name in ATTENTION
+
+
+PLAIN = Choice()
+BACKENDS = {"auto": None, "torch": PLAIN, "onednn": Choice("onednn", "onednn")}  # ATS.CPU_BACKEND
+Key = tuple[int, int, bool]  # threads, width of the first layer, with gradients
+_choices: dict[Key, Choice] = {}  # made so far in this process
+_lock = threading.Lock()
+
+
+def fastest(
+    blocks: Sequence[nn.Module], x: Tensor, *, backend: str, num_tokens: Callable[[], int]
+) -> AbstractContextManager:
+    """Within it, this thread's F.linear and F.scaled_dot_product_attention run by the kernels of `backend`.
+
+    Args:
+        blocks: of the network; the linear layers of the first are timed.
+        x: the network's input, or another tensor of the device and dtype in which it computes.
+        backend: a name in BACKENDS.
+        num_tokens: how many tokens a sequence has in the first block, for the attention that is timed.
+    """
+    choice = BACKENDS[backend]
+    if choice == PLAIN or not blocks or not _may_replace(x, blocks):
+        return nullcontext()
+    if choice is None:
+        choice = _fastest(blocks[0], num_tokens)
+    return nullcontext() if choice == PLAIN else Kernels(choice)
+
+
+def choices() -> list[list]:
+    """What was found fastest so far in this process, in plain types for a checkpoint."""
+    return [[*key, choice.linear, choice.attention] for key, choice in _choices.items()]
+
+
+def restore(found: list[list]) -> None:
+    """Take over another process's `choices`, so that a resumed training computes the same bits."""
+    _choices.update({(threads, width, training): Choice(*names) for threads, width, training, *names in found})
+
+
+def _may_replace(x: Tensor, blocks: Sequence[nn.Module]) -> bool:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or current_dispatch_mode() is not None:
+        return False
+    if forward_ad_level() >= 0 or any(map(_runs_elsewhere, blocks)):
+        return False
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+def _runs_elsewhere(block: nn.Module) -> bool:
+    """Whether a block is compiled, or runs a second time in the backward pass, outside the `with`."""
+    if block._compiled_call_impl is not None or "_orig_mod" in block._modules:
+        return True
+    names = ("grad_checkpointing", "gradient_checkpointing", "_checkpoint_wrapped_module")
+    return torch.is_grad_enabled() and any(getattr(block, name, False) for name in names)
+
+
+# ---- the clock
+
+
+def _fastest(block: nn.Module, num_tokens: Callable[[], int]) -> Choice:
+    first = next(filter(_is_linear, block.modules()), None)
+    if first is None:
+        return PLAIN
+    key = torch.get_num_threads(), first.in_features, torch.is_grad_enabled()
+    if key not in _choices:
+        with _lock:
+            if key not in _choices:
+                _choices[key] = _measure(block, num_tokens())
+    return _choices[key]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear
+
+
+def _measure(block: nn.Module, num_tokens: int) -> Choice:
+    """Time the linear layers of a block and, without gradients, its attention among `num_tokens`."""
+    layers = list(filter(_is_linear, block.modules()))
+    rows = int(min(max(FLOPS_TO_TIME / (2 * sum(layer.weight.numel() for layer in layers)), 32), 256))
+    inputs = [layer.weight.new_full((rows, layer.in_features), 0.5) for layer in layers]
+    with_gradients = torch.is_grad_enabled()
+
+    def run(linear: Callable) -> Callable[[], None]:
+        def through_all() -> None:
+            for layer, own in zip(layers, inputs, strict=True):
+                out = linear(own, layer.weight.detach().requires_grad_(with_gradients), None)
+                if with_gradients:
+                    out.sum().backward()
+
+        return through_all
+
+    linear = _first_by_far({"torch": run(F.linear), "onednn": run(_TrainedLinear.apply if with_gradients else linear_)})
+    attention = getattr(block, "attn", None) or getattr(block, "attention", None)
+    num_heads = getattr(attention, "num_heads", None) or getattr(attention, "num_attention_heads", None)
+    if with_gradients or not num_heads:
+        return Choice(linear)
+    q = inputs[0].new_full((1, num_tokens, num_heads, layers[0].in_features // num_heads), 0.5).transpose(1, 2)
+    runs = {name: lambda attend=attend: attend(q, q, q, 0.125) for name, attend in ATTENTION.items()}
+    return Choice(linear, _first_by_far(runs))
+
+
+def _first_by_far(runs: dict[str, Callable[[], object]]) -> str:
+    """The fastest, if it beats the first by MARGIN; else the first."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - start)
+    usual, fastest = next(iter(best)), min(best, key=best.get)
+    return fastest if best[fastest] * MARGIN < best[usual] else usual
+
+
+# ---- the kernels
+
+
+def linear_(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` by oneDNN, without gradients. `weight` must be contiguous or the transpose of a contiguous tensor: for
+    other strides oneDNN has only reference code, which takes seconds.
+    """
+    return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, "none", [], "")
+
+
+class _TrainedLinear(torch.autograd.Function):
+    """`F.linear` with its forward and backward products by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return linear_(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        # create_graph: the gradient's gradient is wanted, which oneDNN's operator has not.
+        product = F.linear if torch.is_grad_enabled() else linear_
+        rows, x_rows = grad.reshape(-1, grad.shape[-1]).contiguous(), x.reshape(-1, x.shape[-1]).contiguous()
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            product(rows, weight.t()).view_as(x) if of_x else None,
+            product(rows.t(), x_rows.t()) if of_weight else None,
+            rows.sum(dim=0) if ctx.has_bias and of_bias else None,
+        )
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention as two batched products, one sequence at a time so that its logits stay in the cache."""
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    for own, query, key, value in zip(out, q, k, v, strict=True):
+        own.copy_(torch.bmm(torch.bmm(query * scale, key.transpose(1, 2)).softmax(dim=-1), value))
+    return out
+
+
+def _products_by_onednn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same by oneDNN, which has no batched product for float32: one for every sequence and head."""
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    q, k, v = (q * scale).contiguous(), k.contiguous(), v.transpose(2, 3).contiguous()
+    for sequence in zip(out, q, k, v, strict=True):
+        for own, query, key, value in zip(*sequence, strict=True):
+            own.copy_(linear_(linear_(query, key).softmax(dim=-1), value))
+    return out
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+ATTENTION = {"fused": _fused, "products": _products, "onednn": _products_by_onednn}
+
+
+class Kernels(TorchFunctionMode):
+    """Runs linear layers and attention by the kernels of a `Choice` where these compute the same."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__()
+        self.handlers = {}
+        if choice.linear == "onednn":
+            self.handlers[F.linear] = _linear
+        if choice.attention != "fused":
+            self.attend = ATTENTION[choice.attention]
+            self.handlers[F.scaled_dot_product_attention] = self._attention
+
+    def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        return self.handlers.get(function, function)(*args, **(kwargs or {}))
+
+    def _attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        is_plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa) and q.ndim == k.ndim == v.ndim == 4
+        if is_plain and _takes(q, k, v) and min(q.shape[2], k.shape[2]) >= MIN_ROWS and not _has_gradient(q, k, v):
+            return self.attend(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, by oneDNN where it can."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    rows = x.numel() // max(x.shape[-1], 1)
+    if rows < MIN_ROWS or weight.ndim != 2 or not weight.is_contiguous() or not _takes(*tensors):
+        return F.linear(x, weight, bias)
+    return _TrainedLinear.apply(x, weight, bias) if _has_gradient(*tensors) else linear_(x, weight, bias)
+
+
+def _takes(*tensors: Tensor) -> bool:
+    """Plain float32 tensors of a CPU. Subclasses (quantised, distributed) have products of their own, and torch.func's
+    transforms rules of their own.
+    """
+    plain = (type(t) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in tensors)
+    return all(plain) and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def _has_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
