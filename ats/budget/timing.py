@@ -29,10 +29,10 @@ STRIDES = (1, 2, 3)  # of the sets of blocks, beside the first block alone
 GAIN = 0.98  # share of the dense time from which on a setting is no faster
 TOLERANCE = 0.02  # of the budget
 NUM_TIMED = 4  # images in a timed pass, at least
-MAX_STEPS = 6
+MAX_STEPS = 4
 ROUNDS, MAX_SECONDS = 7, 12.0  # of a step of the search
 FINAL_ROUNDS, MAX_FINAL_SECONDS = 25, 30.0
-MAX_RETRIES = 3  # with fewer tokens, if the many rounds take longer than the few
+MAX_RETRIES = 3  # with other K, if many rounds say something else than few did
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class Curve:
     """
 
     knobs: Knobs
-    shares: dict[float, float] = field(default_factory=dict)  # place -> share of the dense network's time
+    # place -> share of the dense network's time; with all tokens it is taken to be at least 1, and is not timed
+    shares: dict[float, float] = field(default_factory=lambda: {1.0: 1.0})
 
     def setting(self, place: float) -> Setting:
         """The reductions at a place."""
@@ -184,7 +185,7 @@ def calibrate_time(
     with _evaluating(network.model, threads):
         watch = Stopwatch(network, batch_size)
         curves = [Curve(knobs) for knobs in block_sets(network.knobs)]
-        watch.add([(curve, place) for curve in curves for place in (0.0, 1.0)], label="fewest and most tokens")
+        watch.add([(curve, 0.0) for curve in curves], label="fewest tokens")
         share, fastest = goal.share(watch.dense_ms), min(curve.shares[0.0] for curve in curves)
         timing = Timing(
             goal=goal,
@@ -209,38 +210,51 @@ def calibrate_time(
 
 def _choose(network: Network, watch: Stopwatch, curves: list[Curve], timing: Timing) -> tuple[Setting, Pass, Timing]:
     """Find K of every set of blocks, take the set that changes the logits least, and time it at length."""
-    goal = timing.goal
-    share = max(goal.share(watch.dense_ms), timing.fastest)
+    share = max(timing.goal.share(watch.dense_ms), timing.fastest)
     curves = [curve for curve in curves if curve.shares[0.0] <= share]
     for step in range(MAX_STEPS):
         asked = [(curve, place) for curve in curves if (place := curve.next(share)) is not None]
         if not asked:
             break
         watch.add(asked, label=f"step {step + 1}: {counted(len(asked), 'set')} of blocks")
-        share = max(goal.share(watch.dense_ms), timing.fastest)
+        share = max(timing.goal.share(watch.dense_ms), timing.fastest)
     network.compare_with_dense()
-    places = [curve.best(share) for curve in curves]
-    settings = [curve.setting(place) for curve, place in zip(curves, places, strict=True)]
-    tried = [
-        Tried(setting, curve.shares[place], network.run(setting))
-        for curve, place, setting in zip(curves, places, settings, strict=True)
-    ]
+    tried = []
+    for curve in curves:
+        place = curve.best(share)
+        setting = curve.setting(place)
+        tried.append(Tried(setting, curve.shares[place], network.run(setting)))
     best = min(range(len(tried)), key=lambda index: tried[index].change)
-    curve, place, found = curves[best], places[best], tried[best].found
-    for _ in range(MAX_RETRIES + 1):
-        setting, expected = curve.setting(place), curve.shares.get(place, share)
-        timing = _time_at_length(watch, setting, replace(timing, tried=tuple(tried)), expected)
-        if timing.speedup <= 1:
-            why = _no_gain(1 / timing.speedup)
-            timing = replace(timing, ms=timing.dense_ms, speedup=1.0, quartiles=(1.0, 1.0), why_dense=why)
-            return (), network.dense_pass(), timing
-        if timing.is_met or place == 0:
-            break
-        factor = 1 / (timing.speedup * expected)  # it takes longer than the search found: so will its neighbours
-        curve.shares = {at: own * factor for at, own in curve.shares.items()} | {place: 1 / timing.speedup}
-        share = goal.share(timing.dense_ms)
-        place = curve.next(share) or curve.best(share)
-    return setting, found if setting == tried[best].setting else network.run(setting), timing
+    place, timing = _confirm(watch, curves[best], curves[best].best(share), replace(timing, tried=tuple(tried)))
+    if timing.why_dense:
+        return (), network.dense_pass(), timing
+    setting = curves[best].setting(place)
+    return setting, tried[best].found if setting == tried[best].setting else network.run(setting), timing
+
+
+def _confirm(watch: Stopwatch, curve: Curve, place: float, timing: Timing) -> tuple[float, Timing]:
+    """Time a place in many rounds, and others as long as those say something else than the few rounds did. The place
+    with the most tokens that meets the budget, or the fastest, and what was timed there.
+    """
+    trials: dict[float, Timing] = {}
+    while place not in trials and len(trials) <= MAX_RETRIES:
+        expected = curve.shares[place]
+        trials[place] = trial = _time_at_length(watch, curve.setting(place), timing, expected)
+        share, factor = timing.goal.share(trial.dense_ms), 1 / (trial.speedup * expected)
+        curve.shares = {at: own * factor for at, own in curve.shares.items()} | {1.0: 1.0}
+        curve.shares |= {at: 1 / own.speedup for at, own in trials.items()}
+        if (following := curve.next(share)) is not None:
+            place = following
+            curve.shares[place] = share
+        else:
+            place = curve.best(share)
+    met = [place for place, trial in trials.items() if trial.is_met]
+    place = max(met) if met else max(trials, key=lambda place: trials[place].speedup)
+    trial = trials[place]
+    if trial.speedup <= 1:
+        why = _no_gain(1 / trial.speedup)
+        trial = replace(trial, ms=trial.dense_ms, speedup=1.0, quartiles=(1.0, 1.0), why_dense=why)
+    return place, trial
 
 
 def _time_at_length(watch: Stopwatch, setting: Setting, timing: Timing, expected: float) -> Timing:
