@@ -78,7 +78,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
         raise UserError("--cfg FILE is missing: which network? For example: --cfg configs/Digits/DeiT_ATS.yaml")
     if all(getattr(args, name) is None for name in BUDGETS):
         raise UserError(
-            "Which budget? Give --gflops G, --keep SHARE or --speedup X; for a time --latency-ms MS or --time-speedup X."
+            "Which budget? Give --gflops G, --keep SHARE or --speedup X; of time --latency-ms MS or --time-speedup X."
         )
     by_time = args.latency_ms is not None or args.time_speedup is not None
     for name in ("batch_size", "threads"):
@@ -98,7 +98,9 @@ def option_of(name: str) -> str:
 
 
 def search(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
-    """Calibrate the network of `cfg`; raises a UserError if weights, data or budget are missing or do not fit."""
+    """Calibrate the network of `cfg`, in TEST.DTYPE. UserError: weights, data or budget missing or do not fit."""
+    import torch
+
     from ats.budget.calibration import calibrate
     from ats.datasets.build import build_sample_loader
     from ats.engine.device import explain_lost_process, select_device
@@ -106,9 +108,10 @@ def search(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
 
     weights, device = cfg.TEST.CHECKPOINT_FILE_PATH, select_device(cfg.DEVICE)
     check_weights(cfg, weights, why="random weights say nothing about which tokens survive")
-    model = build_trained(cfg, weights).to(device)
+    dtype = getattr(torch, cfg.TEST.DTYPE)
+    model = build_trained(cfg, weights).to(device, dtype)
     with explain_lost_process():
-        batches = [batch.x for batch in build_sample_loader(cfg, args.split, num_samples=args.images)]
+        batches = [batch.x.to(dtype) for batch in build_sample_loader(cfg, args.split, num_samples=args.images)]
     budget = {name: getattr(args, name) for name in BUDGETS}
     options = {name: option_of(name) for name in BUDGETS}
     how = {"accounting": args.accounting, "refine_rounds": args.refine, "tolerance": args.tolerance}
