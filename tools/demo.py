@@ -87,7 +87,7 @@ def time_together(
     """
     import torch
 
-    from ats.benchmark.interleave import interleave
+    from ats.interleave import interleave
 
     print(f"timing: all {len(models)} in turn, {rounds} times", file=sys.stderr)
     with torch.inference_mode():

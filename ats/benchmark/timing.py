@@ -17,7 +17,6 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from ats.benchmark.breakdown import linear_efficiencies, part_seconds
-from ats.benchmark.interleave import host_waits, interleave
 from ats.benchmark.memory import peak_megabytes, saved_bytes
 from ats.benchmark.synthetic_counts import SyntheticCounts, synthetic_counts
 from ats.benchmark.variants import GRAPHS, build_variants, describe_reductions, labelled_images
@@ -27,6 +26,7 @@ from ats.engine.evaluate import evaluate
 from ats.errors import UserError
 from ats.export.cuda_graph import capture
 from ats.flops import gflops
+from ats.interleave import host_waits, interleave
 from ats.models.block import ats_blocks
 from ats.models.cost import size
 from ats.reduction import REDUCTIONS
@@ -178,7 +178,7 @@ def _measure_batch(
         runs,
         rounds=settings.rounds,
         max_seconds=settings.max_seconds,
-        prepare=lambda seed: counts.draw(x, seed=seed),
+        prepare=lambda _, seed: counts.draw(x, seed=seed),
         label=f"batch {len(x)}",
     )
     eager = {name: model for name, model in models.items() if name not in GRAPHS}

@@ -3,15 +3,16 @@ Other reductions than sampling have another amount instead of K: r of ToMe, the 
 
     ats.patch(model, blocks=range(3, 12))
     found = ats.calibrate(model, images, gflops=2.9)      # or keep=0.5, or speedup=1.6; the model now has these K
+    found = ats.calibrate(model, images, latency_ms=20)   # or speedup=1.5, measure="time": also finds the blocks
     print(found.yaml())                                   # the same for a config
 
-From the command line: `python tools/calibrate.py --help`. The search itself is `search.py`.
+From the command line: `python tools/calibrate.py --help`. The search for a cost is `search.py`, that for a time
+`timing.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -19,29 +20,16 @@ from itertools import groupby
 import torch
 import yaml
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ats.budget.search import Knobs, Setting, Trial, amounts, bisect, refine
+from ats.budget.network import Network, Pass, per_block
+from ats.budget.search import Setting, Trial, amounts, bisect, refine
+from ats.budget.timing import Goal, Timing, calibrate_time
 from ats.errors import UserError
-from ats.flops import dense_gflops
-from ats.flops import gflops as count_gflops
-from ats.models.block import ats_blocks
-from ats.models.cost import size
-from ats.plugin.handle import Patched
 from ats.reduction import Reduction
 from ats.reduction.base import options_of
 
 ACCOUNTINGS = ("run", "paper")
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one pass over N images measured."""
-
-    gflops: Tensor  # [N] in the chosen accounting
-    keep: Tensor  # [N] share of the tokens kept, mean over the ATS blocks
-    tokens: tuple[float, ...]  # mean tokens kept in each ATS block
-    changes: Tensor  # [N] total variation distance from the dense network's class distribution; empty if not asked for
+MEASURES = ("gflops", "time")
 
 
 @dataclass(frozen=True)
@@ -52,10 +40,16 @@ class Calibration:
     depth: int  # blocks of the network
     found: Pass  # over the images, with these reductions
     dense: float  # GFLOPs of the dense network
-    least: float  # mean GFLOPs in reach
-    most: float
+    least: float | None  # mean GFLOPs in reach; None: the budget is a time
+    most: float | None
     accounting: str  # "run" or "paper"
     passes: int  # over the images, that the search took
+    timing: Timing | None = None  # with a budget of time: what was timed
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model was left dense; `timing.why_dense` says why."""
+        return not self.setting
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -70,15 +64,17 @@ class Calibration:
     @property
     def per_block(self) -> list[int | float]:
         """ATS.NUM_TOKENS: an entry for each block of the network, 1.0 (r: 0) where no token is lost."""
-        return _per_block(self.setting, self.depth)
+        return per_block(self.setting, self.depth)
 
     def yaml(self, *, as_stages: bool = False) -> str:
         """The lines for a config: blocks and amounts, where all blocks have one reduction; other options are then those
-        of the config. Else ATS.STAGES with all options.
+        of the config. Else ATS.STAGES with all options. ATS.ENABLE False if the model was left dense.
 
         Args:
             as_stages: ATS.STAGES in any case, for a config that has it.
         """
+        if self.is_dense:
+            return yaml.safe_dump({"ATS": {"ENABLE": False}})
         stages = [list(own) for _, own in groupby(self.setting, key=lambda r: replace(r, block=0, **{r.amount: 1}))]
         kind, lines = self.setting[0], {"ATS": {"ENABLE": True}}
         if as_stages or len(stages) > 1:
@@ -107,13 +103,18 @@ def calibrate(
     gflops: float | None = None,
     keep: float | None = None,
     speedup: float | None = None,
+    latency_ms: float | None = None,
+    measure: str | None = None,
     accounting: str = "run",
     refine_rounds: int = 0,
     batch_size: int = 32,
     tolerance: float = 0.002,
     progress: bool = True,
+    timed_batch_size: int = 1,
+    threads: int | None = None,
 ) -> Calibration:
-    """Set K of every ATS block of `model`, in place, so that the mean over `images` meets a budget.
+    """Set K of every ATS block of `model`, in place, so that the mean over `images` meets a budget. With a budget of
+    time, some blocks may lose no tokens any more, or none, if that is fastest: the model is then dense.
 
     Args:
         model: any network of `ats.models` with ATS, or a model after `ats.patch`, on any device.
@@ -121,12 +122,14 @@ def calibrate(
             which are held in memory; of a tuple or list, such as (images, labels), the first element is taken. A few
             hundred: the mean is as exact as its standard error (`Calibration.spread`).
         gflops: mean GFLOPs of an image. keep: mean share of the tokens left behind the ATS blocks. speedup: GFLOPs of
-            the dense network over the mean. Give one of the three.
+            the dense network over the mean. latency_ms: milliseconds of a batch here. Give one of the four.
+        measure: "gflops" or "time": what `speedup` is a ratio of; by default GFLOPs. `latency_ms` is always time.
         accounting: what `gflops` and `speedup` count: "run", what is computed; "paper", what the paper's tables count.
         refine_rounds: rounds in which tokens are moved between the blocks to change the logits less at the same
             cost; each takes some 7 passes per ATS block.
-        tolerance: relative; the search stops when the mean is this near.
+        tolerance: relative; the search stops when the mean is this near. A time is met to `timing.TOLERANCE`.
         progress: show a bar if the console is a terminal.
+        timed_batch_size: images of a batch that is timed. threads: of the CPU for it; None: as they are.
 
     Returns:
         What was found; the model has it already.
@@ -135,13 +138,19 @@ def calibrate(
         UserError: no ATS in the model, no images, not exactly one budget, or one out of reach: the message has the
             range. The model's K are as they were then.
     """
-    wanted = _one_budget({"gflops": gflops, "keep": keep, "speedup": speedup})
+    name, value = _one_budget({"gflops": gflops, "keep": keep, "speedup": speedup, "latency_ms": latency_ms})
+    by_time = _is_time(name, measure, refine_rounds)
     if accounting not in ACCOUNTINGS:
         raise UserError(f"accounting {accounting}: choose from {', '.join(ACCOUNTINGS)}.")
     batches = _to_batches(images, batch_size)
+    for option, count in {"timed_batch_size": timed_batch_size, "threads": threads}.items():
+        if count is not None and (type(count) is not int or count < 1):
+            raise UserError(f"{option} {count}: give a whole number from 1.")
     network = Network(model, batches, accounting, progress=progress, compare=refine_rounds > 0)
     with network.restored_after_an_error():
-        return _search(network, *wanted, refine_rounds=refine_rounds, tolerance=tolerance)
+        if by_time:
+            return _search_time(network, Goal(name, value), batch_size=timed_batch_size, threads=threads)
+        return _search(network, name, value, refine_rounds=refine_rounds, tolerance=tolerance)
 
 
 def _to_batches(images: Tensor | Iterable, batch_size: int) -> list[Tensor]:
@@ -174,14 +183,32 @@ def _one_budget(budgets: dict[str, float | None]) -> tuple[str, float]:
     return name, value
 
 
-def _per_block(setting: Iterable[Reduction], depth: int) -> list[int | float]:
-    """The amounts with an entry for every block of the network."""
-    setting = tuple(setting)
-    by_block = dict(zip((reduction.block for reduction in setting), amounts(setting), strict=True))
-    kind = type(setting[0])
-    [option] = [option for option in options_of(kind) if option.name == kind.amount]
-    takes_ratio = float in (option.about.types or (type(option.default),))
-    return [by_block.get(block, 1.0 if takes_ratio else 0) for block in range(depth)]
+def _is_time(name: str, measure: str | None, refine_rounds: int) -> bool:
+    """Whether the budget is a time. Raises a UserError for arguments that do not go together."""
+    if measure not in (None, *MEASURES):
+        raise UserError(f"measure {measure}: choose from {', '.join(MEASURES)}.")
+    if (name == "latency_ms" and measure == "gflops") or (name in ("gflops", "keep") and measure == "time"):
+        raise UserError(f"measure {measure} does not go with {name}: leave it out.")
+    by_time = name == "latency_ms" or measure == "time"
+    if by_time and refine_rounds:
+        raise UserError("Refining keeps the GFLOPs, not the time: leave it out with a budget of time.")
+    return by_time
+
+
+def _search_time(network: Network, goal: Goal, *, batch_size: int, threads: int | None) -> Calibration:
+    setting, found, timing = calibrate_time(network, goal, batch_size=batch_size, threads=threads)
+    network.set(setting)
+    return Calibration(
+        setting=setting,
+        depth=network.depth,
+        found=found,
+        dense=network.dense,
+        least=None,
+        most=None,
+        accounting=network.accounting,
+        passes=network.num_passes,
+        timing=timing,
+    )
 
 
 def _stage(setting: Sequence[Reduction], depth: int) -> dict[str, object]:
@@ -193,7 +220,7 @@ def _stage(setting: Sequence[Reduction], depth: int) -> dict[str, object]:
         if not option.about.networks or getattr(first, option.name) != option.default
     }
     blocks = [reduction.block for reduction in setting]
-    return {"SAMPLER": first.name, "BLOCKS": blocks} | options | {first.amount.upper(): _per_block(setting, depth)}
+    return {"SAMPLER": first.name, "BLOCKS": blocks} | options | {first.amount.upper(): per_block(setting, depth)}
 
 
 def nearest(model: nn.Module, x: Tensor, gflops: float, *, accounting: str = "run", batch_size: int = 128) -> float:
@@ -256,114 +283,3 @@ def _out_of_reach(network: Network, name: str, value: float, least: float, most:
         f"Give {name} in between; to spend less, {fewer} (ATS.BLOCKS); to spend more, sample in fewer blocks "
         "or later ones."
     )
-
-
-class Network:
-    """A network, its knobs, and passes over the images.
-
-    Args:
-        compare: measure how far the logits are from the dense network's.
-        together: see `Knobs`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: list[Tensor],
-        accounting: str,
-        *,
-        progress: bool,
-        compare: bool = False,
-        together: bool = False,
-    ) -> None:
-        self.model, self.batches, self.accounting, self.progress = model, batches, accounting, progress
-        self.modules = ats_blocks(model)
-        if not self.modules or not hasattr(model, "forward_tokens"):
-            raise UserError(
-                "This network has no ATS block: build it with ATS.ENABLE True and the blocks in ATS.BLOCKS."
-                if hasattr(model, "forward_tokens")
-                else "This network has no ATS block: call ats.patch(model, blocks=...) first."
-            )
-        self.original = tuple(module.reduction for module in self.modules)
-        for name in (reduction.name for reduction in self.original if not reduction.amount):
-            raise UserError(f"The sampler {name} has no amount to calibrate: choose another ATS.SAMPLER.")
-        self.blocks = tuple(reduction.block for reduction in self.original)
-        self.depth, self.num_images, self.num_passes = len(model.block_list()), sum(map(len, batches)), 0
-        shape = tuple(batches[0].shape)
-        self.dense, self.device = dense_gflops(model, shape), next(model.parameters()).device
-        grids = [(model.block_grids(shape)[block], model.prefix_of(block)) for block in self.blocks]
-        self.dense_tokens = [num_prefix + size(grid.queries) for grid, num_prefix in grids]
-        max_tokens = tuple(num_prefix + size(grid.keys) for grid, num_prefix in grids)
-        self.knobs = Knobs(self.original, max_tokens, together)
-        self.dense_probs = self._dense_probs() if compare else []
-
-    def _dense_probs(self) -> list[Tensor]:
-        """Class probabilities of the dense network, batch by batch: every block keeps everything."""
-        with self.restored_after_an_error():
-            self._turn(self.knobs.most)
-            for module in self.modules:
-                module.imposed = lambda candidates, _: candidates.valid
-            try:
-                return [logits.double().softmax(dim=-1) for _, logits, _ in self._forward("dense", self.batches)]
-            finally:
-                for module in self.modules:
-                    del module.imposed
-                self._turn(self.original)
-
-    def _turn(self, setting: Setting) -> None:
-        for module, reduction in zip(self.modules, setting, strict=True):
-            module.reduction = reduction
-
-    def set(self, setting: Setting) -> None:
-        """Give the blocks these reductions, for good; the handle of a patched model then says so."""
-        self._turn(setting)
-        settings = self.model.ats.settings if isinstance(self.model, Patched) else {}
-        if "stages" in settings:
-            for stage in settings["stages"]:
-                own = [reduction for reduction in setting if reduction.block in stage["blocks"]]
-                stage[own[0].amount] = _per_block(own, self.depth)
-        elif settings:
-            settings[setting[0].amount] = _per_block(setting, self.depth)
-
-    @contextmanager
-    def restored_after_an_error(self) -> Iterator[None]:
-        """Within it an exception leaves the network's reductions as they were."""
-        try:
-            yield
-        except BaseException:
-            self._turn(self.original)
-            raise
-
-    def run(self, setting: Setting) -> Pass:
-        """One pass over all images with these reductions."""
-        self._turn(setting)
-        self.num_passes += 1
-        costs, shares, tokens, changes = [], [], [], []
-        for index, (x, logits, trace) in enumerate(self._forward(f"pass {self.num_passes}", self.batches)):
-            cost = count_gflops(self.model, trace, x.shape)
-            costs.append((cost.as_run if self.accounting == "run" else cost.paper).cpu())
-            kept = torch.stack([entry.num_tokens for entry in trace], dim=1).double().cpu()  # [S, blocks]
-            tokens.append(kept)
-            share = (kept / torch.tensor(self.dense_tokens, dtype=torch.float64)).mean(dim=1)
-            shares.append(share.reshape(len(x), -1).mean(dim=1))  # of a clip's frames
-            if self.dense_probs:
-                moved = (logits.double().softmax(dim=-1) - self.dense_probs[index]).abs().sum(dim=-1) / 2
-                changes.append(moved.cpu())
-        return Pass(
-            gflops=torch.cat(costs),
-            keep=torch.cat(shares),
-            tokens=tuple(torch.cat(tokens).mean(dim=0).tolist()),
-            changes=torch.cat(changes) if changes else torch.empty(0),
-        )
-
-    @torch.inference_mode()
-    def _forward(self, title: str, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, list]]:
-        """(x, logits, trace) of each batch, in evaluation mode."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for x in tqdm(batches, desc=title, unit="batch", leave=False, disable=None if self.progress else True):
-                x = x.to(self.device)
-                yield x, *self.model.forward_tokens(x)
-        finally:
-            self.model.train(was_training)

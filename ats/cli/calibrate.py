@@ -3,6 +3,10 @@
     python tools/calibrate.py --cfg configs/ImageNet/DeiT_S.yaml --gflops 2.9 DATA.PATH_TO_DATA_DIR imagenet \\
         TEST.CHECKPOINT_FILE_PATH deit_small_patch16_224-cd65a155.pth
     python tools/calibrate.py --cfg X.yaml --speedup 1.6 --refine --output configs/mine.yaml
+    python tools/calibrate.py --cfg X.yaml --latency-ms 20 --batch-size 8 --threads 1
+
+The budget is a cost, or a time on this machine: then it also finds which of ATS.BLOCKS sample, and says so if none
+should, because the dense network is fastest.
 
 Prints what it reached, how GFLOPs vary between images, and the YAML lines with ATS.NUM_TOKENS. Any key can follow the
 options, as KEY VALUE or KEY=VALUE. Which tokens survive depends on the weights and on ATS.BLOCKS, ATS.SAMPLER,
@@ -30,6 +34,9 @@ from ats.options import COUNT, FROM_0, POSITIVE, PROBABILITY, Range
 
 if TYPE_CHECKING:
     from ats.budget.calibration import Calibration
+    from ats.budget.timing import Timing
+
+BUDGETS = ("gflops", "keep", "speedup", "latency_ms", "time_speedup")
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
@@ -44,8 +51,14 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
         ("--gflops", POSITIVE, "G", "mean GFLOPs (multiply-adds) of an image or clip"),
         ("--keep", PROBABILITY, "SHARE", "mean share of tokens kept after the ATS blocks, 0 to 1"),
         ("--speedup", POSITIVE, "X", "FLOP ratio: dense GFLOPs over mean GFLOPs; not a ratio of times"),
+        ("--latency-ms", POSITIVE, "MS", "milliseconds of a batch on this machine"),
+        ("--time-speedup", POSITIVE, "X", "ratio of times on this machine: dense over ATS"),
     ):
         budget.add_argument(name, type=in_range(float, within), metavar=metavar, help=text)
+    text = "with --latency-ms or --time-speedup: images of a batch, as you will serve them (default: 1)"
+    parser.option("--batch-size", text, type=in_range(int, COUNT), metavar="N")
+    text = "with --latency-ms or --time-speedup: threads of the CPU (default: PyTorch's)"
+    parser.option("--threads", text, type=in_range(int, COUNT), metavar="N")
     text = "GFLOPs as run, or as the paper's tables count them (default: run)"
     parser.option("--accounting", text, choices=("run", "paper"), default="run")
     text = "where the images come from, preprocessed as in evaluation; a network may keep fewer tokens of its own "
@@ -63,16 +76,31 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
     args.overrides = parse_overrides(words, parser)
     if args.cfg is None:
         raise UserError("--cfg FILE is missing: which network? For example: --cfg configs/Digits/DeiT_ATS.yaml")
-    if args.gflops is None and args.keep is None and args.speedup is None:
-        raise UserError("Which budget? Give --gflops G, --keep SHARE or --speedup X.")
+    if all(getattr(args, name) is None for name in BUDGETS):
+        raise UserError(
+            "Which budget? Give --gflops G, --keep SHARE or --speedup X; of time --latency-ms MS or --time-speedup X."
+        )
+    by_time = args.latency_ms is not None or args.time_speedup is not None
+    for name in ("batch_size", "threads"):
+        if getattr(args, name) is not None and not by_time:
+            raise UserError(f"{option_of(name)} is of what is timed: give it with --latency-ms or --time-speedup.")
+    if args.refine and by_time:
+        raise UserError("--refine keeps the GFLOPs, not the time: leave it out with --latency-ms or --time-speedup.")
     cfg = load_config(args.cfg, args.overrides)
     if not cfg.ATS.ENABLE:
         raise UserError(f'{args.cfg} has ATS.ENABLE False. Add ATS.ENABLE True ATS.BLOCKS "[3, 4, ...]".')
     return args, cfg
 
 
+def option_of(name: str) -> str:
+    """The option that sets an argument: --latency-ms for latency_ms."""
+    return "--" + name.replace("_", "-")
+
+
 def search(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
-    """Calibrate the network of `cfg`; raises a UserError if weights, data or budget are missing or do not fit."""
+    """Calibrate the network of `cfg`, in TEST.DTYPE. UserError: weights, data or budget missing or do not fit."""
+    import torch
+
     from ats.budget.calibration import calibrate
     from ats.datasets.build import build_sample_loader
     from ats.engine.device import explain_lost_process, select_device
@@ -80,15 +108,21 @@ def search(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
 
     weights, device = cfg.TEST.CHECKPOINT_FILE_PATH, select_device(cfg.DEVICE)
     check_weights(cfg, weights, why="random weights say nothing about which tokens survive")
-    model = build_trained(cfg, weights).to(device)
+    dtype = getattr(torch, cfg.TEST.DTYPE)
+    model = build_trained(cfg, weights).to(device, dtype)
     with explain_lost_process():
-        batches = [batch.x for batch in build_sample_loader(cfg, args.split, num_samples=args.images)]
-    budget = {name: getattr(args, name) for name in ("gflops", "keep", "speedup")}
+        batches = [batch.x.to(dtype) for batch in build_sample_loader(cfg, args.split, num_samples=args.images)]
+    budget = {name: getattr(args, name) for name in BUDGETS}
+    options = {name: option_of(name) for name in BUDGETS}
     how = {"accounting": args.accounting, "refine_rounds": args.refine, "tolerance": args.tolerance}
+    how |= {"timed_batch_size": args.batch_size or 1, "threads": args.threads}
+    if (ratio := budget.pop("time_speedup")) is not None:
+        budget["speedup"], how["measure"], options["speedup"] = ratio, "time", options["time_speedup"]
     try:
         return calibrate(model, batches, **budget, **how)
     except UserError as error:  # it names the arguments of `calibrate`: gflops is --gflops here
-        raise UserError(re.sub(rf"\b({'|'.join(budget)})\b", r"--\1", str(error))) from None
+        named = re.sub(rf"\b({'|'.join(options)})\b", lambda match: options[match[1]], str(error))
+        raise UserError(named) from None
 
 
 def format_report(found: Calibration, *, images: str) -> str:
@@ -102,18 +136,51 @@ def format_report(found: Calibration, *, images: str) -> str:
         ("over the images", f"std {spread['std']:.3g}, 5 % {spread['p5']:.4g}, half {spread['p50']:.4g}, "
          f"95 % {spread['p95']:.4g}, most {spread['max']:.4g}"),
         ("dense", f"{found.dense:.4g}: {found.dense / spread['mean']:.3g} times as much"),
-        ("in reach", f"{found.least:.4g} to {found.most:.4g}"),
         ("tokens left", f"{100 * found.found.keep.mean().item():.1f} %, mean over the ATS blocks"),
     ]  # fmt: skip
+    if found.timing is None:
+        figures.insert(-1, ("in reach", f"{found.least:.4g} to {found.most:.4g}"))
     if len(found.found.changes):
         change = 100 * found.found.changes.mean().item()
         figures.append(("change", f"{change:.3g} % of the probability moves to other classes than the dense network's"))
     rows = zip(found.blocks, found.num_tokens, (f"{t:.1f}" for t in found.found.tokens), strict=True)
     return "\n\n".join([
-        f"{unit}, {images}, {found.passes} passes",
-        tabulate(figures, tablefmt="plain"),
-        tabulate(rows, headers=["block", "K", "tokens kept"]),
+        *([] if found.timing is None else [format_timing(found.timing)]),
+        *([] if found.is_dense else [
+            f"{unit}, {images}, {found.passes} passes",
+            tabulate(figures, tablefmt="plain"),
+            tabulate(rows, headers=["block", "K", "tokens kept"]),
+        ]),
     ])  # fmt: skip
+
+
+def format_timing(timing: Timing) -> str:
+    """What was timed, as tables."""
+    from tabulate import tabulate
+
+    goal = timing.goal
+    asked = f"{goal.value:g} ms" if goal.name == "latency_ms" else f"{goal.value:g} times as fast as dense"
+    missed = "" if timing.is_met else ": missed"
+    figures = [("budget", asked + missed), ("dense", f"{timing.dense_ms:.4g} ms")]
+    if timing.rounds and not timing.why_dense:
+        low, high = timing.quartiles
+        spread = f"half of the rounds {low:.3g} to {high:.3g}"
+        figures.append(("expected", f"{timing.expected_ms:.4g} ms"))
+        figures.append(("measured", f"{timing.ms:.4g} ms, {timing.speedup:.3g} times as fast as dense ({spread})"))
+    parts = [f"time of a batch of {timing.batch_size}, {timing.device}", tabulate(figures, tablefmt="plain")]
+    if timing.tried:
+        rows = [
+            (
+                ", ".join(str(reduction.block) for reduction in own.setting),
+                f"{own.share:.3f}",
+                f"{100 * own.change:.3g} %",
+            )
+            for own in timing.tried
+        ]
+        parts.append(tabulate(rows, headers=["blocks tried", "time / dense", "change"], disable_numparse=True))
+    if timing.why_dense:
+        parts.append(f"The network is left dense: {timing.why_dense}.")
+    return "\n\n".join(parts)
 
 
 def with_overrides(text: str, cfg: CfgNode, overrides: list[str]) -> str:

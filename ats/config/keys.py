@@ -285,6 +285,9 @@ SECTIONS: tuple[Section, ...] = (
         Key("TEST.ENABLE", True, "Evaluate, after any training, and write OUTPUT_DIR/result.json.", free=True),
         Key("TEST.DATASET", "imagenet", "Evaluation data: imagenet (its val split) or kinetics (test.csv).", free=True),
         Key("TEST.BATCH_SIZE", 64, "Samples per batch; the results do not depend on it.", COUNT, free=True),
+        Key("TEST.DTYPE", "float32", choices=("float32", "bfloat16"), free=True,
+            help="Type of weights and activations of the final evaluation and of calibrate.py. Scores and sampling are "
+            "float32 in both; so are evaluations between epochs, pictures and exports."),
         Key("TEST.NUM_ENSEMBLE_VIEWS", 10, "Clips per video in testing; an image has one view.", COUNT, free=True),
         Key("TEST.NUM_SPATIAL_CROPS", 3, "Crops per test clip, 3 along the long side or 1.", choices=(1, 3), free=True),
         Key("TEST.ENSEMBLE_OF", "logits", choices=("logits", "softmax"), free=True,

@@ -13,7 +13,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import simplejson
@@ -52,7 +52,8 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     tally: Tally | None = None,
 ) -> Result:
-    """Run `model` (on `device`) once over every sample of `loader`, in eval mode, then restore its mode.
+    """Run `model` (on `device`) once over every sample of `loader`, in eval mode, then restore its mode. It computes in
+    the type of its weights.
 
     With several processes, each runs over its own `loader` and all return the result of all samples.
 
@@ -64,7 +65,7 @@ def evaluate(
     Raises:
         UserError: there is nothing to evaluate.
     """
-    was_training = model.training
+    was_training, dtype = model.training, _dtype(model)
     model.eval()
     tally = Tally() if tally is None else tally
     synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
@@ -75,19 +76,21 @@ def evaluate(
             batch = ensemble.drop_bad(batch)
             if not len(batch.x):
                 continue
-        x = batch.x.to(device, non_blocking=True)
+        x = batch.x.to(device, dtype, non_blocking=True)
         synchronize()
         forward_start = time.perf_counter()
         with autocast(device, amp_dtype):
             logits, trace = model.forward_tokens(x)
         synchronize()
         seconds = time.perf_counter() - forward_start
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         tally.add(logits, batch.label, batch.index, trace, gflops(model, trace, x.shape), seconds)
         if ensemble is not None:
             ensemble.add(logits, batch.label, batch.index)
     model.train(was_training)
     name = f"{world_size()} x {device_name(device)}" if world_size() > 1 else device_name(device)
     result = tally.result(ensemble=ensemble, start=start, params_m=_params_m(model), device=name)
+    result = replace(result, dtype=str(amp_dtype or dtype).removeprefix("torch."))
     if num_skipped := (result.video or {}).get("num_skipped_videos"):
         logger.warning("%d of %d videos cannot be read and are left out.", num_skipped, ensemble.num_videos)
     if result.num_nonfinite:
@@ -108,7 +111,7 @@ def check_samples(cfg: CfgNode, model: nn.Module, loaders: dict[Split, Loader], 
     model.eval()
     taken = set()
     for split, loader in loaders.items():
-        x = loader.dataset[Draw(0, seed=0) if split == "train" else 0].x[None].to(device)
+        x = loader.dataset[Draw(0, seed=0) if split == "train" else 0].x[None].to(device, _dtype(model))
         if x.shape in taken:
             continue
         taken.add(x.shape)
@@ -140,6 +143,11 @@ def build_test(cfg: CfgNode) -> tuple[Loader, Ensemble | None]:
     return loader, build_ensemble(cfg, loader.dataset)
 
 
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The type of a network's weights."""
+    return next(model.parameters()).dtype
+
+
 def _params_m(model: nn.Module) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
@@ -163,7 +171,7 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
     if is_main():
         write(output_dir / "config.yaml", cfg.dump())
     device = select_device(cfg.DEVICE)
-    model = build_trained(cfg, weights, advice=to_fine_tune(cfg)).to(device)
+    model = build_trained(cfg, weights, advice=to_fine_tune(cfg)).to(device, getattr(torch, cfg.TEST.DTYPE))
     loader, ensemble = build_test(cfg)
     check_samples(cfg, model, {"test": loader}, device=device)
     log_plan(
@@ -171,7 +179,7 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
             "test": describe_model(cfg, model),
             "weights": weights or "timm's",
             "data": f"{cfg.TEST.DATASET} in {cfg.DATA.PATH_TO_DATA_DIR}: {len(loader.dataset)} samples",
-            "device": f"{device_name(device)}, float32",
+            "device": f"{device_name(device)}, {cfg.TEST.DTYPE}",
             "process": f"{world_size()} with {loader.num_workers} data workers each",
             "output": str(output_dir.resolve()),
         }

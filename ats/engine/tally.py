@@ -54,6 +54,7 @@ class Result:
     device: str
     token_counts: dict[int, list[int]]  # ATS block -> how many sequences kept 0, 1, 2, ... tokens; not in result.json
     video: dict[str, object] | None = None  # several views: clip_top1, clip_top5, numbers of videos and clips
+    dtype: str = "float32"  # of the weights, or of autocast
 
 
 @dataclass

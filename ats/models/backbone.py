@@ -164,7 +164,8 @@ class Backbone(HasBlocks, nn.Module):
         self.check_reductions(reductions.values())
         for place, block in enumerate(blocks, first_index):
             if reductions and place >= min(reductions):
-                blocks[place - first_index] = block_type(block, reductions.get(place), place)
+                blocks[place - first_index] = new = block_type(block, reductions.get(place), place)
+                new.ats_classes = type(block), block_type
 
     def check_reductions(self, reductions: Iterable[Reduction]) -> None:
         """Raise a UserError for a reduction that this network does not support."""

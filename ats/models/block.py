@@ -15,7 +15,8 @@ other families (MViT, CvT, timm, transformers) override its hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class ATSBlock(nn.Module):
     # (candidates, reduction) -> mask that replaces the reduction's selection, which still runs.
     imposed: Callable[[Candidates, Reduction], Tensor] | None = None
     clock: Clock | None = None  # set by `benchmark/breakdown.py`
+    ats_classes: tuple[type, type] | None = None  # of the block it replaced, and its own, see `change_reductions`
 
     def __init__(self, base_block: nn.Module, reduction: Reduction | None, index: int | None = None) -> None:
         super().__init__()
@@ -246,6 +248,20 @@ def ats_blocks(model: nn.Module) -> list[ATSBlock]:
     """The blocks with a reduction, in order, of a network built here or patched."""
     found = [module for module in model.modules() if getattr(module, "reduction", None) is not None]
     return sorted(found, key=lambda block: block.index)
+
+
+def change_reductions(model: nn.Module, reductions: Mapping[int, Reduction]) -> None:
+    """Give a network built here other reductions (block -> how it loses tokens), in place. Blocks before the first are
+    ordinary ones again, as fast as those of the dense network, which `{}` makes of it. Only blocks that were ATSBlocks
+    when the network was built can have a reduction.
+    """
+    first = min(reductions, default=math.inf)
+    for block in model.modules():
+        classes = vars(block).get("ats_classes")
+        if classes is not None:
+            block.__class__ = classes[block.index >= first]
+        if classes is not None or isinstance(block, ATSBlock):
+            block.reduction = reductions.get(block.index)
 
 
 def run_blocks(

@@ -98,7 +98,8 @@ class SamplingLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The next tokens [B, P, C], offsets [B, P, 2] (None in the last iteration) and points [B, P, 2].
 
-        Points and offsets are float32 or better, also under autocast: bfloat16 rounds them to a quarter of a pixel.
+        Points and offsets are float32 or better, also under autocast and with weights in bfloat16, which would round
+        them to a quarter of a pixel.
         Offsets get no gradient from the positions or from the next iteration's points.
 
         Args:
@@ -112,13 +113,18 @@ class SamplingLayer(nn.Module):
             moved, points = points + self.gamma * offsets, points + offsets.detach()
         x = POINT_GRADIENTS[self.point_gradient](features.to(moved.dtype), moved)
         with float32_or_better(x.device):
-            x = x + pos_layer(points / feature_size)
+            x = (x + linear(pos_layer, points / feature_size)).to(pos_layer.weight.dtype)
         x = x if previous is None else x + previous
         x = self.transformer_layer(x)
         if self.offset_layer is None:
             return x, None, points
         with float32_or_better(x.device):
-            return x, self.offset_layer(x.to(points.dtype)), points
+            return x, linear(self.offset_layer, x.to(points.dtype)), points
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer in the type of its input, which may be finer than that of its weights."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 def sample_at(features: Tensor, points: Tensor) -> Tensor:
@@ -269,7 +275,8 @@ class PSViT(Backbone):
                 "points are fixed by DATA.TRAIN_CROP_SIZE."
             )
         features = self.stem(x)
-        points, offsets, tokens = self.point_coord.expand(x.shape[0], -1, -1), None, None
+        points = self.point_coord.to(torch.promote_types(x.dtype, torch.float32))
+        points, offsets, tokens = points.expand(x.shape[0], -1, -1), None, None
         for layer in self.ps_layers:
             tokens, offsets, points = layer(features, points, offsets, tokens, self.pos_layer, self.feature_size)
         self.points = points.detach()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ats.errors import UserError
 from ats.models.activation_checkpoint import run_block
 from ats.models.backbone import Backbone, Records, reductions_from_cfg, settings
-from ats.models.block import ATSBlock, run_blocks
+from ats.models.block import ATSBlock, ats_blocks, run_blocks
 from ats.models.cost import BlockGrid, conv_multiply_adds, linear_multiply_adds, size
 from ats.models.dense_grid import Grid, convolved_grid
 from ats.models.mvit.ats_block import MultiScaleATSBlock
@@ -101,9 +101,9 @@ class MViT(Backbone):
         projection = nn.Linear(blocks[-1].dim_out, num_classes)
         self.head = nn.Sequential(OrderedDict(dropout=nn.Dropout(head_drop_rate), projection=projection))
         self.init_weights(head_init_scale)
-        self.sampling_blocks, self.checked_grid = sorted(reductions or {}), input_grid
+        self.checked_grid = input_grid
         self.reduce_blocks(reductions, MultiScaleATSBlock)
-        check_sampling_blocks(self.sampling_blocks, blocks, input_grid)
+        check_sampling_blocks(sorted(reductions or {}), blocks, input_grid)
 
     def init_weights(self, head_scale: float) -> None:
         """Fresh weights as in SlowFast: truncated normal of standard deviation 0.02, biases 0.02."""
@@ -124,7 +124,8 @@ class MViT(Backbone):
     def run(self, x: Tensor) -> tuple[Tensor, Records]:
         x, grid = self.embed(x)
         if grid != self.checked_grid:
-            check_sampling_blocks(self.sampling_blocks, [block.spec for block in self.blocks], grid)
+            sampling = [block.index for block in ats_blocks(self)]
+            check_sampling_blocks(sampling, [block.spec for block in self.blocks], grid)
 
         def begin(dense: tuple[Tensor, Grid]) -> RaggedTokens:
             return RaggedTokens.from_dense(dense[0], self.num_prefix_tokens, grid=dense[1])

@@ -128,7 +128,7 @@ class HubModel(Patched):
         every block with a reduction kept, in order.
         """
         state = self.ats_state
-        trace, state.trace = state.trace, True
+        trace, state.trace, state.last = state.trace, True, []
         try:
             out, kept = self(pixel_values, return_dict=True), state.last
         finally:

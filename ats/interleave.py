@@ -29,20 +29,22 @@ def interleave(
     *,
     rounds: int = 15,
     max_seconds: float = float("inf"),
-    prepare: Callable[[int], None] = lambda seed: None,
+    prepare: Callable[[str, int], None] = lambda name, seed: None,
     label: str = "",
+    progress: bool = True,
 ) -> tuple[dict[str, list[float]], range]:
     """Run every pass (by its name) once per round. Returns its seconds in every round that counts, and the numbers of
     these rounds.
 
     Args:
         rounds: how many count. max_seconds: start no round after this, once MIN_ROUNDS are done.
-        prepare: called before every pass with the round's number; not timed. label: of the progress bar.
+        prepare: called before every pass with its name and the round's number; not timed.
+        label: of the progress bar. progress: show the bar if the console is a terminal.
     """
     names, start = list(runs), timer()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     warmup = NUM_WARMUP
-    for index in tqdm(range(rounds + NUM_WARMUP), desc=label, leave=False, disable=None):
+    for index in tqdm(range(rounds + NUM_WARMUP), desc=label, leave=False, disable=None if progress else True):
         spent = timer() - start
         if index == 1 and spent > max_seconds / 4:
             warmup = 1  # passes this long are warm after one
@@ -50,7 +52,7 @@ def interleave(
             break
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            prepare(index)
+            prepare(name, index)
             begin = timer()
             runs[name]()
             seconds[name].append(timer() - begin)
