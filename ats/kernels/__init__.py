@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ats.compat import current_dispatch_mode, is_functorch_wrapped_tensor
+from ats.compat import DisableTorchFunction, current_dispatch_mode, is_functorch_wrapped_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,10 @@ def official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points:
 
         return try_official_rule(scores, lengths, full_length, num_points)
     numba = _numba_for(scores) if scores.dtype == torch.float32 else None
-    return None if numba is None else numba.official_rule(scores, lengths, full_length, num_points)
+    if numba is None:
+        return None
+    with DisableTorchFunction():
+        return numba.official_rule(scores, lengths, full_length, num_points)
 
 
 def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Rows, scale: float) -> Tensor | None:
@@ -62,7 +65,8 @@ def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Rows, scale: flo
     if numba is None:
         return None
     rows_apart = keys.longest if keys.uniform else 0
-    return numba.cls_scores(q, k, v, lengths=keys.lengths, longest=keys.longest, rows_apart=rows_apart, scale=scale)
+    with DisableTorchFunction():
+        return numba.cls_scores(q, k, v, lengths=keys.lengths, longest=keys.longest, rows_apart=rows_apart, scale=scale)
 
 
 def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -76,7 +80,10 @@ def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, 
         them [S].
     """
     numba = _numba_for(mask)
-    return None if numba is None else numba.kept_rows(mask, position, lengths)
+    if numba is None:
+        return None
+    with DisableTorchFunction():
+        return numba.kept_rows(mask, position, lengths)
 
 
 def _triton_may_run(x: Tensor) -> bool:
