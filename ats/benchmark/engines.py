@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ats.errors import UserError
-from ats.export.graph import onnx_stable_sort
+from ats.export.graph import export_adaptive, onnx_stable_sort, save_onnx
 
 Pass = Callable[[], Tensor]
 
@@ -33,7 +33,8 @@ class Engine(NamedTuple):
 
     make: Callable[..., Pass]  # (network or path of its file, images, number of threads) -> pass
     dtypes: tuple[str, ...]  # in which it computes
-    reads_file: bool = False
+    networks: tuple[str, ...] = ("dense", "ats static", "ats adaptive")  # that it runs
+    reads_file: bool = True
     packages: tuple[str, ...] = ()
 
 
@@ -46,14 +47,11 @@ def compiled(model: nn.Module, x: Tensor, threads: int) -> Pass:
     """torch.compile for inference: Inductor with the weights as constants ("freezing")."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise UserError(f"there is no C++ compiler ({compiler}); type: apt-get install g++")
+        raise UserError(f"there is no C++ compiler {compiler}; type: apt-get install g++")
     torch.compiler.reset()
     forward = torch.compile(model)
-    # Blocks share their code, and each is compiled for its own numbers.
-    with torch.compiler.config.patch(recompile_limit=64), torch._inductor.config.patch(freezing=True):
-        for _ in range(2):  # sizes that differ in the second pass are compiled once more
-            with torch.inference_mode():
-                forward(x)
+    with torch._inductor.config.patch(freezing=True), torch.inference_mode():
+        forward(x)
     return torch.inference_mode()(lambda: forward(x))
 
 
@@ -100,12 +98,14 @@ def openvino_default(path: Path, x: Tensor, threads: int) -> Pass:
 
 
 BOTH = ("float32", "bfloat16")
+FILES = ("onnx", "onnxscript")  # packages that write them
 ENGINES = {
-    "PyTorch": Engine(eager, BOTH),
-    "PyTorch compiled": Engine(compiled, BOTH),
-    "ONNX Runtime": Engine(onnx_runtime, ("float32",), True, ("onnx", "onnxscript", "onnxruntime")),
-    "OpenVINO": Engine(openvino, ("float32",), True, ("onnx", "onnxscript", "openvino")),
-    "OpenVINO default": Engine(openvino_default, ("bfloat16",), True, ("onnx", "onnxscript", "openvino")),
+    "PyTorch": Engine(eager, BOTH, ("dense", "ats"), reads_file=False),
+    # Not ATS, in pieces and for any number of tokens: compiling it takes minutes.
+    "PyTorch compiled": Engine(compiled, BOTH, ("dense",), reads_file=False),
+    "ONNX Runtime": Engine(onnx_runtime, ("float32",), packages=(*FILES, "onnxruntime")),
+    "OpenVINO": Engine(openvino, ("float32",), packages=(*FILES, "openvino")),
+    "OpenVINO default": Engine(openvino_default, ("bfloat16",), packages=(*FILES, "openvino")),
 }
 
 
@@ -144,4 +144,10 @@ def write_onnx(model: nn.Module, x: Tensor, path: Path) -> Path:
             verbose=False,
         )
     program.save(path)
+    return path
+
+
+def write_adaptive(model: nn.Module, x: Tensor, path: Path) -> Path:
+    """Write a network with ATS for one image of this shape, with as many rows as it keeps tokens; returns `path`."""
+    save_onnx(export_adaptive(model, x.shape[1:]), path)
     return path

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from tqdm import tqdm
@@ -25,13 +25,13 @@ def timer() -> float:
 
 
 def interleave(
-    runs: dict[str, Callable[[], object]],
+    runs: dict[Hashable, Callable[[], object]],
     *,
     rounds: int = 15,
     max_seconds: float = float("inf"),
     prepare: Callable[[int], None] = lambda seed: None,
     label: str = "",
-) -> tuple[dict[str, list[float]], range]:
+) -> tuple[dict[Hashable, list[float]], range]:
     """Run every pass (by its name) once per round. Returns its seconds in every round that counts, and the numbers of
     these rounds.
 
@@ -40,7 +40,7 @@ def interleave(
         prepare: called before every pass with the round's number; not timed. label: of the progress bar.
     """
     names, start = list(runs), timer()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Hashable, list[float]] = {name: [] for name in names}
     warmup = NUM_WARMUP
     for index in tqdm(range(rounds + NUM_WARMUP), desc=label, leave=False, disable=None):
         spent = timer() - start

@@ -1,8 +1,8 @@
 """ATS beside the fastest dense engine of the machine: every engine runs the dense network and ATS, interleaved.
 
 Dense and ATS run in PyTorch, compiled or not, ONNX Runtime and OpenVINO. In the last two ATS is an exported file:
-static, with a fixed number of rows, and for one image adaptive, with as many rows as tokens. All keep the same tokens,
-so all are judged by the same ratio of FLOPs; the rows that a static file computes and ignores count against it.
+static, with a fixed number of rows, and for one image adaptive, with as many rows as tokens. All are judged by the
+FLOPs of the same tokens; the rows that a static file computes and ignores count against it.
 
     efficiency          = dense time in the same engine / time / (dense FLOPs / FLOPs)
     absolute efficiency = time of the fastest dense engine / time / (dense FLOPs / FLOPs)
@@ -23,11 +23,11 @@ from fvcore.common.config import CfgNode
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ats.benchmark.engines import BOTH, ENGINES, Pass, obstacle, write_onnx
+from ats.benchmark.engines import BOTH, ENGINES, Pass, obstacle, write_adaptive, write_onnx
 from ats.benchmark.interleave import interleave
 from ats.benchmark.synthetic_counts import describe_counts, synthetic_counts
 from ats.benchmark.timing import BenchmarkSettings
-from ats.benchmark.variants import build_variants
+from ats.benchmark.variants import build_variant
 from ats.errors import UserError
 from ats.flops import gflops
 
@@ -100,11 +100,15 @@ class Peers:
         """As markdown."""
         kinds = {"ms": ".4g", "logits off by": ".0e"}
         lines = [
-            {name: format(value, kinds.get(name, ".2f")) if isinstance(value, float) else value or "" for name, value in line.items()}
+            {
+                name: format(value, kinds.get(name, ".2f")) if isinstance(value, float) else value or ""
+                for name, value in line.items()
+            }
             for line in self.judged()
         ]
         table = tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
-        head = f"Batch {self.batch_size}, {self.dtype}, {self.threads} thread{'s' if self.threads > 1 else ''}. {self.counts}"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        head = f"Batch {self.batch_size}, {self.dtype}, {threads}. {self.counts}"
         notes = "\n".join(f"* Left out: {reason}." for reason in self.left_out)
         return "\n\n".join(part for part in (head, table, self.summary(), notes) if part)
 
@@ -142,17 +146,15 @@ def measure_peers(
         torch.compiler.reset()
 
 
-def _measure_batch(
-    cfg: CfgNode, x: Tensor, settings: BenchmarkSettings, threads: int, engines: Sequence[str]
-) -> Peers:
-    models = build_variants(cfg, ["ats"], CPU, equal_gflops=False)
+def _measure_batch(cfg: CfgNode, x: Tensor, settings: BenchmarkSettings, threads: int, engines: Sequence[str]) -> Peers:
+    models = {name: build_variant(cfg, name, CPU) for name in ("dense", "ats")}
     if "static" in models["ats"].layouts:
-        models |= build_variants(cfg, ["static"], CPU, equal_gflops=False)
+        models["ats static"] = build_variant(cfg, "static", CPU)
     checkpoint, one = cfg.TEST.CHECKPOINT_FILE_PATH, len(x) == 1
     how = {"scale": settings.token_scale, "mean_std": settings.mean_std}
     text = describe_counts(checkpoint, **how) + (" Here, for one image, their mean." if one and not checkpoint else "")
-    imposed = [] if checkpoint else list(models.values())
-    with synthetic_counts(imposed, **how) as counts, TemporaryDirectory() as folder:
+    # A static file takes the same time whatever is kept.
+    with synthetic_counts([] if checkpoint else [models["ats"]], **how) as counts, TemporaryDirectory() as folder:
         counts.draw(x, mean=one)  # an adaptive file has its counts inside
         with torch.inference_mode():
             logits = {name: model(x) for name, model in models.items()}
@@ -160,8 +162,9 @@ def _measure_batch(
         passes, left_out = _make_passes(models, x, settings.dtype, threads, engines, Path(folder))
         rows = {}
         for (network, engine), run in passes.items():
-            want = logits["dense" if network == "dense" else "ats"]
-            rows[network, engine] = Peer(network, engine, ((run().float() - want).abs().max() / want.abs().max()).item())
+            want = logits.get(network, logits["ats"])
+            difference = (run().float() - want).abs().max() / want.abs().max()
+            rows[network, engine] = Peer(network, engine, difference.item())
         how = {"rounds": settings.rounds, "max_seconds": settings.max_seconds}
         seconds, _ = interleave(passes, **how, label=f"batch {len(x)}")
     for name, row in rows.items():
@@ -178,26 +181,31 @@ def _make_passes(
     reasons = {name: obstacle(name) for name in engines}
     left_out = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
     usable = {name: ENGINES[name] for name in engines if not reasons[name]}
-    networks: dict[bool, dict[str, nn.Module | Path]] = {True: {}, False: {}}  # does the engine read files -> these
+    files = {}
     for network, write in _writers(models, x).items() if any(engine.reads_file for engine in usable.values()) else ():
         with _attempt(left_out, f"{network} as a file"):
-            networks[True][network] = write(folder / f"{network}.onnx")
-    networks[False] = {name: models[name].to(getattr(torch, dtype)) for name in ("dense", "ats")}
+            files[network] = write(path=folder / f"{network}.onnx")
+    half = getattr(torch, dtype)
+    models = {name: model.to(half) for name, model in models.items()}
     passes = {}
     for name, engine in usable.items():
-        for network, what in networks[engine.reads_file].items():
-            images = x if engine.reads_file else x.to(getattr(torch, dtype))
+        networks, images = (files, x) if engine.reads_file else (models, x.to(half))
+        for network in filter(networks.get, engine.networks):
             with _attempt(left_out, f"{network} in {name}"):
-                run = engine.make(what, images, threads)
+                run = engine.make(networks[network], images, threads)
                 run()
                 passes[network, name] = run
     return passes, left_out
 
 
-def _writers(models: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[[Path], Path]]:
-    """Network -> function that writes its file."""
-    files = {"dense": "dense", "ats static": "static"}
-    return {network: partial(write_onnx, models[name], x) for network, name in files.items() if name in models}
+def _writers(models: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[..., Path]]:
+    """Network -> function that writes its file to `path`."""
+    writers = {"dense": partial(write_onnx, models["dense"], x)}
+    if "ats static" in models:  # other networks have no graph with ATS
+        writers["ats static"] = partial(write_onnx, models["ats static"], x)
+        if len(x) == 1:
+            writers["ats adaptive"] = partial(write_adaptive, models["ats"], x)
+    return writers
 
 
 @contextmanager

@@ -198,14 +198,18 @@ def save_onnx(exported: Exported, path: Path) -> None:
 
 
 def onnx_stable_sort(x: object, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple:
-    """A stable sort in ONNX's operators, for which the translator has none. TopK of all entries is one: equal entries
-    come in the order of their indices, whatever the direction. It does not know bytes; they are compared as int32.
+    """A stable sort in ONNX's operators, for which the translator has none. TopK of all entries is one by ONNX's rules:
+    equal entries come in the order of their indices. OpenVINO does not keep to that, so bytes, the masks that say which
+    rows are kept, are told apart by their places; TopK does not know bytes anyway, they are compared as int32.
     """
     from onnx_ir import DataType
     from onnxscript import opset18 as op
 
-    is_byte = x.dtype == DataType.UINT8
-    comparable = op.Cast(x, to=DataType.INT32) if is_byte else x
     size = op.Slice(op.Shape(x), [dim], [dim + 1], [0])
-    values, indices = op.TopK(comparable, size, axis=dim, largest=int(descending), sorted=1)
-    return op.Cast(values, to=DataType.UINT8) if is_byte else values, indices
+    if x.dtype != DataType.UINT8:
+        return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+    places = op.Cast(op.Range(0, op.Squeeze(size), 1), to=DataType.INT32)
+    ranks = op.Mul(op.Cast(x, to=DataType.INT32), op.Cast(size, to=DataType.INT32))
+    ranks = op.Sub(ranks, places) if descending else op.Add(ranks, places)
+    _, indices = op.TopK(ranks, size, axis=dim, largest=int(descending), sorted=1)
+    return op.GatherElements(x, indices, axis=dim), indices
