@@ -4,7 +4,8 @@ A measurement is a flat mapping. Names in capitals are config keys, names of `Be
 the others are those of `Measurement`. `sweep: {NAME: [VALUE, ...]}` makes one measurement per value, which also fills
 the {} of the title. What stands beside `measurements` are YAML anchors.
 
-A measurement that fails leaves its traceback in the suite's JSON; the others still run.
+A measurement that fails leaves its traceback in the suite's JSON; the others still run. `minutes` beside `measurements`
+is how long the suite may take: what has not begun by then is named and counts as failed.
 """
 
 from __future__ import annotations
@@ -77,10 +78,14 @@ def load_suite(name: str) -> list[Measurement]:
         raise UserError(f"--suite {name}: choose from {', '.join(names)}.{suggest(name, names)}")
     return [
         _measurement(entry | {key: value, "at": value, "title": entry["title"].format(value)})
-        for entry in yaml.safe_load((SUITES / f"{name}.yaml").read_text())["measurements"]
+        for entry in _read(name)["measurements"]
         for key, values in entry.pop("sweep", {"at": [0]}).items()
         for value in values
     ]
+
+
+def _read(name: str) -> dict:
+    return yaml.safe_load((SUITES / f"{name}.yaml").read_text())
 
 
 def _measurement(entry: dict) -> Measurement:
@@ -105,11 +110,13 @@ def run_suite(name: str, *, folder: Path = FOLDER, document: Path = DOCUMENT) ->
     head = f"`{command}` on " + ", ".join(f"{key} {value}" for key, value in machine.items())
     head += f"\n\n{describe_counts('')}"
     text, results = [], []
+    begin, minutes = time.perf_counter(), _read(name).get("minutes", float("inf"))
     for item in measurements:
-        print(f"\n### {item.title}\n", flush=True)
         start = time.perf_counter()
+        spent = (start - begin) / 60
+        print(f"\n### {item.title} (begun after {spent:.1f} minutes)\n", flush=True)
         run = _run_sampler if item.sampler is not None else _run_peers if item.engines else _run_measurement
-        entry, shown = run(item)
+        entry, shown = run(item) if spent < minutes else _out_of_time(minutes)
         entry = {"title": item.title, "seconds": time.perf_counter() - start} | entry
         shown += [f"**Failed:** {where}: {error.splitlines()[-1]}" for where, error in entry["errors"].items()]
         print("\n\n".join(shown), flush=True)
@@ -155,6 +162,11 @@ def _run_measurement(item: Measurement) -> tuple[dict, list[str]]:
         return entry, []
     counts = "" if counts == describe_counts("") else counts  # the head of the section has the usual ones
     return entry, [text for text in (counts, tables.table(rows), tables.parts_table(rows)) if text]
+
+
+def _out_of_time(minutes: float) -> tuple[dict, list[str]]:
+    errors = {"not begun": f"The suite's {minutes:g} minutes were over."}
+    return {"family": "", "goals": [], "errors": errors}, []
 
 
 def _run_peers(item: Measurement) -> tuple[dict, list[str]]:
