@@ -176,7 +176,7 @@ def _measure_batch(cfg: CfgNode, x: Tensor, settings: BenchmarkSettings, threads
 def _make_passes(
     models: dict[str, nn.Module], x: Tensor, dtype: str, threads: int, engines: Sequence[str], folder: Path
 ) -> tuple[dict[tuple[str, str], Pass], list[str]]:
-    """(network, engine) -> pass, and what there is no pass of, with the reason. Changes the models to `dtype`."""
+    """(network, engine) -> pass; and what cannot be measured, with the reason. Changes the models to `dtype`."""
     engines = [name for name in engines if dtype in ENGINES[name].dtypes]
     reasons = {name: obstacle(name) for name in engines}
     left_out = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
@@ -190,7 +190,7 @@ def _make_passes(
     passes = {}
     for name, engine in usable.items():
         networks, images = (files, x) if engine.reads_file else (models, x.to(half))
-        for network in filter(networks.get, engine.networks):
+        for network in (network for network in engine.networks if network in networks):
             with _attempt(left_out, f"{network} in {name}"):
                 run = engine.make(networks[network], images, threads)
                 run()
