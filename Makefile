@@ -4,7 +4,9 @@
 # make test          the whole test suite
 # make test-faults   a training killed at 30 moments, each resumed, compared with an undisturbed one
 # make lint          ruff
-# Each creates .venv and installs on first use, and works offline from then on.
+# make gpu           on a machine with a GPU, 9 minutes at most: the tests that need one, then the suite `gpu` of
+#                    docs/BENCHMARKS.md; it installs nothing, and `make gpu PYTHON=python3.12` says whose packages it uses
+# Each of the others creates .venv and installs on first use, and works offline from then on.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 KILLS ?= 30
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-video study test test-faults lint format clean
+.PHONY: demo demo-video study test test-faults gpu lint format clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tools/demo.py
@@ -30,6 +32,18 @@ test: $(INSTALLED)
 
 test-faults: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine/test_faults.py -k any_moment --kills $(KILLS) -s
+
+# The suite begins nothing after its 6 minutes (ats/benchmark/suites/gpu.yaml).
+gpu:
+	@for python in "$(PYTHON)" $(BIN)/python ""; do [ -z "$$python" ] || ! "$$python" -c "import torch" 2>/dev/null || break; done; \
+	[ -n "$$python" ] || { echo "error: neither $(PYTHON) nor $(BIN)/python has torch; say which has: make gpu PYTHON=python3.12" >&2; exit 1; }; \
+	failed=; \
+	echo "$$(date +%T) tests that need a GPU"; \
+	timeout 140 "$$python" -m pytest -m gpu -rs $$(grep -rl --include="test_*.py" "mark\.gpu" tests) || failed="the tests"; \
+	echo "$$(date +%T) tools/benchmark.py --suite gpu"; \
+	timeout 400 "$$python" tools/benchmark.py --suite gpu || failed="$${failed:+$$failed and }the suite"; \
+	echo "$$(date +%T) end"; \
+	[ -z "$$failed" ] || { echo "error: make gpu: $$failed failed, see above" >&2; exit 1; }
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from tqdm import tqdm
@@ -25,14 +25,14 @@ def timer() -> float:
 
 
 def interleave(
-    runs: dict[str, Callable[[], object]],
+    runs: dict[Hashable, Callable[[], object]],
     *,
     rounds: int = 15,
     max_seconds: float = float("inf"),
-    prepare: Callable[[str, int], None] = lambda name, seed: None,
+    prepare: Callable[[Hashable, int], None] = lambda name, seed: None,
     label: str = "",
     progress: bool = True,
-) -> tuple[dict[str, list[float]], range]:
+) -> tuple[dict[Hashable, list[float]], range]:
     """Run every pass (by its name) once per round. Returns its seconds in every round that counts, and the numbers of
     these rounds.
 
@@ -42,7 +42,7 @@ def interleave(
         label: of the progress bar. progress: show the bar if the console is a terminal.
     """
     names, start = list(runs), timer()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Hashable, list[float]] = {name: [] for name in names}
     warmup = NUM_WARMUP
     for index in tqdm(range(rounds + NUM_WARMUP), desc=label, leave=False, disable=None if progress else True):
         spent = timer() - start

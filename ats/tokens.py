@@ -28,6 +28,7 @@ from ats.errors import UserError
 from ats.lazy import cached
 
 LAYOUTS = ("packed", "padded", "static")
+SINGLE = "single"  # of adaptive exports: one packed sequence, whose length the graph learns from the image
 
 
 class Layout:
@@ -39,7 +40,8 @@ class Layout:
         self.total, self.longest = total, longest  # T, M
         self.kind = kind  # name in LAYOUTS
         self.full = full  # there is no padding
-        self.padded_rows = 0 if kind == "packed" else longest  # rows of a sequence in a layout with padding, else 0
+        # Rows of a sequence in a layout with padding, else 0.
+        self.padded_rows = longest if kind in ("padded", "static") else 0
         self.uniform = kind != "packed" or total == self.num_sequences * longest  # M rows each, so `pad` is a view
 
     @classmethod
@@ -57,6 +59,16 @@ class Layout:
         layout.sizes = sizes
         return layout
 
+    @classmethod
+    def single(cls, length: int, like: Tensor) -> Layout:
+        """One sequence of this length; in an exported graph that is a number which the image decides.
+
+        Args:
+            like: its device is that of `lengths`.
+        """
+        lengths = torch.full((1,), length, device=like.device)
+        return cls(lengths, total=length, longest=length, kind=SINGLE)
+
     def of_lengths(self, lengths: Tensor | None, *, longest: int) -> Layout:
         """A layout of this kind for the same number of sequences.
 
@@ -73,12 +85,16 @@ class Layout:
     @cached
     def start(self) -> Tensor:
         """[S] int64, the row of each sequence's first token."""
+        if self.kind == SINGLE:
+            return torch.zeros_like(self.lengths)
         if self.uniform:
             return torch.arange(0, self.total, self.longest, device=self.lengths.device)
         return self.lengths.cumsum(0) - self.lengths
 
     def first_rows(self, x: Tensor) -> Tensor:
         """[S, ...], the first row of each sequence's in x [T, ...]."""
+        if self.kind == SINGLE:
+            return x[:1]
         return x[:: self.longest] if self.uniform else x.index_select(0, self.start)
 
     @cached
@@ -216,6 +232,13 @@ class RaggedTokens:
         if native is not None:
             index, position, lengths = native
             layout = Layout.from_lengths(lengths)
+        elif self.layout.kind == SINGLE:
+            index = mask[0].nonzero().squeeze(1)
+            num_kept = index.shape[0]
+            torch._check(num_kept > self.num_prefix_tokens)  # a reduction keeps a candidate; the exporter cannot know
+            torch._check(num_kept <= self.layout.total)
+            layout = Layout.single(num_kept, index)
+            position = self.position.index_select(0, index)
         elif self.layout.kind == "packed":
             layout = Layout.from_lengths(mask.sum(dim=1))
             marked = self.layout.unpad(mask)

@@ -122,7 +122,7 @@ def test_attention_backends_agree(backend, sizes):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="variable-length attention needs a GPU; there is none")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_varlen_attention_agrees(dtype):
     q_sizes, k_sizes = [5, 1, 60], [9, 130, 64]

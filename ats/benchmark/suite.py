@@ -4,7 +4,8 @@ A measurement is a flat mapping. Names in capitals are config keys, names of `Be
 the others are those of `Measurement`. `sweep: {NAME: [VALUE, ...]}` makes one measurement per value, which also fills
 the {} of the title. What stands beside `measurements` are YAML anchors.
 
-A measurement that fails leaves its traceback in the suite's JSON; the others still run.
+A measurement that fails leaves its traceback in the suite's JSON; the others still run. `minutes` beside `measurements`
+is how long the suite may take: what has not begun by then is named and counts as failed.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ import torch
 import yaml
 
 from ats.benchmark import tables
+from ats.benchmark.engines import ENGINES, versions
+from ats.benchmark.peers import measure_peers
 from ats.benchmark.synthetic_counts import describe_counts
 from ats.benchmark.timing import BenchmarkSettings, Measured, measure
 from ats.benchmark.variants import read_batch
-from ats.config import load_config
+from ats.config import CfgNode, load_config
 from ats.errors import UserError, suggest
 from ats.files import write
 from ats.reduction import Candidates
@@ -53,7 +56,7 @@ class Goal(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Variants of a network beside its dense self, or the sampler alone."""
+    """Variants of a network beside its dense self, engines beside each other, or the sampler alone."""
 
     title: str
     settings: BenchmarkSettings
@@ -64,6 +67,7 @@ class Measurement:
     image_size: int | None = None  # None: the config's
     family: str = ""  # the plot it goes into: batch, image, clip or tokens
     at: float = 0  # its place on that plot's axis
+    engines: Sequence[str] = ()  # compare these instead of variants (`peers`); "all": every one
     sampler: dict | None = None  # arguments of `sampler_rows`: time the sampler alone
 
 
@@ -74,10 +78,14 @@ def load_suite(name: str) -> list[Measurement]:
         raise UserError(f"--suite {name}: choose from {', '.join(names)}.{suggest(name, names)}")
     return [
         _measurement(entry | {key: value, "at": value, "title": entry["title"].format(value)})
-        for entry in yaml.safe_load((SUITES / f"{name}.yaml").read_text())["measurements"]
+        for entry in _read(name)["measurements"]
         for key, values in entry.pop("sweep", {"at": [0]}).items()
         for value in values
     ]
+
+
+def _read(name: str) -> dict:
+    return yaml.safe_load((SUITES / f"{name}.yaml").read_text())
 
 
 def _measurement(entry: dict) -> Measurement:
@@ -102,10 +110,13 @@ def run_suite(name: str, *, folder: Path = FOLDER, document: Path = DOCUMENT) ->
     head = f"`{command}` on " + ", ".join(f"{key} {value}" for key, value in machine.items())
     head += f"\n\n{describe_counts('')}"
     text, results = [], []
+    begin, minutes = time.perf_counter(), _read(name).get("minutes", float("inf"))
     for item in measurements:
-        print(f"\n### {item.title}\n", flush=True)
         start = time.perf_counter()
-        entry, shown = _run_measurement(item) if item.sampler is None else _run_sampler(item)
+        spent = (start - begin) / 60
+        print(f"\n### {item.title} (begun after {spent:.1f} minutes)\n", flush=True)
+        run = _run_sampler if item.sampler is not None else _run_peers if item.engines else _run_measurement
+        entry, shown = run(item) if spent < minutes else _out_of_time(minutes)
         entry = {"title": item.title, "seconds": time.perf_counter() - start} | entry
         shown += [f"**Failed:** {where}: {error.splitlines()[-1]}" for where, error in entry["errors"].items()]
         print("\n\n".join(shown), flush=True)
@@ -133,7 +144,7 @@ def _run_measurement(item: Measurement) -> tuple[dict, list[str]]:
     found: list[Measured] = []
     for size in item.batch_sizes:
         with _attempt(errors, f"batch {size}"):
-            cfg = load_config(str(ROOT / "configs" / item.cfg), ["ATS.ENABLE", True, *item.overrides])
+            cfg = _config_of(item)
             found += measure(cfg, {size: read_batch(cfg, size, item.image_size)}, settings)
     rows = [row.as_dict() for row in found]
     counts = describe_counts("", scale=settings.token_scale, mean_std=settings.mean_std)
@@ -151,6 +162,27 @@ def _run_measurement(item: Measurement) -> tuple[dict, list[str]]:
         return entry, []
     counts = "" if counts == describe_counts("") else counts  # the head of the section has the usual ones
     return entry, [text for text in (counts, tables.table(rows), tables.parts_table(rows)) if text]
+
+
+def _out_of_time(minutes: float) -> tuple[dict, list[str]]:
+    errors = {"not begun": f"The suite's {minutes:g} minutes were over."}
+    return {"family": "", "goals": [], "errors": errors}, []
+
+
+def _run_peers(item: Measurement) -> tuple[dict, list[str]]:
+    """The same for engines."""
+    found, errors, engines = [], {}, tuple(ENGINES) if item.engines == "all" else item.engines
+    for size in item.batch_sizes:
+        with _attempt(errors, f"batch {size}"):
+            cfg = _config_of(item)
+            found += measure_peers(cfg, {size: read_batch(cfg, size, item.image_size)}, item.settings, engines)
+    about = {name: getattr(item, name) for name in ("cfg", "overrides", "image_size")}
+    entry = {"kind": "peers", "family": "", **about, "versions": versions(), "peers": [own.as_dict() for own in found]}
+    return entry | {"goals": [], "errors": errors}, [own.text() for own in found]
+
+
+def _config_of(item: Measurement) -> CfgNode:
+    return load_config(str(ROOT / "configs" / item.cfg), ["ATS.ENABLE", True, *item.overrides])
 
 
 def _run_sampler(item: Measurement) -> tuple[dict, list[str]]:

@@ -40,13 +40,13 @@ class SyntheticCounts:
         self.z = torch.zeros(1, dtype=torch.float64)  # [B], one per sample, by `draw`. The frames of a clip share it.
         self._wanted: dict[tuple[int, int, int, int], Tensor] = {}  # computed when images are drawn, not in the pass
 
-    def draw(self, x: Tensor, *, seed: int = 0) -> None:
+    def draw(self, x: Tensor, *, seed: int = 0, mean: bool = False) -> None:
         """New images, as many as `x` has and on its device: standard normal quantiles in random order, so that even a
-        small batch has the profile's mean.
+        small batch has the profile's mean. With `mean` one image alone has it, too.
         """
         generator = torch.Generator().manual_seed(seed)
         quantiles = (torch.randperm(len(x), generator=generator) + 0.5) / len(x)
-        if len(x) == 1:
+        if len(x) == 1 and not mean:
             quantiles = torch.rand(1, generator=generator) * 0.98 + 0.01
         z = torch.special.ndtri(quantiles.double()).to(x.device)
         if (z.shape, z.device) != (self.z.shape, self.z.device):

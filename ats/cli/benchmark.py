@@ -5,6 +5,7 @@
     python tools/benchmark.py --cfg X.yaml --compare ats,topk,padded --batch-size 1 8 32 --threads 1 --train
     python tools/benchmark.py --cfg X.yaml --image-size 224 384 --dtype float32 bfloat16
     python tools/benchmark.py --cfg configs/Digits/DeiT_ATS.yaml --compare dense,ats,tome,evit,topk --accuracy
+    python tools/benchmark.py --cfg configs/ImageNet/DeiT_S.yaml --peers --threads 1   # every engine
     python tools/benchmark.py --suite cpu                                         # what docs/BENCHMARKS.md shows
 
 Weights decide how many tokens survive. Without TEST.CHECKPOINT_FILE_PATH, every image keeps a number of tokens drawn
@@ -20,6 +21,9 @@ Printed and written to OUTPUT_DIR are medians over rounds, relative to the dense
     dense time / time       what the clock says
     dense FLOPs / FLOPs     what it should say
     efficiency              the first over the second; 1 means that seconds follow FLOPs
+
+--peers runs both networks in PyTorch, compiled, ONNX Runtime and OpenVINO, on the CPU; ATS in the last two as files of
+tools/export.py. "Absolute efficiency" then is the gain on the fastest dense engine over dense FLOPs / FLOPs.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
 from ats.cli.parser import Parser, check_folder, command, command_parser, in_range, parse_overrides, split_overrides
@@ -37,8 +42,12 @@ from ats.config import load_config
 from ats.errors import UserError
 from ats.options import COUNT, FROM_0, Range
 
+if TYPE_CHECKING:
+    from ats.config import CfgNode
+
 BATCH, SIDE, THREADS = Range(1, 2**16), Range(1, 2**14), Range(1, 1024)
 DTYPES = ("float32", "bfloat16", "float16")
+NOT_WITH_PEERS = ("--compare", "--compile", "--train", "--accuracy", "--as-configured")
 # Former options -> the script in tools/perf of a clone that has taken over.
 MOVED = {"--decode": "decoding.py", "--loader": "loading.py", "--train-loop": "train_loop.py"}
 
@@ -60,6 +69,7 @@ def make_parser() -> Parser:
     parser.option("--threads", "CPU threads (default: PyTorch's)", type=in_range(int, THREADS), metavar="N")
     parser.option("--rounds", "timed rounds (default: 15)", type=in_range(int, COUNT), default=15, metavar="N")
     parser.option("--compile", "torch.compile every variant", action="store_true")
+    parser.option("--peers", "in every engine of this CPU, beside the fastest dense one", action="store_true")
     parser.option("--train", "forward and backward instead of inference", action="store_true")
     text, count = "top-1 over N images (all)", in_range(int, FROM_0)
     parser.option("--accuracy", text, nargs="?", type=count, const=0, metavar="N")
@@ -88,6 +98,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--suite {args.suite} takes no {', '.join(extra)}.")
     elif args.cfg is None:
         raise UserError("Give --cfg FILE or --suite NAME.")
+    if args.peers:
+        extra = [option for option in options if option in NOT_WITH_PEERS]
+        if extra:
+            raise UserError(f"--peers takes no {', '.join(extra)}.")
     return args
 
 
@@ -107,6 +121,9 @@ def run_config(args: argparse.Namespace) -> None:
     how = {field.name: getattr(args, field.name) for field in fields(BenchmarkSettings) if hasattr(args, field.name)}
     how["variants"] = args.compare.split(",")
     output = check_folder(Path(cfg.OUTPUT_DIR), name="OUTPUT_DIR")
+    if args.peers:
+        run_peers(cfg, args, kinds, how, output)
+        return
     counts = describe_counts(cfg.TEST.CHECKPOINT_FILE_PATH)
     about = {"command": sys.argv[1:], "title": Path(args.cfg).stem, "counts": counts}
     entries: list[dict] = []
@@ -127,6 +144,30 @@ def run_config(args: argparse.Namespace) -> None:
                 print("", *text[-len(heading) - 1 :], sep="\n\n", flush=True)
                 tables.write(output, entries, "\n\n".join(text), **about)
     print(f"\nWritten: {output}/results.json, table.md, speed.png{', size.png' if len(set(sides)) > 1 else ''}")
+
+
+def run_peers(cfg: CfgNode, args: argparse.Namespace, kinds: Sequence[tuple], how: dict, output: Path) -> None:
+    """Measure one config in every engine; print the tables and write them to OUTPUT_DIR as they come."""
+    import json
+
+    from ats.benchmark.engines import versions
+    from ats.benchmark.peers import measure_peers
+    from ats.benchmark.tables import machine
+    from ats.benchmark.timing import BenchmarkSettings
+    from ats.benchmark.variants import read_batch
+    from ats.files import write
+
+    found, text = [], []
+    for side, dtype in kinds:
+        batches = {size: read_batch(cfg, size, side) for size in args.batch_size}
+        for peers in measure_peers(cfg, batches, BenchmarkSettings(**how | {"dtype": dtype})):
+            found.append(peers.as_dict() | {"image_size": side or cfg.DATA.TEST_CROP_SIZE})
+            text.append(peers.text())
+            print(f"\n{text[-1]}", flush=True)
+            about = {"machine": machine() | versions(), "command": " ".join(sys.argv[1:]), "peers": found}
+            write(output / "results.json", json.dumps(about, indent=1) + "\n")
+            write(output / "table.md", "\n\n".join(text) + "\n")
+    print(f"\nWritten: {output}/results.json, table.md")
 
 
 def run(argv: list[str]) -> None:

@@ -37,6 +37,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
         "-o", "--output", type=to_path, required=True, metavar="FILE", help="what to write: .onnx or .pt2"
     )
     parser.add_argument("--format", help="onnx or pt2, if the suffix does not say")
+    parser.add_argument(
+        "--adaptive", action="store_true", help="for one image at a time, which costs what its kept tokens cost"
+    )
     parser.add_argument("--dense", action="store_true", help="without ATS, like ATS.ENABLE False")
     parser.option("--images", "images for the check (default: 16)", type=in_range(int, IMAGES), default=16, metavar="N")
     args, words = parser.parse_known_args(argv)
@@ -72,12 +75,12 @@ def run(argv: list[str]) -> None:
     args, cfg = parse_args(argv)
     kind = format_of(args.output, args.format)
     check_file(args.output, name="--output")
-    exported = export(cfg)
+    exported = export(cfg, adaptive=args.adaptive)
     save(exported, args.output, kind)
     if exported.slots:
         pairs = ", ".join(f"{block}: {slots}" for block, slots in exported.slots.items())
         setting = "" if cfg.ATS.STAGES else f" (ATS.NUM_TOKENS {cfg.ATS.NUM_TOKENS})"
-        print(f"Token slots after block {pairs}{setting}.")
+        print(f"{'Most tokens' if args.adaptive else 'Token slots'} after block {pairs}{setting}.")
     else:
         print("Dense: no block samples tokens.")
     run_file = load(args.output, kind)

@@ -5,12 +5,14 @@
     run = load("deit_s.onnx")                       # images [B, 3, H, W] -> logits, num_tokens
     compare(exported, run, images)                  # with the network as it is evaluated
 
-Input `images`: normalised by the mean and the standard deviation that the file carries (`Exported.facts`), any batch
-size. Outputs: `logits` [B, classes]; with ATS also `num_tokens` [B, L] int64, the tokens that each of the L sampling
-blocks kept, prefix tokens counted.
+Input `images`: normalised by the mean and the standard deviation that the file carries (`Exported.facts`). Outputs:
+`logits` [B, classes]; with ATS also `num_tokens` [B, L] int64, the tokens that each of the L sampling blocks kept,
+prefix tokens counted. Files come in two kinds:
 
-A graph has one shape for all images, so tokens lie in slots, `min(K, slots before)` for each image: rows after the
-kept ones are computed and ignored. The saving follows ATS.NUM_TOKENS, not the image.
+* static (`export(cfg)`): any batch size, one shape for all images. Tokens lie in slots, `min(K, slots before)` for each
+  image; rows after the kept ones are computed and ignored. The saving follows ATS.NUM_TOKENS, not the image.
+* adaptive (`export(cfg, adaptive=True)`): one image at a time, B is 1. Dropped tokens leave the tensors, so an easy
+  image takes less time than a hard one.
 """
 
 from __future__ import annotations
@@ -18,9 +20,8 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,17 +33,18 @@ from torch.export import Dim, ExportedProgram
 from ats.datasets import input_shape
 from ats.datasets.build import mean_std
 from ats.engine.evaluate import build_trained, check_weights
-from ats.errors import UserError, suggest
+from ats.errors import UserError
+from ats.export.runner import FACTS, Difference, Runner, compare, format_of, load
 from ats.files import naming, replace
 from ats.models import build_model
 from ats.models.block import ats_blocks
 from ats.reduction import REDUCTIONS
+from ats.tokens import SINGLE
 
-FORMATS = ("onnx", "pt2")
-FACTS = "ats.json"  # name of the facts inside a .pt2
+__all__ = ["Difference", "Exported", "Runner", "check_exportable", "compare", "export", "export_adaptive", "format_of"]
+__all__ += ["load", "save"]
+
 ONNX_LIMIT = 1.8e9  # bytes of weights; a file of 2 GB is more than ONNX can hold, so weights go into one beside it
-
-Runner = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass
@@ -52,7 +54,8 @@ class Exported:
     program: ExportedProgram  # the graph with its weights
     eager: nn.Module  # the network as it is evaluated, on packed tokens
     facts: dict[str, str]  # what a user of the file must know; as text, for ONNX: lists and numbers are JSON
-    slots: dict[int, int]  # sampling block -> rows of its output
+    slots: dict[int, int]  # sampling block -> rows of its output; in an adaptive graph, the most there can be
+    adaptive: bool = False  # one image at a time, as many rows as it keeps tokens
 
 
 class Outputs(nn.Module):
@@ -68,69 +71,94 @@ class Outputs(nn.Module):
         return (logits, torch.stack([entry.num_tokens for entry in trace], dim=1)) if trace else (logits,)
 
 
-def export(cfg: CfgNode) -> Exported:
+def export(cfg: CfgNode, *, adaptive: bool = False) -> Exported:
     """The network of `cfg` with the weights that evaluation would load, in evaluation mode, float32, on the CPU.
 
     Raises:
-        UserError: there are no weights, or this network or sampler has no graph of fixed shapes.
+        UserError: there are no weights, or this network or sampler has no such graph.
     """
-    check_exportable(cfg)
+    check_exportable(cfg, adaptive=adaptive)
     check_weights(cfg, cfg.TEST.CHECKPOINT_FILE_PATH)
-    eager = build_trained(cfg, cfg.TEST.CHECKPOINT_FILE_PATH)
+    eager = build_trained(cfg, cfg.TEST.CHECKPOINT_FILE_PATH).eval()
+    exported = export_adaptive(eager, input_shape(cfg)) if adaptive else _export_static(cfg, eager)
+    mean, std = mean_std(cfg, clips=False)
+    exported.facts |= _as_text(
+        model=cfg.MODEL.NAME,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        channels="RGB, 0 to 1, then minus mean, over std",
+        mean=list(mean),
+        std=list(std),
+        crop_ratio=cfg.DATA.TEST_CROP_RATIO,
+        interpolation=cfg.DATA.TEST_INTERPOLATION,
+    )
+    return exported
+
+
+def _export_static(cfg: CfgNode, eager: nn.Module) -> Exported:
     static = cfg.clone()
     static.defrost()
     static.merge_from_list(["ATS.LAYOUT", "static", "TIMM.PRETRAINED", False])  # the weights are there
     model = build_model(static)
     model.load_state_dict(eager.state_dict())
-    images = torch.zeros(2, *input_shape(cfg))
+    shape = input_shape(cfg)
+    images = torch.zeros(2, *shape)
     with torch.no_grad():
         # The example's batch of 2 stands for any: 1 would be taken for a constant.
         program = torch.export.export(Outputs(model.eval()), (images,), dynamic_shapes=({0: Dim("batch")},))
         records = model.forward_tokens(images[:1])[1].records
     slots = {record.block: record.max_tokens for record in records if record.kept is not None}
-    mean, std = mean_std(cfg, clips=False)
-    facts = {
-        "model": cfg.MODEL.NAME,
-        "num_classes": cfg.MODEL.NUM_CLASSES,
-        "input_size": list(input_shape(cfg)),
-        "channels": "RGB, 0 to 1, then minus mean, over std",
-        "mean": list(mean),
-        "std": list(std),
-        "crop_ratio": cfg.DATA.TEST_CROP_RATIO,
-        "interpolation": cfg.DATA.TEST_INTERPOLATION,
-        "ats_blocks": list(slots),
-    }
-    facts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
-    return Exported(program, eager.eval(), facts, slots)
+    return Exported(program, eager, _as_text(input_size=list(shape), ats_blocks=list(slots)), slots)
 
 
-def check_exportable(cfg: CfgNode) -> None:
+def export_adaptive(model: nn.Module, input_shape: Sequence[int]) -> Exported:
+    """A network as a graph for one image, in which a dropped token costs nothing any more.
+
+    What `ATSBlock.imposed` keeps becomes part of the graph, which scores and samples all the same.
+
+    Args:
+        model: with ATS, float32, on the CPU, in any layout; it is put in evaluation mode. input_shape: [3, H, W].
+
+    Raises:
+        UserError: nothing in it samples, or this network or sampler has no such graph.
+    """
+    _check(model, type(model).__name__, adaptive=True)
+    images, layout = torch.zeros(1, *input_shape), model.layout
+    with torch.no_grad():
+        records = model.eval().forward_tokens(images)[1].records
+        model.layout = SINGLE
+        try:
+            program = torch.export.export(Outputs(model), (images,))
+        finally:
+            model.layout = layout
+    most = {record.block: record.max_tokens for record in records if record.kept is not None}
+    facts = _as_text(input_size=list(input_shape), ats_blocks=list(most), adaptive=True, batch_size=1)
+    return Exported(program, model, facts, most, adaptive=True)
+
+
+def _as_text(**facts: object) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+
+
+def check_exportable(cfg: CfgNode, *, adaptive: bool = False) -> None:
     """Raise a UserError that names what cannot be exported, and says what can."""
     with torch.device("meta"):
         model = build_model(cfg)
-    if "static" not in model.layouts:
-        raise UserError(
-            f"MODEL.NAME {cfg.MODEL.NAME} cannot be exported; ViT (also VIT.DISTILLED True), PSViT and timm/<name> can."
-        )
-    for reduction in (block.reduction for block in ats_blocks(model)):
+    _check(model, f"MODEL.NAME {cfg.MODEL.NAME}", adaptive=adaptive)
+
+
+def _check(model: nn.Module, name: str, *, adaptive: bool) -> None:
+    if "static" not in getattr(model, "layouts", ()):
+        raise UserError(f"{name} cannot be exported; ViT (also VIT.DISTILLED True), PSViT and timm/<name> can.")
+    reductions = [block.reduction for block in ats_blocks(model)]
+    for reduction in reductions:
         if not reduction.graphable:
             can = [name for name, kind in REDUCTIONS.items() if kind.graphable]
             raise UserError(f"ATS.SAMPLER {reduction.name} cannot be exported; {', '.join(can)} can.")
-
-
-def format_of(path: str | Path, wanted: str | None = None) -> str:
-    """The format to write `path` in: `wanted`, or its suffix. UserError if unknown, or packages are missing."""
-    name = wanted or Path(path).suffix.removeprefix(".").lower()
-    if name not in FORMATS:
-        what = f"--format {wanted}" if wanted else f"-o {path}"
-        raise UserError(f"{what}: choose .onnx or .pt2 (or --format onnx, --format pt2).{suggest(name, FORMATS)}")
-    missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
-    if name == "onnx" and missing:
+    if adaptive and not reductions:
         raise UserError(
-            f"ONNX needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. Type:\n"
-            f"  pip install {' '.join(missing)}"
+            f"{name} without ATS has no adaptive file: it keeps all tokens of every image. Set ATS.ENABLE True, or "
+            "leave out --adaptive."
         )
-    return name
 
 
 def save(exported: Exported, path: str | Path, wanted: str | None = None) -> None:
@@ -159,7 +187,7 @@ def save_onnx(exported: Exported, path: Path) -> None:
             exported.program,
             dynamo=True,
             input_names=["images"],
-            dynamic_shapes=({0: "batch"},),  # dynamic it is already; this is its name
+            dynamic_shapes=None if exported.adaptive else ({0: "batch"},),  # dynamic it is already; this is its name
             output_names=["logits", "num_tokens"] if exported.slots else ["logits"],
             custom_translation_table={torch.ops.aten.sort.stable: onnx_stable_sort},
             verbose=False,
@@ -170,66 +198,18 @@ def save_onnx(exported: Exported, path: Path) -> None:
 
 
 def onnx_stable_sort(x: object, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple:
-    """A stable sort in ONNX's operators, for which the translator has none. TopK of all entries is one: equal entries
-    come in the order of their indices, whatever the direction. It does not know bytes; they are compared as int32.
+    """A stable sort in ONNX's operators, for which the translator has none. TopK of all entries is one by ONNX's rules:
+    equal entries come in the order of their indices. OpenVINO does not keep to that, so bytes, the masks that say which
+    rows are kept, are told apart by their places; TopK does not know bytes anyway, they are compared as int32.
     """
     from onnx_ir import DataType
     from onnxscript import opset18 as op
 
-    is_byte = x.dtype == DataType.UINT8
-    comparable = op.Cast(x, to=DataType.INT32) if is_byte else x
     size = op.Slice(op.Shape(x), [dim], [dim + 1], [0])
-    values, indices = op.TopK(comparable, size, axis=dim, largest=int(descending), sorted=1)
-    return op.Cast(values, to=DataType.UINT8) if is_byte else values, indices
-
-
-def load(path: str | Path, wanted: str | None = None) -> Runner:
-    """The file as a function: images [B, 3, H, W] float32 -> logits and, with ATS, num_tokens. On the CPU."""
-    if format_of(path, wanted) == "pt2":
-        with open(path, "rb") as file:
-            module = torch.export.load(file).module()
-        return torch.no_grad()(lambda images: list(module(images)))
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(out) for out in session.run(None, {"images": images.numpy()})]
-
-
-@dataclass
-class Difference:
-    """How far the file is from the network, on N images."""
-
-    distance: Tensor  # [N], of the logit that is furthest off
-    scale: Tensor  # largest logit
-    has_other_counts: Tensor  # [N] bool, a block kept another number of tokens
-
-    @property
-    def num_far(self) -> int:
-        """Images further off than 1e-3 x scale."""
-        return int((~(self.distance <= 1e-3 * self.scale)).sum())  # NaN is far from everything
-
-    @property
-    def is_right(self) -> bool:
-        """At most one image in four is far off. Where a sample point lies between two tokens to round-off, the file may
-        take the other one; with 200 tokens and 9 blocks that happens to a few images in a hundred.
-        """
-        return self.num_far <= len(self.distance) / 4
-
-    def __str__(self) -> str:
-        return (
-            f"difference of logits {self.distance.max():.2g} at most, {self.distance.median():.2g} in the median "
-            f"(largest logit {self.scale:.2g}); other token counts in {self.has_other_counts.sum()} of "
-            f"{len(self.distance)} images"
-        )
-
-
-def compare(exported: Exported, run: Runner, images: Tensor, batch_sizes: Sequence[int] = (1, 2, 5)) -> Difference:
-    """Run the file and the network on `images` [N, 3, H, W], the file in batches of these sizes, in turn."""
-    with torch.no_grad():
-        logits, *counts = Outputs(exported.eager)(images)
-    ends = torch.tensor(batch_sizes).repeat(len(images)).cumsum(0)
-    batches = images.tensor_split(ends[ends < len(images)])
-    got_logits, *got_counts = map(torch.cat, zip(*map(run, batches), strict=True))
-    distance = (got_logits - logits).abs().nan_to_num(nan=torch.inf).amax(dim=1)
-    differs = [(got != want).any(dim=1) for got, want in zip(got_counts, counts, strict=True)]
-    return Difference(distance, logits.abs().max(), sum(differs, torch.zeros(len(images), dtype=torch.bool)))
+    if x.dtype != DataType.UINT8:
+        return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+    places = op.Cast(op.Range(0, op.Squeeze(size), 1), to=DataType.INT32)
+    ranks = op.Mul(op.Cast(x, to=DataType.INT32), op.Cast(size, to=DataType.INT32))
+    ranks = op.Sub(ranks, places) if descending else op.Add(ranks, places)
+    _, indices = op.TopK(ranks, size, axis=dim, largest=int(descending), sorted=1)
+    return op.GatherElements(x, indices, axis=dim), indices

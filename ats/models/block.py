@@ -111,7 +111,9 @@ class ATSBlock(nn.Module):
         keep = reduction.select(candidates)
         if self.imposed is not None:
             self._begin("rest")  # not the reduction's work
-            keep = self.imposed(candidates, reduction)
+            chosen, keep = keep, self.imposed(candidates, reduction)
+            if torch.compiler.is_compiling():  # a graph leaves out what nothing reads; a choice is never empty
+                keep = keep & chosen.any(dim=1, keepdim=True)
             self._begin("scoring and sampling")
         step.candidates = candidates
         keep = keep.repeat_interleave(frames, dim=0) if frames > 1 else keep

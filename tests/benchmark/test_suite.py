@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ats.benchmark import suite, tables, variants
+from ats.benchmark.engines import ENGINES
 from ats.benchmark.suite import Goal, judge, load_suite, run_suite
 from ats.benchmark.timing import BenchmarkSettings, Measured
 from ats.benchmark.variants import build_variant
@@ -37,7 +39,9 @@ def test_suite_writes_its_section_and_keeps_the_rest(tmp_path, capsys):
     assert memory["met"]
     assert "activations / dense" in text
     assert all("imposed" in entry["token_counts"] for entry in results if "rows" in entry)
-    assert text.count("imposed, drawn for every image") == 2  # in the head, and where the counts differ
+    assert text.count("imposed, drawn for every image") == 3  # in the head, where the counts differ, beside engines
+    assert "absolute efficiency" in text
+    assert [table["batch_size"] for entry in results for table in entry.get("peers", ())] == [1]
     for family in ("batch", "image", "clip", "tokens", "sampler"):
         assert (tmp_path / f"quick_{family}.png").stat().st_size > 5000
         assert f"quick_{family}.png" in text
@@ -75,6 +79,25 @@ measurements:
     assert "**Failed:** batch 1: torch.OutOfMemoryError" in (tmp_path / "BENCHMARKS.md").read_text()
 
 
+def test_what_has_not_begun_in_time_is_named(tmp_path, monkeypatch):
+    """The suite ends with an error that lists it, and what was measured before stays."""
+    sampler = "sampler: {device: cpu, sizes: [16], num_sequences: 1, min_seconds: 0.01}"
+    (tmp_path / "late.yaml").write_text(f"""
+minutes: 0.5
+measurements:
+- {{title: First, {sampler}}}
+- {{title: Second, {sampler}}}
+""")
+    monkeypatch.setattr(suite, "SUITES", tmp_path)
+    clock = iter([0.0, 0.0, 30.0, 60.0, 60.0])  # seconds: the suite, the first begins and ends, the second
+    monkeypatch.setattr(suite, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with pytest.raises(UserError, match="Failed: Second, not begun"):
+        run_suite("late", folder=tmp_path, document=tmp_path / "BENCHMARKS.md")
+    first, second = json.loads((tmp_path / "late.json").read_text())["measurements"]
+    assert first["table"][0]["patches"] == 16
+    assert second["errors"] == {"not begun": "The suite's 0.5 minutes were over."}
+
+
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_every_network_of_a_suite_can_be_built(name):
     """Configs and overrides exist, variants are known, and dense networks have the size of those with ATS."""
@@ -82,6 +105,7 @@ def test_every_network_of_a_suite_can_be_built(name):
     for item in load_suite(name):
         if item.sampler is not None:
             continue
+        assert item.engines in ((), "all") or set(item.engines) <= set(ENGINES)
         key = str((item.cfg, item.overrides, item.settings.variants, item.settings.dense_keys))
         if key in seen:
             continue
@@ -94,7 +118,7 @@ def test_every_network_of_a_suite_can_be_built(name):
                 model = build_variant(cfg, variant, torch.device("meta"), keys)
             sizes.add(sum(parameter.numel() for parameter in model.parameters()))
         assert max(sizes) < 1.01 * min(sizes), item.title  # timm's position embedding has the size of the images
-    assert len(seen) >= 8
+    assert len(seen) >= 6
 
 
 def test_goals_are_judged_by_what_was_measured():

@@ -158,7 +158,7 @@ def test_timms_models_and_other_methods_can_be_captured(fake_gpu, monkeypatch):
         assert bool(reason) == bool(message)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU; there is none")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_captured_network_says_what_the_network_says(dtype):
     """New inputs give the logits of the network run eagerly; another shape is refused."""

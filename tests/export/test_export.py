@@ -17,6 +17,7 @@ from ats.cli import export as tool
 from ats.config import CfgNode, get_cfg
 from ats.errors import UserError
 from ats.export import graph as export
+from ats.export import runner
 from ats.models import build_model
 
 SMALL = [
@@ -127,10 +128,10 @@ def test_the_command_checks_on_random_and_real_images(colours, tmp_path, capsys,
     assert "On 6 random images: difference of logits" in printed
     assert f"On 6 images of {colours}: difference of logits" in printed
     assert printed.count("other token counts in 0 of 6 images") == 2
-    extra = {export.FACTS: ""}
+    extra = {runner.FACTS: ""}
     with open(path, "rb") as file:
         torch.export.load(file, extra_files=extra)
-    assert json.loads(extra[export.FACTS])["num_classes"] == "4"
+    assert json.loads(extra[runner.FACTS])["num_classes"] == "4"
 
     load = export.load
     monkeypatch.setattr(export, "load", lambda *args: lambda x: [out + 1 for out in load(*args)(x)])
@@ -178,7 +179,7 @@ def test_a_network_that_gives_no_numbers_is_not_passed(tmp_path, capsys):
 def test_missing_packages_are_named(monkeypatch):
     """ONNX without its packages says what to type; .pt2 does not need them."""
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
+    monkeypatch.setattr(runner, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
     with pytest.raises(
         UserError, match=r"ONNX needs onnxscript, which is not installed. Type:\n  pip install onnxscript"
     ):

@@ -104,7 +104,7 @@ def test_kernels_build_for_a_gpu(tmp_path, monkeypatch):
     test_triton_scores.build()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the sampling kernel needs a GPU; there is none")
+@pytest.mark.gpu
 def test_kernel_keeps_the_same_tokens_on_a_gpu():
     compare((1, 2, 7, 33, 196, 577, 4096), device="cuda")
 

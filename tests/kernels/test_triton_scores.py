@@ -71,7 +71,7 @@ def build() -> None:
         assert len(built.asm["cubin"]) > 1000
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the scoring kernels need a GPU; there is none")
+@pytest.mark.gpu
 def test_kernels_give_the_same_scores_on_a_gpu():
     compare(device="cuda")
 

@@ -1,0 +1,153 @@
+"""What runs a network on a CPU, for `peers`: PyTorch, PyTorch compiled, ONNX Runtime and OpenVINO.
+
+An engine takes a network (PyTorch) or its ONNX file (the others) and images, and returns a pass: a function without
+arguments that computes the logits of these images, [B, classes]. What an engine does once, such as compiling, is done
+when it returns.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ats.errors import UserError
+from ats.export.graph import export_adaptive, onnx_stable_sort, save_onnx
+
+Pass = Callable[[], Tensor]
+
+
+class Engine(NamedTuple):
+    """A way to run a network."""
+
+    make: Callable[..., Pass]  # (network or path of its file, images, number of threads) -> pass
+    dtypes: tuple[str, ...]  # in which it computes
+    networks: tuple[str, ...] = ("dense", "ats static", "ats adaptive")  # that it runs
+    reads_file: bool = True
+    packages: tuple[str, ...] = ()
+
+
+def eager(model: nn.Module, x: Tensor, threads: int) -> Pass:
+    """The network as it is."""
+    return torch.inference_mode()(lambda: model(x))
+
+
+def compiled(model: nn.Module, x: Tensor, threads: int) -> Pass:
+    """torch.compile for inference: Inductor with the weights as constants ("freezing")."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(f"there is no C++ compiler {compiler}; type: apt-get install g++")
+    torch.compiler.reset()
+    forward = torch.compile(model)
+    with torch._inductor.config.patch(freezing=True), torch.inference_mode():
+        forward(x)
+    return torch.inference_mode()(lambda: forward(x))
+
+
+def onnx_runtime(path: Path, x: Tensor, threads: int) -> Pass:
+    """ONNX Runtime's CPU provider."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads run on into the next pass
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.float().numpy()}
+    names = [session.get_outputs()[0].name]
+    return lambda: torch.from_numpy(session.run(names, feed)[0])
+
+
+def openvino(path: Path, x: Tensor, threads: int, precision: str | None = "f32") -> Pass:
+    """OpenVINO's CPU plugin in float32, or with `precision` None in what it takes by default."""
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    options |= {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
+    network = openvino.Core().compile_model(str(path), "CPU", options | _openvino_options(path))
+    request, images = network.create_infer_request(), x.float().numpy()
+    return lambda: torch.from_numpy(request.infer([images])[0])
+
+
+def _openvino_options(path: Path) -> dict[str, str]:
+    """What OpenVINO 2026.4 needs to compile the file: its own code generator ("snippets") ends the process on MViT.
+    UserError if nothing helps.
+    """
+    for options in ({}, {"SNIPPETS_MODE": "DISABLE"}):
+        code = f"import sys, openvino; openvino.Core().compile_model(sys.argv[1], 'CPU', {options!r})"
+        done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+        if done.returncode == 0:
+            return options
+    reason = (done.stderr.strip().splitlines() or [""])[-1]
+    raise UserError(f"OpenVINO cannot compile it (exit status {done.returncode}). {reason}")
+
+
+def openvino_default(path: Path, x: Tensor, threads: int) -> Pass:
+    """OpenVINO's CPU plugin in the precision that it takes by default."""
+    return openvino(path, x, threads, precision=None)
+
+
+BOTH = ("float32", "bfloat16")
+FILES = ("onnx", "onnxscript")  # packages that write them
+ENGINES = {
+    "PyTorch": Engine(eager, BOTH, ("dense", "ats"), reads_file=False),
+    # Not ATS, in pieces and for any number of tokens: compiling it takes minutes.
+    "PyTorch compiled": Engine(compiled, BOTH, ("dense",), reads_file=False),
+    "ONNX Runtime": Engine(onnx_runtime, ("float32",), packages=(*FILES, "onnxruntime")),
+    "OpenVINO": Engine(openvino, ("float32",), packages=(*FILES, "openvino")),
+    "OpenVINO default": Engine(openvino_default, ("bfloat16",), packages=(*FILES, "openvino")),
+}
+
+
+def obstacle(name: str) -> str:
+    """Why the engine cannot be used on this machine, and what to type; "" if it can."""
+    missing = [package for package in ENGINES[name].packages if find_spec(package) is None]
+    if missing:
+        return f"not installed; type: pip install {' '.join(missing)}"
+    if name == "OpenVINO default" and (precision := default_precision()) != "bfloat16":
+        return f"OpenVINO computes in {precision} by default on this CPU, which has no bfloat16: see float32"
+    return ""
+
+
+def default_precision() -> str:
+    """What OpenVINO computes in on this CPU if nobody says: "float32", "bfloat16" or "float16"."""
+    import openvino
+
+    name = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
+    return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(name, name)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the engines that are installed, PyTorch left out."""
+    return {name: version(name) for name in ("onnxruntime", "openvino") if find_spec(name) is not None}
+
+
+def write_onnx(model: nn.Module, x: Tensor, path: Path) -> Path:
+    """Write a network whose shapes do not depend on the images, for images of exactly this shape; returns `path`."""
+    # The memory order that other kernels of attention return is not the one that ONNX's translation of it has.
+    with warnings.catch_warnings(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore")  # of the translator's own parts
+        program = torch.onnx.export(
+            torch.export.export(model, (x,)),
+            dynamo=True,
+            custom_translation_table={torch.ops.aten.sort.stable: onnx_stable_sort},
+            verbose=False,
+        )
+    program.save(path)
+    return path
+
+
+def write_adaptive(model: nn.Module, x: Tensor, path: Path) -> Path:
+    """Write a network with ATS for one image of this shape, with as many rows as it keeps tokens; returns `path`."""
+    save_onnx(export_adaptive(model, x.shape[1:]), path)
+    return path
