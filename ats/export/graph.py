@@ -181,6 +181,8 @@ def save(exported: Exported, path: str | Path, wanted: str | None = None) -> Non
 
 def save_onnx(exported: Exported, path: Path) -> None:
     """Translate to ONNX and write; the facts are its metadata."""
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the translator's own parts
         program = torch.onnx.export(
@@ -189,9 +191,15 @@ def save_onnx(exported: Exported, path: Path) -> None:
             input_names=["images"],
             dynamic_shapes=None if exported.adaptive else ({0: "batch"},),  # dynamic it is already; this is its name
             output_names=["logits", "num_tokens"] if exported.slots else ["logits"],
-            custom_translation_table={torch.ops.aten.sort.stable: onnx_stable_sort},
+            custom_translation_table={
+                torch.ops.aten.sort.stable: onnx_stable_sort,
+                torch.ops.aten.scaled_dot_product_attention.default: onnx_attention,
+            },
             verbose=False,
         )
+    if exported.adaptive:  # parts of weights, which would keep quantisation from finding them
+        fold_constants(program.model, should_fold=lambda node: True if node.op_type in ("Slice", "Concat") else None)
+        remove_unused_nodes(program.model)
     program.model.metadata_props.update(exported.facts)
     num_bytes = sum(value.nbytes for value in exported.program.state_dict.values())
     program.save(path, external_data=num_bytes > ONNX_LIMIT)
@@ -209,3 +217,31 @@ def onnx_stable_sort(x: object, stable: bool | None = None, dim: int = -1, desce
     size = op.Slice(op.Shape(x), [dim], [dim + 1], [0])
     values, indices = op.TopK(comparable, size, axis=dim, largest=int(descending), sorted=1)
     return op.Cast(values, to=DataType.UINT8) if is_byte else values, indices
+
+
+def onnx_attention(
+    query: object,
+    key: object,
+    value: object,
+    attn_mask: object | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> object:
+    """Attention [..., N, D] as plain products, which engines fuse. The translator's own takes shapes apart where N
+    follows the image, and scales queries and keys.
+    """
+    from onnx_ir import DataType
+    from onnxscript import opset18 as op
+
+    if is_causal or enable_gqa:  # no network here asks for these
+        raise NotImplementedError("attention with is_causal or enable_gqa has no translation to ONNX here")
+    axes = [*range(len(key.shape) - 2), -1 % len(key.shape), -2 % len(key.shape)]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = op.Mul(op.MatMul(query, op.Transpose(key, perm=axes)), op.CastLike(scale, query))
+    if attn_mask is not None and attn_mask.dtype == DataType.BOOL:
+        logits = op.Where(attn_mask, logits, op.CastLike(float("-inf"), query))
+    elif attn_mask is not None:
+        logits = op.Add(logits, attn_mask)
+    return op.MatMul(op.Softmax(logits, axis=-1), value)

@@ -93,7 +93,7 @@ class EViT(Reduction):
             size = None if size is None else torch.where(last, (size * fuses).sum(dim=1, keepdim=True), size)
             key_bias = None if key_bias is None else key_bias.masked_fill(last, 0)
             lengths = lengths + last.sum(dim=1)
-        limit = self.limit(layout.longest)
+        limit = self.limit(layout.longest) if isinstance(layout.longest, int) else _only(lengths, layout.longest)
         kept = repack(
             tokens,
             None if layout.uniform and layout.full else lengths,
@@ -116,3 +116,11 @@ class EViT(Reduction):
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> EViT:
         return replace(self, keep_rate=min(max(scale, 1e-3), 1.0))
+
+
+def _only(lengths: Tensor, most: int) -> int:
+    """The one entry of `lengths` [1], in a graph that learns `most` from the image."""
+    length = lengths.item()
+    torch._check(length >= 2)
+    torch._check(length <= most)
+    return length
