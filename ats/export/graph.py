@@ -34,15 +34,26 @@ from ats.datasets import input_shape
 from ats.datasets.build import mean_std
 from ats.engine.evaluate import build_trained, check_weights
 from ats.errors import UserError
-from ats.export.runner import FACTS, Difference, Runner, compare, format_of, load
+from ats.export.runner import FACTS, Difference, Runner, check_engine, compare, format_of, load
 from ats.files import naming, replace
 from ats.models import build_model
 from ats.models.block import ats_blocks
 from ats.reduction import REDUCTIONS
 from ats.tokens import SINGLE
 
-__all__ = ["Difference", "Exported", "Runner", "check_exportable", "compare", "export", "export_adaptive", "format_of"]
-__all__ += ["load", "save"]
+__all__ = [
+    "Difference",
+    "Exported",
+    "Runner",
+    "check_engine",
+    "check_exportable",
+    "compare",
+    "export",
+    "export_adaptive",
+    "format_of",
+    "load",
+    "save",
+]
 
 ONNX_LIMIT = 1.8e9  # bytes of weights; a file of 2 GB is more than ONNX can hold, so weights go into one beside it
 
