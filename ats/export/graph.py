@@ -192,8 +192,6 @@ def save(exported: Exported, path: str | Path, wanted: str | None = None) -> Non
 
 def save_onnx(exported: Exported, path: Path) -> None:
     """Translate to ONNX and write; the facts are its metadata."""
-    from onnxscript.optimizer import fold_constants, remove_unused_nodes
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the translator's own parts
         program = torch.onnx.export(
@@ -208,12 +206,22 @@ def save_onnx(exported: Exported, path: Path) -> None:
             },
             verbose=False,
         )
-    if exported.adaptive:  # parts of weights, which would keep quantisation from finding them
-        fold_constants(program.model, should_fold=lambda node: True if node.op_type in ("Slice", "Concat") else None)
-        remove_unused_nodes(program.model)
+    if exported.adaptive:
+        _fold_parts_of_weights(program.model)
     program.model.metadata_props.update(exported.facts)
     num_bytes = sum(value.nbytes for value in exported.program.state_dict.values())
     program.save(path, external_data=num_bytes > ONNX_LIMIT)
+
+
+def _fold_parts_of_weights(model: object) -> None:
+    """Make what blocks read of a weight a weight of its own, once: quantisation does not look behind a Slice."""
+    from onnx_ir.passes.common import DeduplicateInitializersPass
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
+    folds = ("Slice", "Concat")
+    fold_constants(model, should_fold=lambda node: True if node.op_type in folds else None, output_size_limit=2**31)
+    remove_unused_nodes(model)
+    DeduplicateInitializersPass(size_limit=2**31)(model)
 
 
 def onnx_stable_sort(x: object, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple:
