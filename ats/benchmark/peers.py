@@ -91,10 +91,10 @@ class Peers:
             return f"{text} ATS could not be measured."
         best = min(reduced, key=lambda row: row.median)
         speedup = best.speedup(dense)
-        return (
-            f"{text} Best ATS: {best.network} in {best.engine}, {_cell('ms', 1e3 * best.median)} ms: {speedup:.2f} times faster "
-            f"with {self.flop_ratio:.2f} times fewer FLOPs, absolute efficiency {speedup / self.flop_ratio:.2f}."
-        )
+        text += f" Best ATS: {best.network} in {best.engine}, {_cell('ms', 1e3 * best.median)} ms:"
+        text += f" {speedup:.2f} times faster"
+        absolute = speedup / self.flop_ratio
+        return f"{text} with {self.flop_ratio:.2f} times fewer FLOPs, absolute efficiency {absolute:.2f}."
 
     def text(self) -> str:
         """As markdown."""
