@@ -55,12 +55,13 @@ setup(
     extras_require={
         "demo": ["scikit-learn", "matplotlib"],
         "hf": ["transformers>=5.23"],
-        "export": ["onnx", "onnxruntime", "onnxscript"],
+        "export": ["onnx", "onnxruntime", "onnxscript", "openvino"],
         "dev": [
             "transformers>=5.23",
             "onnx",
             "onnxruntime",
             "onnxscript",
+            "openvino",
             "scikit-learn",
             "matplotlib",
             "scipy",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ats.tokens import Layout
+from ats.tokens import SINGLE, Layout
 
 BACKENDS = ("auto", "padded", "loop", "varlen")
 SMALL_SEQUENCE = 2**14  # elements of a sequence's keys below which a call for each costs more than copying them
@@ -84,6 +84,11 @@ def _padded(
     dropout_p: float,
     bias: Tensor | None = None,
 ) -> Tensor:
+    if keys.kind == SINGLE:  # without the axis of sequences, an engine's product takes the heads as they lie in memory
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        mask = None if bias is None else bias[0].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+        return out.transpose(0, 1)
     q, k, v = (layout.pad(t).transpose(1, 2) for t, layout in ((q, queries), (k, keys), (v, keys)))
     mask = None if keys.uniform and keys.full else keys.mask[:, None, None]
     if bias is not None:
@@ -148,7 +153,9 @@ def cls_attention(q: Tensor, k: Tensor, *, keys: Layout, scale: float, bias: Ten
     """
     q = q * scale
     one_product = keys.kind != "packed" or keys.num_sequences <= 1 or keys.longest * k[:1].numel() < SMALL_SEQUENCE
-    if k.is_cuda or (keys.uniform and one_product) or torch.compiler.is_compiling():
+    if keys.kind == SINGLE:
+        logits = (k.transpose(0, 1) @ q[0, :, :, None])[None, :, :, 0]
+    elif k.is_cuda or (keys.uniform and one_product) or torch.compiler.is_compiling():
         logits = torch.einsum("shd,smhd->shm", q, keys.pad(k))
     else:  # one batched product would first copy all keys, which takes longer than the rest of the scoring
         rows = [own.transpose(0, 1) @ query[..., None] for own, query in zip(k.split(keys.sizes), q, strict=True)]
@@ -181,10 +188,16 @@ def mean_attention(
     queries = layout if queries is None else queries
     q, k = queries.pad(q * scale), layout.pad(k)
     received = 0
-    for start in range(0, queries.longest, chunk):
+    if queries.kind == SINGLE:  # a graph has no loop over a length that it does not know
+        starts, chunk = (0,), queries.longest
+    else:
+        starts = range(0, queries.longest, chunk)
+    for start in starts:
         rows = torch.einsum("sqhd,smhd->shqm", q[:, start : start + chunk], k)
         rows = rows if bias is None else rows + bias[:, :, start : start + chunk]
-        attention = _softmax(rows, layout) * queries.mask[:, None, start : start + chunk, None]
+        attention = _softmax(rows, layout)
+        if not (queries.uniform and queries.full):
+            attention = attention * queries.mask[:, None, start : start + chunk, None]
         received = received + attention.sum(dim=2)
     return received / queries.lengths[:, None, None]
 

@@ -128,7 +128,7 @@ def test_export_commands_parse(place, line):
 
     words = [str(ROOT / word) if word.endswith(".yaml") else word for word in shlex.split(line)]
     args, cfg = parse_args(words[2:])
-    check_exportable(cfg)
+    check_exportable(cfg, adaptive=args.adaptive)
     assert format_of(args.output, args.format) in ("onnx", "pt2")
     assert (ROOT / cfg.TEST.CHECKPOINT_FILE_PATH).is_file()
 

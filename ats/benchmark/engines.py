@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ats.errors import UserError
-from ats.export.graph import export_adaptive, onnx_stable_sort, save_onnx
+from ats.export.graph import TRANSLATIONS, export_adaptive, save_onnx
 
 Pass = Callable[[], Tensor]
 
@@ -140,7 +140,7 @@ def write_onnx(model: nn.Module, x: Tensor, path: Path) -> Path:
         program = torch.onnx.export(
             torch.export.export(model, (x,)),
             dynamo=True,
-            custom_translation_table={torch.ops.aten.sort.stable: onnx_stable_sort},
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
     program.save(path)

@@ -86,26 +86,19 @@ class Peers:
     def summary(self) -> str:
         """The fastest dense engine, and what ATS gains on it at best."""
         dense, reduced = self.fastest_dense, [row for row in self.rows if row.network != "dense"]
-        text = f"Fastest dense: {dense.engine}, {1e3 * dense.median:.4g} ms."
+        text = f"Fastest dense: {dense.engine}, {_cell('ms', 1e3 * dense.median)} ms."
         if not reduced:
             return f"{text} ATS could not be measured."
         best = min(reduced, key=lambda row: row.median)
         speedup = best.speedup(dense)
-        return (
-            f"{text} Best ATS: {best.network} in {best.engine}, {1e3 * best.median:.4g} ms: {speedup:.2f} times faster "
-            f"with {self.flop_ratio:.2f} times fewer FLOPs, absolute efficiency {speedup / self.flop_ratio:.2f}."
-        )
+        text += f" Best ATS: {best.network} in {best.engine}, {_cell('ms', 1e3 * best.median)} ms:"
+        text += f" {speedup:.2f} times faster"
+        absolute = speedup / self.flop_ratio
+        return f"{text} with {self.flop_ratio:.2f} times fewer FLOPs, absolute efficiency {absolute:.2f}."
 
     def text(self) -> str:
         """As markdown."""
-        kinds = {"ms": ".4g", "logits off by": ".0e"}
-        lines = [
-            {
-                name: format(value, kinds.get(name, ".2f")) if isinstance(value, float) else value or ""
-                for name, value in line.items()
-            }
-            for line in self.judged()
-        ]
+        lines = [{name: _cell(name, value) for name, value in line.items()} for line in self.judged()]
         table = tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         head = f"Batch {self.batch_size}, {self.dtype}, {threads}. {self.counts}"
@@ -115,6 +108,14 @@ class Peers:
     def as_dict(self) -> dict:
         """For results.json."""
         return asdict(self) | {"judged": self.judged(), "summary": self.summary()}
+
+
+def _cell(name: str, value: str | float | None) -> str:
+    if not isinstance(value, float):
+        return value or ""
+    if name == "ms":
+        return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+    return f"{value:.0e}" if name == "logits off by" else f"{value:.2f}"
 
 
 def measure_peers(
@@ -152,7 +153,7 @@ def _measure_batch(cfg: CfgNode, x: Tensor, settings: BenchmarkSettings, threads
         models["ats static"] = build_variant(cfg, "static", CPU)
     checkpoint, one = cfg.TEST.CHECKPOINT_FILE_PATH, len(x) == 1
     how = {"scale": settings.token_scale, "mean_std": settings.mean_std}
-    text = describe_counts(checkpoint, **how) + (" Here, for one image, their mean." if one and not checkpoint else "")
+    text = describe_counts(checkpoint, **how) + (" Here, for one sample, their mean." if one and not checkpoint else "")
     # A static file takes the same time whatever is kept.
     with synthetic_counts([] if checkpoint else [models["ats"]], **how) as counts, TemporaryDirectory() as folder:
         counts.draw(x, mean=one)  # an adaptive file has its counts inside

@@ -1,13 +1,16 @@
-"""Export the network of a config as ONNX or as PyTorch's .pt2, for any batch size, and check the file.
+"""Export the network of a config as ONNX or as PyTorch's .pt2 and check the file.
 
     python tools/export.py --cfg configs/Digits/DeiT_ATS.yaml ATS.NUM_TOKENS 30 -o output/deit_ats.onnx
     python tools/export.py --cfg X.yaml TEST.CHECKPOINT_FILE_PATH w.pth DATA.PATH_TO_DATA_DIR <data> -o x.pt2
     python tools/export.py --cfg X.yaml TEST.CHECKPOINT_FILE_PATH w.pth --dense -o dense.onnx
+    python tools/export.py --cfg X.yaml TEST.CHECKPOINT_FILE_PATH w.pth --adaptive -o adaptive.onnx
 
-The weights are those that run_net.py would evaluate. With ATS, every image has the same number of token slots,
-min(ATS.NUM_TOKENS, slots of the block before), so choose ATS.NUM_TOKENS: it sets the cost of the file and is the most
-that an image keeps. The file is run on random images, and on images of the data set if DATA.PATH_TO_DATA_DIR exists;
-an output that differs from the evaluated network's is an error. `ats/export/graph.py` describes inputs and outputs.
+The weights are those that run_net.py would evaluate. A file takes batches of any size. With ATS, every image then has
+the same number of token slots, min(ATS.NUM_TOKENS, slots of the block before), so choose ATS.NUM_TOKENS: it sets the
+cost of the file and is the most that an image keeps. With --adaptive the file takes one image, whose cost follows the
+tokens that it keeps (docs/DEPLOY.md). The file is run on random images, and on images of the data set if
+DATA.PATH_TO_DATA_DIR exists; an output that differs from the evaluated network's is an error. `ats/export/graph.py`
+describes inputs and outputs.
 
 Works for MODEL.NAME ViT (also with VIT.DISTILLED True) and timm/<name>, with and without ATS.
 """
@@ -42,6 +45,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
     )
     parser.add_argument("--dense", action="store_true", help="without ATS, like ATS.ENABLE False")
     parser.option("--images", "images for the check (default: 16)", type=in_range(int, IMAGES), default=16, metavar="N")
+    parser.add_argument(
+        "--engine", default="onnxruntime", help="what checks an ONNX file: onnxruntime (default) or openvino"
+    )
     args, words = parser.parse_known_args(argv)
     overrides = parse_overrides(words, parser)
     return args, load_config(args.cfg, overrides + (["ATS.ENABLE", "False"] if args.dense else []))
@@ -70,10 +76,12 @@ def run(argv: list[str]) -> None:
 
     Raises a UserError if the network or format is not supported, or the file does not compute what the network does.
     """
-    from ats.export.graph import compare, export, format_of, load, save
+    from ats.export.graph import check_engine, compare, export, format_of, load, save
 
     args, cfg = parse_args(argv)
     kind = format_of(args.output, args.format)
+    if kind == "onnx":
+        check_engine(args.engine, naming="--engine")
     check_file(args.output, name="--output")
     exported = export(cfg, adaptive=args.adaptive)
     save(exported, args.output, kind)
@@ -83,7 +91,7 @@ def run(argv: list[str]) -> None:
         print(f"{'Most tokens' if args.adaptive else 'Token slots'} after block {pairs}{setting}.")
     else:
         print("Dense: no block samples tokens.")
-    run_file = load(args.output, kind)
+    run_file = load(args.output, kind, engine=args.engine)
     for name, images in read_images(cfg, args.images).items():
         difference = compare(exported, run_file, images)
         print(f"On {len(images)} {name}: {difference}.")

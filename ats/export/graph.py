@@ -34,15 +34,26 @@ from ats.datasets import input_shape
 from ats.datasets.build import mean_std
 from ats.engine.evaluate import build_trained, check_weights
 from ats.errors import UserError
-from ats.export.runner import FACTS, Difference, Runner, compare, format_of, load
+from ats.export.runner import FACTS, Difference, Runner, check_engine, compare, format_of, load
 from ats.files import naming, replace
 from ats.models import build_model
 from ats.models.block import ats_blocks
 from ats.reduction import REDUCTIONS
 from ats.tokens import SINGLE
 
-__all__ = ["Difference", "Exported", "Runner", "check_exportable", "compare", "export", "export_adaptive", "format_of"]
-__all__ += ["load", "save"]
+__all__ = [
+    "Difference",
+    "Exported",
+    "Runner",
+    "check_engine",
+    "check_exportable",
+    "compare",
+    "export",
+    "export_adaptive",
+    "format_of",
+    "load",
+    "save",
+]
 
 ONNX_LIMIT = 1.8e9  # bytes of weights; a file of 2 GB is more than ONNX can hold, so weights go into one beside it
 
@@ -189,12 +200,25 @@ def save_onnx(exported: Exported, path: Path) -> None:
             input_names=["images"],
             dynamic_shapes=None if exported.adaptive else ({0: "batch"},),  # dynamic it is already; this is its name
             output_names=["logits", "num_tokens"] if exported.slots else ["logits"],
-            custom_translation_table={torch.ops.aten.sort.stable: onnx_stable_sort},
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
+    if exported.adaptive:
+        _fold_parts_of_weights(program.model)
     program.model.metadata_props.update(exported.facts)
     num_bytes = sum(value.nbytes for value in exported.program.state_dict.values())
     program.save(path, external_data=num_bytes > ONNX_LIMIT)
+
+
+def _fold_parts_of_weights(model: object) -> None:
+    """Make what blocks read of a weight a weight of its own, once: quantisation does not look behind a Slice."""
+    from onnx_ir.passes.common import DeduplicateInitializersPass
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
+    folds = ("Slice", "Concat")
+    fold_constants(model, should_fold=lambda node: True if node.op_type in folds else None, output_size_limit=2**31)
+    remove_unused_nodes(model)
+    DeduplicateInitializersPass(size_limit=2**31)(model)
 
 
 def onnx_stable_sort(x: object, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple:
@@ -213,3 +237,38 @@ def onnx_stable_sort(x: object, stable: bool | None = None, dim: int = -1, desce
     ranks = op.Sub(ranks, places) if descending else op.Add(ranks, places)
     _, indices = op.TopK(ranks, size, axis=dim, largest=int(descending), sorted=1)
     return op.GatherElements(x, indices, axis=dim), indices
+
+
+def onnx_attention(
+    query: object,
+    key: object,
+    value: object,
+    attn_mask: object | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> object:
+    """Attention [..., N, D] as plain products, which engines fuse. The translator's own takes shapes apart where N
+    follows the image, and scales queries and keys.
+    """
+    from onnx_ir import DataType
+    from onnxscript import opset18 as op
+
+    if is_causal or enable_gqa:  # no network here asks for these
+        raise NotImplementedError("attention with is_causal or enable_gqa has no translation to ONNX here")
+    axes = [*range(len(key.shape) - 2), -1 % len(key.shape), -2 % len(key.shape)]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = op.Mul(op.MatMul(query, op.Transpose(key, perm=axes)), op.CastLike(scale, query))
+    if attn_mask is not None and attn_mask.dtype == DataType.BOOL:
+        logits = op.Where(attn_mask, logits, op.CastLike(float("-inf"), query))
+    elif attn_mask is not None:
+        logits = op.Add(logits, attn_mask)
+    return op.MatMul(op.Softmax(logits, axis=-1), value)
+
+
+# Operators that PyTorch's own translator lacks, or translates badly.
+TRANSLATIONS = {
+    torch.ops.aten.sort.stable: onnx_stable_sort,
+    torch.ops.aten.scaled_dot_product_attention.default: onnx_attention,
+}

@@ -38,6 +38,15 @@ def format_of(path: str | Path, wanted: str | None = None) -> str:
     return name
 
 
+def check_engine(name: str, *, naming: str = "engine") -> str:
+    """`name`, if it is in ENGINES and installed; else a UserError. `naming`: what the user typed it for."""
+    if name not in ENGINES:
+        raise UserError(f"{naming} {name}: choose from {', '.join(ENGINES)}.{suggest(name, ENGINES)}")
+    if find_spec(name) is None:
+        raise UserError(f"{naming} {name} is not installed. Type:\n  pip install {name}")
+    return name
+
+
 def load(path: str | Path, wanted: str | None = None, *, engine: str = "onnxruntime") -> Runner:
     """The file as a function: images [B, 3, H, W] float32 -> logits and, with ATS, num_tokens. On the CPU.
 
@@ -53,10 +62,8 @@ def load(path: str | Path, wanted: str | None = None, *, engine: str = "onnxrunt
         with open(path, "rb") as file:
             module = torch.export.load(file, extra_files=extra).module()
         facts, run = json.loads(extra[FACTS]), torch.no_grad()(lambda images: list(module(images)))
-    elif engine in ENGINES:
-        facts, run = ENGINES[engine](str(path))
     else:
-        raise UserError(f"engine {engine!r}: choose from {', '.join(ENGINES)}.{suggest(engine, ENGINES)}")
+        facts, run = ENGINES[check_engine(engine)](str(path))
     if "adaptive" not in facts:
         return run
 
@@ -80,8 +87,6 @@ def _onnxruntime(path: str) -> tuple[dict[str, str], Runner]:
 
 
 def _openvino(path: str) -> tuple[dict[str, str], Runner]:
-    if find_spec("openvino") is None:
-        raise UserError("OpenVINO is not installed. Type:\n  pip install openvino")
     import openvino
 
     model = openvino.Core().read_model(path)
@@ -91,7 +96,7 @@ def _openvino(path: str) -> tuple[dict[str, str], Runner]:
     return facts, lambda images: [torch.from_numpy(out.copy()) for out in network(images.numpy()).values()]
 
 
-# What runs an ONNX file: path -> its facts and the file as a function.
+# What runs an ONNX file, by the name of its package: path -> its facts and the file as a function.
 ENGINES: dict[str, Callable[[str], tuple[dict[str, str], Runner]]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,

@@ -47,13 +47,19 @@ class EViT(Reduction):
     def makes_fused(self) -> bool:
         return self.fuse_token
 
-    def num_kept(self, lengths: Tensor) -> Tensor:
-        """Tokens that stay of `lengths`, prefix tokens counted in both, the fused token in neither."""
+    def num_kept(self, num_tokens: int) -> int:
+        """Tokens that stay of `num_tokens`, prefix tokens counted in both, the fused token in neither."""
+        return self.num_prefix_tokens + math.ceil(self.keep_rate * (num_tokens - self.num_prefix_tokens))
+
+    def nums_kept(self, lengths: Tensor, max_tokens: int) -> Tensor:
+        """The same for `lengths` [S] up to `max_tokens`."""
+        if torch.compiler.is_compiling():  # engines would compute it in float32, where some shares round otherwise
+            return torch.tensor([self.num_kept(n) for n in range(max_tokens + 1)], device=lengths.device)[lengths]
         share = self.keep_rate * (lengths.double() - self.num_prefix_tokens)
         return self.num_prefix_tokens + share.ceil().to(lengths.dtype)
 
     def limit(self, max_tokens: int) -> int:
-        kept = self.num_prefix_tokens + math.ceil(self.keep_rate * (max_tokens - self.num_prefix_tokens))
+        kept = self.num_kept(max_tokens)
         return kept + (self.fuse_token and kept < max_tokens)
 
     def merge(self, step: Step) -> RaggedTokens:
@@ -82,7 +88,7 @@ class EViT(Reduction):
             None if t is None else rows_of(layout.pad(t), order)
             for t in (tokens.x, tokens.position, tokens.size, tokens.key_bias)
         )
-        lengths = self.num_kept(layout.lengths)
+        lengths = self.nums_kept(layout.lengths, tokens.max_tokens)
         if self.fuse_token:
             column = torch.arange(layout.longest, device=order.device)
             fuses = (column >= lengths[:, None]) & layout.mask
@@ -93,7 +99,7 @@ class EViT(Reduction):
             size = None if size is None else torch.where(last, (size * fuses).sum(dim=1, keepdim=True), size)
             key_bias = None if key_bias is None else key_bias.masked_fill(last, 0)
             lengths = lengths + last.sum(dim=1)
-        limit = self.limit(layout.longest)
+        limit = self.limit(layout.longest) if isinstance(layout.longest, int) else _only(lengths, layout.longest)
         kept = repack(
             tokens,
             None if layout.uniform and layout.full else lengths,
@@ -116,3 +122,11 @@ class EViT(Reduction):
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> EViT:
         return replace(self, keep_rate=min(max(scale, 1e-3), 1.0))
+
+
+def _only(lengths: Tensor, most: int) -> int:
+    """The one entry of `lengths` [1], in a graph that learns `most` from the image."""
+    length = lengths.item()
+    torch._check(length >= 2)
+    torch._check(length <= most)
+    return length

@@ -117,7 +117,8 @@ def bipartite_soft_matching(
     new_index = order.argsort(dim=1)
     target = new_index.masked_fill(position >= lengths[:, None], -1)
     target[:, ::2] = torch.where(merged, new_index.gather(1, 2 * partner + 1), target[:, ::2])
-    longest = num_tokens - max(min(r, (num_tokens - num_prefix_tokens) // 2), 0)
+    # In an exported graph the number of tokens may follow the image.
+    longest = num_tokens - torch.sym_max(torch.sym_min(r, (num_tokens - num_prefix_tokens) // 2), 0)
     return Matching(order[:, :longest], target, lengths - num_merged)
 
 

@@ -50,7 +50,7 @@ class Random(Sampler):
 
 def _descending_rank(values: Tensor) -> Tensor:
     order = values.sort(dim=1, descending=True, stable=True).indices
-    rank = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    rank = torch.arange(values.shape[1], device=values.device).repeat(values.shape[0], 1)
     return torch.empty_like(order).scatter(1, order, rank)
 
 

@@ -134,7 +134,7 @@ def test_the_command_checks_on_random_and_real_images(colours, tmp_path, capsys,
     assert json.loads(extra[runner.FACTS])["num_classes"] == "4"
 
     load = export.load
-    monkeypatch.setattr(export, "load", lambda *args: lambda x: [out + 1 for out in load(*args)(x)])
+    monkeypatch.setattr(export, "load", lambda *args, **kwargs: lambda x: [out + 1 for out in load(*args, **kwargs)(x)])
     assert tool.main([*words, "--dense"]) == 1
     captured = capsys.readouterr()
     assert "Dense: no block samples tokens." in captured.out

@@ -42,7 +42,7 @@ from ats.plugin.handle import (
 from ats.plugin.timm.blocks import NORMS, refusal_of_block
 from ats.plugin.timm.blocks import VERSIONS as BLOCK_VERSIONS
 from ats.reduction import Reduction
-from ats.tokens import KeptTokens, Layout, RaggedTokens, Trace
+from ats.tokens import SINGLE, KeptTokens, Layout, RaggedTokens, Trace
 
 
 def network(model: nn.Module) -> dict[str, object]:
@@ -241,8 +241,10 @@ class TimmModel(Patched):
         return block(x, **kwargs)
 
     def _dense(self, tokens: RaggedTokens) -> Tensor:
-        """Kept tokens after the final norm, dense [B, N, C]."""
+        """Kept tokens after the final norm, dense [B, N, C]; in an adaptive export without the dropped ones."""
         x, layout = self.norm(tokens.x), tokens.layout
+        if self._is_compact:
+            return x[None]
         is_whole = layout.full and layout.total == layout.num_sequences * tokens.num_positions
         if is_whole and not tokens.has_fused:
             return x.unflatten(0, (-1, tokens.num_positions))
@@ -264,12 +266,17 @@ class TimmModel(Patched):
         """[B, N] bool, True for present tokens; None if all are present, or only prefix tokens are read."""
         if x.ndim != 3 or (self.global_pool == "token" and getattr(self, "attn_pool", None) is None):
             return None
-        if not isinstance(unwrapped(self.blocks[-1]), ATSBlock):
+        if self._is_compact or not isinstance(unwrapped(self.blocks[-1]), ATSBlock):
             return None
         present = x.ne(0).any(dim=-1)
         present[:, : self.num_prefix_tokens] = True
-        # Static layout: no data-dependent branch.
-        return None if self.layout != "static" and bool(present.all()) else present
+        # In a graph: no data-dependent branch.
+        return None if self.layout not in ("static", SINGLE) and bool(present.all()) else present
+
+    @property
+    def _is_compact(self) -> bool:
+        """Whether `forward_head` gets present tokens alone: in an adaptive export, unless it returns all of them."""
+        return self.layout == SINGLE and self.global_pool != ""
 
     def _fill(self, x: Tensor, present: Tensor) -> Tensor:
         """Dropped tokens become the mean of the present and pooled ones, so that the original's mean and maximum of all
