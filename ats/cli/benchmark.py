@@ -57,7 +57,7 @@ def make_parser() -> Parser:
     usage = "python tools/benchmark.py --cfg FILE [options] [KEY VALUE | KEY=VALUE ...], or --suite NAME"
     parser = command_parser(__doc__, usage=as_typed(usage))
     parser.option("--cfg", "config with ATS.ENABLE True", metavar="FILE")
-    parser.option("--suite", "a fixed list of measurements: cpu, gpu, quick", metavar="NAME")
+    parser.option("--suite", "a fixed list of measurements: cpu, peers, gpu, quick", metavar="NAME")
     text = "variants beside dense, separated by commas (default: ats)"
     parser.option("--compare", text, default="ats", metavar="A,B")
     parser.option(
