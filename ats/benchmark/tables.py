@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 
 
 def machine() -> dict[str, str | int]:
-    """Processor, GPU if there is one, and versions."""
+    """Processor with its widest instructions that PyTorch uses, GPU if there is one, and versions."""
     import timm
 
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else []
     about: dict[str, str | int] = {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count() or 1,
         "python": platform.python_version(),
         "torch": torch.__version__,
