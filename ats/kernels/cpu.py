@@ -2,7 +2,7 @@
 
 PyTorch sends float32 products to MKL. MKL has no AVX-512 code for AMD, so there linear layers run at less than half of
 what a core can do; oneDNN, which PyTorch carries too, reaches it. On other CPUs MKL is as fast or faster. The vendor
-says little, so a clock decides, on the layers at hand; 30 to 50 ms, once per process, width and number of threads.
+says little, so a clock decides, on the layers at hand: less than 0.1 s, once per process, width and number of threads.
 
     with fastest(blocks, x, backend="auto", num_tokens=...):    # "torch": as PyTorch does it; "onednn": all by oneDNN
         ...                                     # F.linear and F.scaled_dot_product_attention, of this thread alone
@@ -14,11 +14,13 @@ and parametrizations around them work as ever, and nothing outside the `with` ch
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ats.compat import current_dispatch_mode, forward_ad_level, is_functorch_wrapped_tensor
+
+logger = logging.getLogger(__name__)
 
 MARGIN = 1.25  # so much faster another kernel must be; less may be noise, and two runs would differ in their last bits
 FLOPS_TO_TIME = 4e8  # of the layers of a block, in one round
@@ -62,6 +66,10 @@ def fastest(
     choice = BACKENDS[backend]
     if choice == PLAIN or not blocks or not _may_replace(x, blocks):
         return nullcontext()
+    if not _has_onednn():
+        if choice is not None:
+            _warn()
+        return nullcontext()
     if choice is None:
         choice = _fastest(blocks[0], num_tokens)
     return nullcontext() if choice == PLAIN else Kernels(choice)
@@ -84,7 +92,17 @@ def _may_replace(x: Tensor, blocks: Sequence[nn.Module]) -> bool:
         return False
     if forward_ad_level() >= 0 or any(map(_runs_elsewhere, blocks)):
         return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return torch.backends.mkldnn.enabled
+
+
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache  # once
+def _warn() -> None:
+    logger.warning("ATS.CPU_BACKEND onednn: this PyTorch has no linear layers by oneDNN; its other kernels run.")
 
 
 def _runs_elsewhere(block: nn.Module) -> bool:

@@ -220,6 +220,17 @@ def test_what_only_pytorch_can_compute_stays_with_pytorch(calls):
     assert not calls
 
 
+def test_pytorch_without_onednn(monkeypatch, caplog):
+    """auto runs PyTorch's kernels; who asked for oneDNN is told once that it is not there."""
+    monkeypatch.setattr(cpu, "_has_onednn", lambda: False)
+    monkeypatch.setattr(cpu.torch.ops.mkldnn._linear_pointwise, "default", None)  # calling it would fail
+    cpu._warn.cache_clear()
+    for backend, warnings in (("auto", 0), ("onednn", 1), ("onednn", 1)):
+        with torch.no_grad():
+            small("ATS.CPU_BACKEND", backend)(torch.randn(1, 3, 32, 32))
+        assert caplog.text.count("no linear layers by oneDNN") == warnings
+
+
 def test_masks_dropout_and_causality_keep_the_fused_kernel(monkeypatch):
     """Only plain attention is replaced."""
     kernels = cpu.Kernels(cpu.BACKENDS["onednn"])
