@@ -47,19 +47,17 @@ class EViT(Reduction):
     def makes_fused(self) -> bool:
         return self.fuse_token
 
-    def num_kept(self, num_tokens: int) -> int:
-        """Tokens that stay of `num_tokens`, prefix tokens counted in both, the fused token in neither."""
-        return self.num_prefix_tokens + math.ceil(self.keep_rate * (num_tokens - self.num_prefix_tokens))
-
-    def nums_kept(self, lengths: Tensor, max_tokens: int) -> Tensor:
-        """The same for `lengths` [S] up to `max_tokens`."""
-        if torch.compiler.is_compiling():  # engines would compute it in float32, where some shares round otherwise
-            return torch.tensor([self.num_kept(n) for n in range(max_tokens + 1)], device=lengths.device)[lengths]
+    def num_kept(self, lengths: Tensor) -> Tensor:
+        """Tokens that stay of `lengths`, prefix tokens counted in both, the fused token in neither."""
         share = self.keep_rate * (lengths.double() - self.num_prefix_tokens)
         return self.num_prefix_tokens + share.ceil().to(lengths.dtype)
 
+    def most_kept(self, max_tokens: int) -> int:
+        """The same of a number of the configuration."""
+        return self.num_prefix_tokens + math.ceil(self.keep_rate * (max_tokens - self.num_prefix_tokens))
+
     def limit(self, max_tokens: int) -> int:
-        kept = self.num_kept(max_tokens)
+        kept = self.most_kept(max_tokens)
         return kept + (self.fuse_token and kept < max_tokens)
 
     def merge(self, step: Step) -> RaggedTokens:
@@ -88,7 +86,11 @@ class EViT(Reduction):
             None if t is None else rows_of(layout.pad(t), order)
             for t in (tokens.x, tokens.position, tokens.size, tokens.key_bias)
         )
-        lengths = self.nums_kept(layout.lengths, tokens.max_tokens)
+        if torch.compiler.is_compiling():  # engines would compute it in float32, where some shares round otherwise
+            table = [self.most_kept(length) for length in range(tokens.max_tokens + 1)]
+            lengths = torch.tensor(table, device=order.device)[layout.lengths]
+        else:
+            lengths = self.num_kept(layout.lengths)
         if self.fuse_token:
             column = torch.arange(layout.longest, device=order.device)
             fuses = (column >= lengths[:, None]) & layout.mask
