@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ats.datasets import input_shape
 from ats.datasets.build import mean_std
@@ -115,7 +117,7 @@ def _export_static(cfg: CfgNode, eager: nn.Module) -> Exported:
     images = torch.zeros(2, *shape)
     with torch.no_grad():
         # The example's batch of 2 stands for any: 1 would be taken for a constant.
-        program = torch.export.export(Outputs(model.eval()), (images,), dynamic_shapes=({0: Dim("batch")},))
+        program = _graph(model.eval(), images, dynamic_shapes=({0: Dim("batch")},))
         records = model.forward_tokens(images[:1])[1].records
     slots = {record.block: record.max_tokens for record in records if record.kept is not None}
     return Exported(program, eager, _as_text(input_size=list(shape), ats_blocks=list(slots)), slots)
@@ -138,12 +140,18 @@ def export_adaptive(model: nn.Module, input_shape: Sequence[int]) -> Exported:
         records = model.eval().forward_tokens(images)[1].records
         model.layout = SINGLE
         try:
-            program = torch.export.export(Outputs(model), (images,))
+            program = _graph(model, images)
         finally:
             model.layout = layout
     most = {record.block: record.max_tokens for record in records if record.kept is not None}
     facts = _as_text(input_size=list(input_shape), ats_blocks=list(most), adaptive=True, batch_size=1)
     return Exported(program, model, facts, most, adaptive=True)
+
+
+def _graph(model: nn.Module, images: Tensor, **options: object) -> ExportedProgram:
+    # With a mask, the other kernels of attention return an order in memory that the translation to ONNX does not have.
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.export.export(Outputs(model), (images,), **options)
 
 
 def _as_text(**facts: object) -> dict[str, str]:
@@ -192,17 +200,25 @@ def save(exported: Exported, path: str | Path, wanted: str | None = None) -> Non
 
 def save_onnx(exported: Exported, path: Path) -> None:
     """Translate to ONNX and write; the facts are its metadata."""
-    with warnings.catch_warnings():
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells which constants it does not fold
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # as in the graph, see `_graph`
         warnings.simplefilter("ignore")  # of the translator's own parts
-        program = torch.onnx.export(
-            exported.program,
-            dynamo=True,
-            input_names=["images"],
-            dynamic_shapes=None if exported.adaptive else ({0: "batch"},),  # dynamic it is already; this is its name
-            output_names=["logits", "num_tokens"] if exported.slots else ["logits"],
-            custom_translation_table=TRANSLATIONS,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                exported.program,
+                dynamo=True,
+                input_names=["images"],
+                # The name of what is dynamic already.
+                dynamic_shapes=None if exported.adaptive else ({0: "batch"},),
+                output_names=["logits", "num_tokens"] if exported.slots else ["logits"],
+                custom_translation_table=TRANSLATIONS,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(
+                f"PyTorch cannot translate this network to ONNX ({reason}). Export it to a .pt2 file instead."
+            ) from error
     if exported.adaptive:
         _fold_parts_of_weights(program.model)
     program.model.metadata_props.update(exported.facts)

@@ -12,10 +12,13 @@ import numpy as np
 import onnx
 import pytest
 import serve_folder
+import timm
 import torch
+from helpers import randomise
 from PIL import Image
 from test_export import NETWORKS, SMALL, settings, trained
 
+import ats
 from ats.benchmark.synthetic_counts import synthetic_counts
 from ats.cli import export as tool
 from ats.config import SHIPPED, load_config
@@ -227,3 +230,30 @@ def test_a_missing_engine_is_named(monkeypatch):
     monkeypatch.setattr(runner, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"engine openvino is not installed. Type:\n  pip install openvino"):
         runner.check_engine("openvino")
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "beit_base_patch16_224"])
+def test_timms_models_in_both_engines(name, tmp_path):
+    """Registers and LayerScale, rotary embedding, relative position bias: as the patched network in both engines."""
+    size = 56 if "14" in name else 64
+    model = timm.create_model(name, img_size=size, depth=2, num_classes=7, embed_dim=64, num_heads=2).eval()
+    randomise(model)
+    ats.patch(model, blocks=[1], num_tokens=0.8)
+    made = export.export_adaptive(model, (3, size, size))
+    export.save(made, tmp_path / "x.onnx")
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    for engine in ENGINES:
+        found = export.compare(made, export.load(tmp_path / "x.onnx", engine=engine), images)
+        assert found.distance.max() <= 1e-4 * found.scale
+        assert not found.has_other_counts.any()
+
+
+def test_what_cannot_be_translated_says_so(monkeypatch, tmp_path):
+    """An error of PyTorch's translator becomes one line that names another format."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.onnx.OnnxExporterError("no such operator\nand a long report")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(UserError, match=r"to ONNX \(no such operator\)\. Export it to a \.pt2 file instead"):
+        export.save_onnx(export.Exported(None, None, {}, {}), tmp_path / "x.onnx")
