@@ -8,6 +8,14 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+# Tells torch.export what is known of a number that depends on the data.
+from torch import _check as export_check
+
 # Within it, tensors' methods do not call function modes (`kernels/cpu.py`), which takes 1.7 microseconds each.
 from torch._C import DisableTorchFunction
 
@@ -28,12 +36,28 @@ __all__ = [
     "DisableTorchFunction",
     "TorchDispatchMode",
     "current_dispatch_mode",
+    "export_check",
     "forward_ad_level",
+    "inductor_freezing",
     "is_functorch_wrapped_tensor",
+    "onednn_linear",
     "timm_feature_indices",
     "transformers_record_registry",
     "tree_map_only",
 ]
+
+
+def onednn_linear() -> Callable | None:
+    """oneDNN's linear layer: (x, weight, bias, "none", [], "") -> x weight^T + bias; None where PyTorch has none."""
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    return None if operator is None else operator.default
+
+
+def inductor_freezing() -> AbstractContextManager:
+    """Within it, torch.compile takes weights for constants."""
+    from torch._inductor import config
+
+    return config.patch(freezing=True)
 
 
 def forward_ad_level() -> int:

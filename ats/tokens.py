@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ats import kernels
+from ats.compat import export_check
 from ats.errors import UserError
 from ats.lazy import cached
 
@@ -235,8 +236,8 @@ class RaggedTokens:
         elif self.layout.kind == SINGLE:
             index = mask[0].nonzero().squeeze(1)
             num_kept = index.shape[0]
-            torch._check(num_kept > self.num_prefix_tokens)  # a reduction keeps a candidate; the exporter cannot know
-            torch._check(num_kept <= self.layout.total)
+            export_check(num_kept > self.num_prefix_tokens)  # a reduction keeps a candidate; the exporter cannot know
+            export_check(num_kept <= self.layout.total)
             layout = Layout.single(num_kept, index)
             position = self.position.index_select(0, index)
         elif self.layout.kind == "packed":

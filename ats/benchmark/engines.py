@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ats.compat import inductor_freezing
 from ats.errors import UserError
 from ats.export.graph import TRANSLATIONS, export_adaptive, save_onnx
 
@@ -50,7 +51,7 @@ def compiled(model: nn.Module, x: Tensor, threads: int) -> Pass:
         raise UserError(f"there is no C++ compiler {compiler}; type: apt-get install g++")
     torch.compiler.reset()
     forward = torch.compile(model)
-    with torch._inductor.config.patch(freezing=True), torch.inference_mode():
+    with inductor_freezing(), torch.inference_mode():
         forward(x)
     return torch.inference_mode()(lambda: forward(x))
 

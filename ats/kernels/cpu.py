@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ats.compat import current_dispatch_mode, forward_ad_level, is_functorch_wrapped_tensor
+from ats.compat import current_dispatch_mode, forward_ad_level, is_functorch_wrapped_tensor, onednn_linear
 
 logger = logging.getLogger(__name__)
+ONEDNN_LINEAR = onednn_linear()
 
 MARGIN = 1.25  # so much faster another kernel must be; less may be noise, and two runs would differ in their last bits
 FLOPS_TO_TIME = 4e8  # of the layers of a block, in one round
@@ -66,7 +67,7 @@ def fastest(
     choice = BACKENDS[backend]
     if choice == PLAIN or not blocks or not _may_replace(x, blocks):
         return nullcontext()
-    if not _has_onednn():
+    if ONEDNN_LINEAR is None:
         if choice is not None:
             _warn()
         return nullcontext()
@@ -93,11 +94,6 @@ def _may_replace(x: Tensor, blocks: Sequence[nn.Module]) -> bool:
     if forward_ad_level() >= 0 or any(map(_runs_elsewhere, blocks)):
         return False
     return torch.backends.mkldnn.enabled
-
-
-@cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @cache  # once
@@ -177,7 +173,7 @@ def linear_(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` by oneDNN, without gradients. `weight` must be contiguous or the transpose of a contiguous tensor: for
     other strides oneDNN has only reference code, which takes seconds.
     """
-    return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, "none", [], "")
+    return ONEDNN_LINEAR(x.contiguous(), weight, bias, "none", [], "")
 
 
 class _TrainedLinear(torch.autograd.Function):

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ats.compat import export_check
 from ats.lazy import torch
 from ats.options import SHARE, option
 from ats.reduction.base import Reduction, Step, register
@@ -129,6 +130,6 @@ class EViT(Reduction):
 def _only(lengths: Tensor, most: int) -> int:
     """The one entry of `lengths` [1], in a graph that learns `most` from the image."""
     length = lengths.item()
-    torch._check(length >= 2)
-    torch._check(length <= most)
+    export_check(length >= 2)
+    export_check(length <= most)
     return length
