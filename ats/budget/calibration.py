@@ -275,11 +275,9 @@ def _out_of_reach(network: Network, name: str, value: float, least: float, most:
     units = {"gflops": "mean GFLOPs", "keep": "as share of the tokens", "speedup": "times fewer GFLOPs than dense"}
     low, high = (network.dense / most, network.dense / least) if name == "speedup" else (least, most)
     dense = "" if name == "keep" else f" (dense: {network.dense:.4g} GFLOPs)"
-    first = network.blocks[0]
-    fewer = f"sample before block {first}" if first else "lower ATS.MIN_TOKENS"
     return (
         f"{name} {value:.4g} cannot be met with ATS in blocks {', '.join(map(str, network.blocks))}: on these "
         f"{network.num_images} images they reach {low:.4g} to {high:.4g} {units[name]}{dense}. "
-        f"Give {name} in between; to spend less, {fewer} (ATS.BLOCKS); to spend more, sample in fewer blocks "
-        "or later ones."
+        f"Give {name} in between; to spend less, {network.how_to_keep_less} (ATS.BLOCKS); to spend more, sample in fewer "
+        "blocks or later ones."
     )

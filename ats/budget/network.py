@@ -127,6 +127,12 @@ class Network:
             changes=torch.cat(changes) if changes else torch.empty(0),
         )
 
+    @property
+    def how_to_keep_less(self) -> str:
+        """What to change where the fewest tokens are still too many."""
+        first = self.blocks[0]
+        return f"sample before block {first}" if first else "lower ATS.MIN_TOKENS"
+
     def dense_pass(self) -> Pass:
         """What a pass of the dense network would measure."""
         ones = torch.ones(self.num_images, dtype=torch.float64)

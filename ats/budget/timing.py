@@ -281,12 +281,11 @@ def _out_of_reach(network: Network, timing: Timing) -> str:
     goal, dense, fastest = timing.goal, timing.dense_ms, timing.fastest * timing.dense_ms
     is_speedup = goal.name == "speedup"
     low, high = (1, 1 / timing.fastest) if is_speedup else (fastest, dense)
-    first = network.blocks[0]
-    fewer = f"sample before block {first}" if first else "lower ATS.MIN_TOKENS"
     return (
         f"{goal.name} {goal.value:.4g} cannot be met with ATS in blocks {', '.join(map(str, network.blocks))}: a batch "
         f"of {timing.batch_size} takes {dense:.4g} ms dense and {fastest:.4g} ms with the fewest tokens "
-        f"({timing.device}). Give {goal.name} from {low:.4g} to {high:.4g}; to be faster, {fewer} (ATS.BLOCKS)."
+        f"({timing.device}). Give {goal.name} from {low:.4g} to {high:.4g}; to be faster, {network.how_to_keep_less} "
+        "(ATS.BLOCKS)."
     )
 
 

@@ -125,7 +125,8 @@ def _fastest(block: nn.Module, num_tokens: Callable[[], int]) -> Choice:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
+    """Whether both kernels compute this layer: its weights may have another dtype than the network's input."""
+    return type(module) is nn.Linear and module.weight.is_contiguous() and _takes(module.weight)
 
 
 def _measure(block: nn.Module, num_tokens: int) -> Choice:

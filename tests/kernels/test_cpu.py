@@ -220,6 +220,16 @@ def test_what_only_pytorch_can_compute_stays_with_pytorch(calls):
     assert not calls
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_another_type_than_the_images(dtype, monkeypatch):
+    """transformers casts float32 images to the type of the weights; nothing is timed, as nothing can be replaced."""
+    monkeypatch.setattr(cpu, "_choices", {})
+    blocks, x = list(small().to(dtype).blocks), torch.randn(1, 3, 32, 32)
+    with cpu.fastest(blocks, x, backend="auto", num_tokens=lambda: pytest.fail("timed")):
+        blocks[0](torch.randn(1, 5, 48, dtype=dtype))
+    assert not cpu.choices()
+
+
 def test_pytorch_without_onednn(monkeypatch, caplog):
     """auto runs PyTorch's kernels; who asked for oneDNN is told once that it is not there."""
     monkeypatch.setattr(cpu, "ONEDNN_LINEAR", None)  # calling it would fail
