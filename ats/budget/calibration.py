@@ -278,6 +278,6 @@ def _out_of_reach(network: Network, name: str, value: float, least: float, most:
     return (
         f"{name} {value:.4g} cannot be met with ATS in blocks {', '.join(map(str, network.blocks))}: on these "
         f"{network.num_images} images they reach {low:.4g} to {high:.4g} {units[name]}{dense}. "
-        f"Give {name} in between; to spend less, {network.how_to_keep_less} (ATS.BLOCKS); to spend more, sample in fewer "
-        "blocks or later ones."
+        f"Give {name} in between; to spend less, {network.how_to_keep_less} (ATS.BLOCKS); to spend more, sample in "
+        "fewer blocks or later ones."
     )
