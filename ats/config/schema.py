@@ -17,6 +17,7 @@ from ats.config import legacy
 from ats.config.key import Key
 from ats.config.keys import keys, sections
 from ats.errors import UserError, quoted, shown, suggest
+from ats.reduction import REDUCTIONS, Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,16 @@ def unread_keys(cfg: CfgNode) -> dict[str, list[str]]:
 def samplers(cfg: CfgNode) -> list[str]:
     """The values of ATS.SAMPLER that the stages of `cfg` use, stage by stage."""
     return [str(stage.get("SAMPLER", cfg.ATS.SAMPLER)) for stage in _stages(cfg) or [{}]]
+
+
+def titles(cfg: CfgNode) -> list[str]:
+    """What the stages do, for tables: "ToMe", "ATS merge"."""
+    names = []
+    for sampler, stage in zip(samplers(cfg), _stages(cfg) or [{}], strict=True):
+        dropped = stage.get("DROPPED", cfg.ATS.get("DROPPED", "drop"))
+        merges = issubclass(REDUCTIONS[sampler], Sampler) and dropped != "drop"
+        names.append(f"{REDUCTIONS[sampler].title} {dropped}" if merges else REDUCTIONS[sampler].title)
+    return names
 
 
 def _stages(cfg: CfgNode) -> list[dict[str, object]]:

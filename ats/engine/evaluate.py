@@ -27,7 +27,7 @@ from tqdm import tqdm
 import ats
 from ats.checkpoint import load_weights, to_fine_tune
 from ats.config import CfgNode
-from ats.config.schema import samplers
+from ats.config.schema import titles
 from ats.datasets import Draw, Loader, Sample, build_loader, input_shape
 from ats.datasets.base import Split
 from ats.engine.device import autocast, device_name, explain_lost_process, is_main, rank, select_device, world_size
@@ -37,7 +37,6 @@ from ats.errors import UserError
 from ats.files import write
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
-from ats.reduction import REDUCTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +231,7 @@ def model_name(cfg: CfgNode) -> str:
     """The model's name for tables: with the titles of its reductions, or "dense"."""
     if not cfg.ATS.ENABLE:
         return f"{cfg.MODEL.NAME} dense"
-    return f"{cfg.MODEL.NAME} + {' + '.join(REDUCTIONS[sampler].title for sampler in samplers(cfg))}"
+    return f"{cfg.MODEL.NAME} + {' + '.join(titles(cfg))}"
 
 
 def describe_model(cfg: CfgNode, model: nn.Module) -> str:

@@ -171,6 +171,9 @@ class Backbone(HasBlocks, nn.Module):
         """Raise a UserError for a reduction that this network does not support."""
         for reduction in reductions:
             reason = self.refusal(reduction)
+            if reason and reduction.merging_option == "dropped":
+                key = config_key("dropped")
+                raise UserError(f"{key} {reduction.dropped}: not for {type(self).__name__}: {reason}; use {key} drop.")
             if reason:
                 others = [name for name, kind in REDUCTIONS.items() if not self.refusal(kind())]
                 raise UserError(

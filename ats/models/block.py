@@ -28,6 +28,7 @@ from ats.errors import UserError
 from ats.models.activation_checkpoint import run_block
 from ats.models.weights import linear_part
 from ats.reduction import Candidates, Reduction, Step
+from ats.reduction.merging import size_bias
 from ats.reduction.scores import average_over_frames, score_candidates
 from ats.tokens import BlockRecord, KeptTokens, Layout, RaggedTokens
 
@@ -72,7 +73,11 @@ class ATSBlock(nn.Module):
         this leaves `forward` nothing to compile before the cut.
         """
         self._begin("qkv")
-        step, reduction = self.project(tokens), self.reduction
+        reduction = self.reduction
+        if reduction is not None and tokens.size is not None and reduction.size_factor is not None:
+            tokens = tokens.with_x(tokens.x)
+            tokens.key_bias = size_bias(tokens.size, reduction.size_factor)
+        step = self.project(tokens)
         if reduction is not None and reduction.selects:
             self._begin("scoring and sampling")
             step.mask, max_tokens = self.select(step)

@@ -185,7 +185,9 @@ def refuse_merging(model: nn.Module, reductions: Iterable[Reduction], no_merge: 
         reason = (reduction.merges and no_merge) or (reduction.makes_fused and no_fuse)
         if reason:
             name = original_class(model).__name__
-            raise UserError(f"sampler {reduction.name} does not work with this {name}: {reason}.")
+            option = reduction.merging_option
+            value = reduction.name if option == "sampler" else getattr(reduction, option)
+            raise UserError(f"{option} {value} does not work with this {name}: {reason}.")
 
 
 def refusal_of_blocks(model: nn.Module, blocks: nn.Module, refusal: Callable[[nn.Module], str]) -> str:

@@ -149,6 +149,9 @@ def _refuse(model: nn.Module) -> None:
 def _apply(model: nn.Module, settings: dict) -> None:
     """Give the model's blocks the reductions of the settings. Wrong settings change nothing."""
     settings = {name: _plain(value) for name, value in settings.items()}
+    if isinstance(model, Patched) and "sampler" in settings:  # another one: its defaults for what nobody has set
+        old, new = _defaults(model.ats_state.settings["sampler"]), _defaults(settings["sampler"])
+        settings |= {name: new[name] for name in new if old[name] != new[name] and settings[name] == old[name]}
     planned = _plan(model, settings)
     _refuse(model)  # blocks may be others than those that `patch` has seen
     library_of(model).attach(model, planned)

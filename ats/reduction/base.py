@@ -19,13 +19,13 @@ P prefix tokens (CLS, distillation), which no reduction drops. A candidate is a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import get_annotations
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ats.errors import UserError
 from ats.lazy import cached, torch
-from ats.options import Option
+from ats.options import Option, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +110,8 @@ class Reduction:
     """Base class. Subclasses add their options as fields with defaults."""
 
     block: int = 0  # index of the block in the network
+    depth: int = 12  # blocks of the network
+    stage: tuple[int, ...] = ()  # the blocks that share these options, ascending
     num_prefix_tokens: int = 1  # P
     has_cls: bool = True  # the first of the prefix tokens is CLS
 
@@ -120,15 +122,30 @@ class Reduction:
     after_attention: ClassVar[bool] = False  # `merge` works on the attention's output; all tokens have queried
     makes_fused: ClassVar[bool] = False  # some tokens it leaves have no position of their own
     graphable: ClassVar[bool] = True  # can be part of an exported or captured graph: nothing is drawn on the CPU
-    selects: ClassVar[bool] = False  # whether `select` is defined
-    merges: ClassVar[bool] = False  # whether `merge` is
     score = SCORES[0]  # which significance score `select` gets
     share_frames = False  # the frames of a clip keep the same tokens
 
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.selects = cls.select is not Reduction.select
-        cls.merges = cls.merge is not Reduction.merge
+    @property
+    def selects(self) -> bool:
+        """Whether `select` is defined."""
+        return type(self).select is not Reduction.select
+
+    @property
+    def merges(self) -> bool:
+        """Whether `merge` is."""
+        return type(self).merge is not Reduction.merge
+
+    @property
+    def merging_option(self) -> str:
+        """The option that makes it merge: "sampler", or one of its own."""
+        return "sampler"
+
+    @property
+    def size_factor(self) -> float | None:
+        """Once tokens have sizes, log(size) times this is added to the logits of keys, in this block and those behind
+        it (proportional attention); None: what the blocks before decided stays.
+        """
+        return None
 
     def select(self, candidates: Candidates) -> Tensor:
         """[S, M] bool, True where a candidate goes on: at least one of a sequence that has any, none that is not valid,
@@ -192,6 +209,40 @@ class Reduction:
             else:
                 hint = ""
             raise UserError(f"{what} needs a CLS token and this network has none{hint}.")
+
+
+@dataclass(frozen=True)
+class Scheduled(Reduction):
+    """A reduction whose amount can differ from block to block by a rule."""
+
+    section: ClassVar[str] = "ATS"
+
+    schedule: str = option(
+        "flat",
+        "How tokens that go are spread over ATS.BLOCKS. flat: the same amount in each. late: in block l in proportion "
+        "to ((l + 1) / depth)^2, at the same total.",
+        choices=("flat", "late"),
+    )
+
+    @property
+    def schedule_factor(self) -> float:
+        """This block's amount over the mean of the stage."""
+        return self._weight(self.block) * len(self.stage) / sum(map(self._weight, self.stage)) if self.stage else 1.0
+
+    def _weight(self, block: int) -> float:
+        return ((block + 1) / self.depth) ** 2 if self.schedule == "late" else 1.0
+
+    def scheduled(self) -> Reduction:
+        """This reduction with the amount of its block, where the stage's amount is a number."""
+        amount = getattr(self, self.amount)
+        if self.schedule == "flat":
+            return self
+        if isinstance(getattr(type(self), self.amount), float):  # a share that stays
+            return replace(self, **{self.amount: min(max(1 - (1 - amount) * self.schedule_factor, 1e-3), 1.0)})
+        total, weights = amount * len(self.stage), [self._weight(block) for block in self.stage]
+        place = self.stage.index(self.block)  # rounded so that the total is kept
+        before, after = (round(total * sum(weights[:end]) / sum(weights)) for end in (place, place + 1))
+        return replace(self, **{self.amount: after - before})
 
 
 REDUCTIONS: dict[str, type[Reduction]] = {}

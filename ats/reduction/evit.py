@@ -8,11 +8,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ats.compat import export_check
 from ats.lazy import torch
 from ats.options import SHARE, option
-from ats.reduction.base import Reduction, Step, register
-from ats.reduction.merging import repack, rows_of
+from ats.reduction.base import Scheduled, Step, register
+from ats.reduction.merging import cls_row, only, repack, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @register("evit")
 @dataclass(frozen=True)
-class EViT(Reduction):
+class EViT(Scheduled):
     """Keep by the attention of CLS, behind the attention."""
 
     title = "EViT"
@@ -68,18 +67,11 @@ class EViT(Reduction):
         reduction behind that weighs by size reads it. Gradients flow through its weights; dropout on the
         attention weights does not reach them.
         """
-        from ats.attention import cls_attention
-
         tokens, layout, num_prefix = step.kept, step.kept.layout, self.num_prefix_tokens
         num_patches = tokens.max_tokens - num_prefix
         if math.ceil(self.keep_rate * num_patches) == num_patches:  # numbers of the configuration
             return tokens  # then every sequence keeps all, in any batch
-        dtype = torch.promote_types(step.k.dtype, torch.float32)
-        with torch.autocast(step.k.device.type, enabled=False):
-            bias = None if step.bias is None else step.bias[:, :, 0]
-            q = layout.first_rows(step.q).to(dtype)
-            row = cls_attention(q, step.k.to(dtype), keys=layout, scale=step.scale, bias=bias)
-        score = row.mean(dim=1)  # [S, N]
+        score = cls_row(step).mean(dim=1)  # [S, N]
         ranked = score[:, num_prefix:].detach().masked_fill(~layout.mask[:, num_prefix:], -1)
         order = ranked.sort(dim=1, descending=True, stable=True).indices + num_prefix
         order = torch.cat([torch.arange(num_prefix, device=order.device).expand(order.shape[0], -1), order], dim=1)
@@ -102,7 +94,7 @@ class EViT(Reduction):
             size = None if size is None else torch.where(last, (size * fuses).sum(dim=1, keepdim=True), size)
             key_bias = None if key_bias is None else key_bias.masked_fill(last, 0)
             lengths = lengths + last.sum(dim=1)
-        limit = self.limit(layout.longest) if isinstance(layout.longest, int) else _only(lengths, layout.longest)
+        limit = self.limit(layout.longest) if isinstance(layout.longest, int) else only(lengths, layout.longest)
         kept = repack(
             tokens,
             None if layout.uniform and layout.full else lengths,
@@ -124,12 +116,4 @@ class EViT(Reduction):
         return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> EViT:
-        return replace(self, keep_rate=min(max(scale, 1e-3), 1.0))
-
-
-def _only(lengths: Tensor, most: int) -> int:
-    """The one entry of `lengths` [1], in a graph that learns `most` from the image."""
-    length = lengths.item()
-    export_check(length >= 2)
-    export_check(length <= most)
-    return length
+        return replace(self, keep_rate=min(max(1 - (1 - scale) * self.schedule_factor, 1e-3), 1.0))

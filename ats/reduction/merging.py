@@ -22,6 +22,13 @@ def sizes(tokens: RaggedTokens, dtype: torch.dtype) -> Tensor:
     return tokens.x.new_ones(tokens.x.shape[0], dtype=dtype) if tokens.size is None else tokens.size
 
 
+def size_bias(size: Tensor | None, factor: float) -> Tensor | None:
+    """What is added to the logits of keys that stand for several tokens: log(size), times a factor; None if nothing."""
+    if size is None or factor == 0:
+        return None
+    return size.log() if factor == 1 else factor * size.log()
+
+
 def weighted_mean(x: Tensor, weight: Tensor, target: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:
     """The mean of every group of rows, and each group's total weight.
 
@@ -31,11 +38,17 @@ def weighted_mean(x: Tensor, weight: Tensor, target: Tensor, num_targets: int) -
     Returns:
         [num_targets, C] in the dtype of x, and [num_targets]; 0 and 1 where a group has no rows.
     """
-    target = torch.where(target >= 0, target, num_targets)  # an extra row, cut off: NaN * 0 is NaN
-    total = weight.new_zeros(num_targets + 1).index_add(0, target, weight)[:num_targets]
+    total = group_sums(weight, target, num_targets)
     total = torch.where(total > 0, total, 1)
+    target = torch.where(target >= 0, target, num_targets)  # an extra row, cut off: NaN * 0 is NaN
     summed = weight.new_zeros(num_targets + 1, x.shape[1]).index_add(0, target, x * weight[:, None])[:num_targets]
     return (summed / total[:, None]).to(x.dtype), total
+
+
+def group_sums(x: Tensor, target: Tensor, num_targets: int) -> Tensor:
+    """[num_targets] sums of x [T] over the rows with this target; -1: in no group."""
+    target = torch.where(target >= 0, target, num_targets)
+    return x.new_zeros(num_targets + 1).index_add(0, target, x)[:num_targets]
 
 
 def nearest_kept(step: Step) -> Tensor:
@@ -57,6 +70,63 @@ def nearest_kept(step: Step) -> Tensor:
         own = torch.where(kept.mask.flatten(), own, nearest.index_select(0, step.index))
     nearest = nearest.index_copy(0, step.index, own)
     return nearest if layout.full else nearest.masked_fill(~layout.mask.flatten(), -1)
+
+
+def fuse_dropped(step: Step, weight: Tensor, *, limit: int) -> RaggedTokens:
+    """The kept tokens and, behind the last of each sequence that lost some, one more: the weighted mean of these.
+
+    Args:
+        weight: [T] of every token of the block's input. limit: the most tokens of a sequence then.
+    """
+    tokens, kept, layout = step.tokens, step.kept, step.kept.layout
+    size, num_sequences = sizes(tokens, weight.dtype), layout.num_sequences
+    goes = tokens.layout.unpad(tokens.layout.mask & ~step.mask)
+    target = torch.where(goes, tokens.layout.sequence, -1)
+    x, _ = weighted_mean(tokens.x, weight, target, num_sequences)
+    size = group_sums(size, target, num_sequences)
+    column = torch.arange(layout.longest + 1, device=goes.device)
+    loses = tokens.layout.lengths > layout.lengths
+    lengths = layout.lengths + loses
+    single = not isinstance(layout.longest, int)  # in a graph that learns the number of tokens from the image
+    columns = only(lengths, layout.longest + 1) if single else min(limit, layout.longest + 1)
+    last = ((column == layout.lengths[:, None]) & loses[:, None])[:, :columns]
+
+    def extended(rows: Tensor, value: Tensor | int) -> Tensor:
+        padded = layout.pad(rows)
+        padded = torch.cat([padded, padded[:, :1]], dim=1)[:, :columns]
+        return torch.where(last.reshape(*last.shape, *[1] * (padded.ndim - 2)), value, padded)
+
+    fused = repack(
+        kept,
+        None if single else lengths,
+        max_tokens=limit,
+        x=extended(kept.x, x[:, None]),
+        position=extended(kept.position, -1),
+        size=extended(sizes(kept, weight.dtype), size[:, None]),
+    )
+    return replace(fused, has_fused=True)
+
+
+def only(lengths: Tensor, most: int) -> int:
+    """The one entry of `lengths` [1], in a graph that learns `most` from the image."""
+    from ats.compat import export_check
+
+    length = lengths.item()
+    export_check(length >= 2)
+    export_check(length <= most)
+    return length
+
+
+def cls_row(step: Step) -> Tensor:
+    """[S, H, N] attention of CLS to every token, float32 or better; for reductions behind the attention."""
+    from ats.attention import cls_attention
+
+    layout = step.kept.layout
+    dtype = torch.promote_types(step.k.dtype, torch.float32)
+    with torch.autocast(step.k.device.type, enabled=False):
+        bias = None if step.bias is None else step.bias[:, :, 0]
+        q = layout.first_rows(step.q).to(dtype)
+        return cls_attention(q, step.k.to(dtype), keys=layout, scale=step.scale, bias=bias)
 
 
 class Matching(NamedTuple):
@@ -83,7 +153,12 @@ class Matching(NamedTuple):
 
 
 def bipartite_soft_matching(
-    metric: Tensor, r: int, *, num_prefix_tokens: int = 1, lengths: Tensor | None = None
+    metric: Tensor,
+    r: int | Tensor,
+    *,
+    num_prefix_tokens: int = 1,
+    lengths: Tensor | None = None,
+    among: Tensor | None = None,
 ) -> Matching:
     """ToMe, section 3 and its appendix D: tokens at even positions (A) and at odd ones (B); each of A proposes to the
     one of B it is most similar to (cosine), and the r best proposals merge. Prefix tokens neither propose nor are
@@ -91,8 +166,9 @@ def bipartite_soft_matching(
 
     Args:
         metric: [S, N, D] what is compared.
-        r: 0 or more; in every sequence at most half of the tokens that are not prefix tokens merge.
+        r: 0 or more, of all sequences or [S]; at most half of the tokens that are not prefix tokens merge.
         lengths: [S] tokens of each sequence, which come first in its row; None: N.
+        among: [S] only that many tokens, the first ones, merge; None: all.
     """
     num_sequences, num_tokens, _ = metric.shape
     if lengths is None:
@@ -101,10 +177,11 @@ def bipartite_soft_matching(
     unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(metric.dtype).tiny)
     similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # [S, A, B]
     position = torch.arange(num_tokens, device=metric.device)
-    may_merge = (position >= num_prefix_tokens) & (position < lengths[:, None])  # [S, N]
+    last = lengths if among is None else among
+    may_merge = (position >= num_prefix_tokens) & (position < last[:, None])  # [S, N]
     allowed = may_merge[:, ::2, None] & may_merge[:, None, 1::2]
     best, partner = similarity.masked_fill(~allowed, -torch.inf).max(dim=2)
-    num_merged = ((lengths - num_prefix_tokens) // 2).clamp(0, r)
+    num_merged = ((lengths - num_prefix_tokens) // 2).clamp_max(r).clamp_min(0)
     rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     merged = rank < num_merged[:, None]  # [S, A]
 
@@ -117,8 +194,9 @@ def bipartite_soft_matching(
     new_index = order.argsort(dim=1)
     target = new_index.masked_fill(position >= lengths[:, None], -1)
     target[:, ::2] = torch.where(merged, new_index.gather(1, 2 * partner + 1), target[:, ::2])
-    # In an exported graph the number of tokens may follow the image.
-    longest = num_tokens - torch.sym_max(torch.sym_min(r, (num_tokens - num_prefix_tokens) // 2), 0)
+    longest = num_tokens
+    if isinstance(r, int):  # in an exported graph the number of tokens may follow the image
+        longest -= torch.sym_max(torch.sym_min(r, (num_tokens - num_prefix_tokens) // 2), 0)
     return Matching(order[:, :longest], target, lengths - num_merged)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from ats.errors import UserError, suggest
-from ats.reduction.base import REDUCTIONS, Naming, OptionOf, Reduction, options_of
+from ats.reduction.base import REDUCTIONS, Naming, OptionOf, Reduction, Scheduled, options_of
 
 Stage = Mapping[str, object]  # "sampler", "blocks" and options of that reduction; options that are left out: defaults
 
@@ -45,18 +45,20 @@ def plan_reductions(
         UserError: an unknown reduction or option, a value out of range, a list of the wrong length, a block that does
             not exist or is listed twice, or what a reduction's own `check` refuses.
     """
-    network = {"num_prefix_tokens": num_prefix_tokens, "has_cls": num_prefix_tokens > 0 if has_cls is None else has_cls}
+    has_cls = num_prefix_tokens > 0 if has_cls is None else has_cls
+    network = {"depth": depth, "num_prefix_tokens": num_prefix_tokens, "has_cls": has_cls}
     planned: dict[int, Reduction] = {}
     for index, stage in enumerate(stages):
         naming = namings[index] if namings else partial(config_key, sampler=stage.get("sampler", ""))
-        for reduction in _plan_stage(dict(stage), depth, network, naming):
+        for reduction in _plan_stage(dict(stage), network, naming):
             if reduction.block in planned:
                 raise UserError(f"{naming('blocks')}: block {reduction.block} is in two stages.")
             planned[reduction.block] = reduction
     return dict(sorted(planned.items()))
 
 
-def _plan_stage(stage: dict, depth: int, network: dict, naming: Naming) -> list[Reduction]:
+def _plan_stage(stage: dict, network: dict, naming: Naming) -> list[Reduction]:
+    depth = network["depth"]
     sampler, blocks = stage.pop("sampler", "inverse_transform"), stage.pop("blocks")
     if not isinstance(sampler, str) or sampler not in REDUCTIONS:
         names = list(REDUCTIONS)
@@ -77,12 +79,21 @@ def _plan_stage(stage: dict, depth: int, network: dict, naming: Naming) -> list[
         for name, option in options.items()
         if name in stage
     }
+    network = network | {"stage": tuple(sorted(blocks))}
     planned = [
         kind(block=block, **network, **{name: own[block] for name, own in values.items()}) for block in sorted(blocks)
     ]
-    if planned:
-        kind.check(planned, naming)
-    return planned
+    if not planned:
+        return []
+    kind.check(planned, naming)
+    if not issubclass(kind, Scheduled):
+        return planned
+    if planned[0].schedule != "flat" and isinstance(stage.get(kind.amount), (list, tuple)):
+        raise UserError(
+            f"{naming('schedule')} {planned[0].schedule} spreads one amount over the blocks, but {naming(kind.amount)} "
+            f"is a list: give a number, or {naming('schedule')} flat."
+        )
+    return [reduction.scheduled() for reduction in planned]
 
 
 def _check_blocks(blocks: Sequence[int], depth: int, naming: Naming) -> None:

@@ -8,14 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ats.options import AMOUNT, FROM_0, option
-from ats.reduction.base import SCORES, Candidates, Naming, Reduction
+from ats.lazy import torch
+from ats.options import AMOUNT, FROM_0, PROBABILITY, option
+from ats.reduction.base import SCORES, Candidates, Naming, Reduction, Step
+from ats.reduction.merging import fuse_dropped, group_sums, nearest_kept, size_bias, sizes, weighted_mean
+from ats.reduction.scores import usable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ats.tokens import RaggedTokens
+
 logger = logging.getLogger(__name__)
 
+DROPPED = ("drop", "merge", "fuse")
+MERGE_WEIGHTS = ("size", "size_score")
+LEAST_SCORE = 1e-6  # of the highest, as a weight: a group of tokens without any would have no mean
 MAX_SCALE = 64.0  # sample points per token; beyond this, hardly another token is picked
 
 
@@ -47,6 +55,22 @@ class Sampler(Reduction):
     min_tokens: int = option(
         8, "Lower bound of K; smaller values are raised to it. At least the prefix tokens + 2.", within=FROM_0
     )
+    dropped: str = option(
+        "drop",
+        "What becomes of tokens that are not kept. drop: nothing (the paper). merge: each is averaged into the kept "
+        "token with the nearest key. fuse: their average is one more token.",
+        choices=DROPPED,
+    )
+    merge_weight: str = option(
+        "size",
+        "Weights of these averages: size (tokens that one stands for) or size_score (size x significance score).",
+        choices=MERGE_WEIGHTS,
+    )
+    prop_attn: bool = option(
+        True,
+        "Proportional attention: once tokens were merged, logits plus ATS.SIZE_BIAS times the log of a key's size.",
+    )
+    size_bias: float = option(1.0, "Factor of log(size) in ATS.PROP_ATTN.", within=PROBABILITY)
     share_frames: bool = option(
         False,
         "Video: all frames of a segment (XViT) or clip (TimeSformer) keep the same patches, by their mean score; "
@@ -63,6 +87,51 @@ class Sampler(Reduction):
     def select(self, candidates: Candidates) -> Tensor:
         return self.choose(candidates, self.num_points(candidates.max_tokens + self.num_prefix_tokens))
 
+    @property
+    def merges(self) -> bool:
+        return self.dropped != "drop" or type(self).merge is not Sampler.merge
+
+    @property
+    def merging_option(self) -> str:
+        return "sampler" if self.dropped == "drop" else "dropped"
+
+    @property
+    def makes_fused(self) -> bool:
+        return self.dropped == "fuse"
+
+    @property
+    def size_factor(self) -> float:
+        return self.size_bias if self.prop_attn else 0.0
+
+    def merge(self, step: Step) -> RaggedTokens:
+        """Dropped tokens go into kept ones, or into one of their own (`dropped`); sizes add up in both."""
+        tokens, dtype = step.tokens, torch.promote_types(step.tokens.x.dtype, torch.float32)
+        size = weight = sizes(tokens, dtype)
+        if self.merge_weight == "size_score":
+            weight = size * self._scores(step).to(dtype)
+        if self.dropped == "fuse":
+            kept = fuse_dropped(step, weight, limit=self.limit(tokens.max_tokens))
+        else:
+            target, num_kept = nearest_kept(step), step.kept.layout.total
+            x, total = weighted_mean(tokens.x, weight, target, num_kept)
+            if weight is not size:
+                total = group_sums(size, target, num_kept)
+            kept = replace(step.kept, x=x, size=total)
+        kept.key_bias = size_bias(kept.size, self.size_factor)
+        return kept
+
+    def _scores(self, step: Step) -> Tensor:
+        """[T] scores of the block's input, as weights: above 0, and 1 for prefix tokens."""
+        candidates, layout = step.candidates, step.tokens.layout
+        scores = usable(candidates.scores, candidates.valid)
+        scores = torch.maximum(scores, LEAST_SCORE * scores.amax(dim=1, keepdim=True))
+        scores = torch.nn.functional.pad(scores, (self.num_prefix_tokens, 0), value=1)
+        return layout.unpad(scores.repeat_interleave(layout.num_sequences // len(scores), dim=0))
+
+    def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor | int:
+        """Of the cosines of all tokens with the kept ones."""
+        return num_in * num_out * head_dim * num_heads if self.dropped == "merge" else 0
+
     def num_points(self, max_tokens: int) -> int:
         """K less the prefix tokens, at least 1."""
         return max(self.budget(max_tokens) - self.num_prefix_tokens, 1)
@@ -73,7 +142,7 @@ class Sampler(Reduction):
         return round(max(num_tokens, self.least))
 
     def limit(self, max_tokens: int) -> int:
-        return min(self.budget(max_tokens), max_tokens)
+        return min(self.budget(max_tokens) + self.makes_fused, max_tokens)
 
     @property
     def least(self) -> int:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ats.lazy import torch
 from ats.options import FROM_0, option
-from ats.reduction.base import Reduction, Step, register
-from ats.reduction.merging import bipartite_soft_matching, repack, sizes
+from ats.reduction.base import Scheduled, Step, register
+from ats.reduction.merging import bipartite_soft_matching, repack, size_bias, sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @register("tome")
 @dataclass(frozen=True)
-class ToMe(Reduction):
+class ToMe(Scheduled):
     """Token merging in one block."""
 
     title = "ToMe"
@@ -41,6 +41,10 @@ class ToMe(Reduction):
     prop_attn: bool = option(
         True, "Of ATS.SAMPLER tome: proportional attention, logits plus the log of a token's size."
     )
+
+    @property
+    def size_factor(self) -> float:
+        return float(self.prop_attn)
 
     def num_merged(self, num_tokens: int) -> int:
         """Tokens that merge away of `num_tokens`, prefix tokens counted."""
@@ -62,7 +66,6 @@ class ToMe(Reduction):
                 metric, self.r, num_prefix_tokens=self.num_prefix_tokens, lengths=lengths
             )
             x, size = matching.merge(layout.pad(tokens.x), layout.pad(sizes(tokens, dtype)))
-        has_bias = self.prop_attn or tokens.key_bias is not None
         return repack(
             tokens,
             None if lengths is None else matching.lengths,
@@ -70,7 +73,7 @@ class ToMe(Reduction):
             x=x,
             position=layout.pad(tokens.position).gather(1, matching.order),
             size=size,
-            key_bias=size.log() if has_bias else None,
+            key_bias=size_bias(size, self.size_factor),
         )
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
@@ -83,4 +86,5 @@ class ToMe(Reduction):
         return list(range(depth))
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> ToMe:
-        return replace(self, r=max(math.floor((1 - scale) * (max_tokens // 2) + stagger), 0))
+        r = (1 - scale) * (max_tokens // 2) * self.schedule_factor
+        return replace(self, r=max(math.floor(r + stagger), 0))

@@ -1,5 +1,5 @@
-"""Reductions that merge, on every network: a new one in one file (`merge_dropped.py`), ToMe and EViT; several in one
-network (ATS.STAGES); against plain loops over images and tokens.
+"""Reductions that merge, on every network: what sampling drops (ATS.DROPPED), ToMe, EViT, PPT and PiToMe; several in
+one network (ATS.STAGES); against plain loops over images and tokens.
 """
 
 from __future__ import annotations
@@ -31,24 +31,29 @@ from ats.flops import gflops
 from ats.models import build_model
 from ats.models.block import ats_blocks
 from ats.reduction.merging import nearest_kept, weighted_mean
+from ats.reduction.plan import config_key
 from ats.tokens import RaggedTokens
 
 OPTIONS = {
-    "merge_dropped": {"num_tokens": 0.6},
-    "tome": {"r": 6},
-    "evit": {"keep_rate": 0.7},
-    "evit, nothing fused": {"keep_rate": 0.7, "fuse_token": False},
-}
-SECTIONS = {"num_tokens": "ATS", "r": "TOME", "keep_rate": "EVIT", "fuse_token": "EVIT"}
-
-
-pytestmark = pytest.mark.usefixtures("merge_dropped")
+    "merge": {"sampler": "inverse_transform", "dropped": "merge", "num_tokens": 0.6},
+    "merge by score": {
+        "sampler": "topk", "dropped": "merge", "num_tokens": 0.6, "merge_weight": "size_score", "size_bias": 0.5,
+    },
+    "fuse": {"sampler": "inverse_transform", "dropped": "fuse", "num_tokens": 0.6, "merge_weight": "size_score"},
+    "tome": {"sampler": "tome", "r": 6},
+    "evit": {"sampler": "evit", "keep_rate": 0.7},
+    "evit, nothing fused": {"sampler": "evit", "keep_rate": 0.7, "fuse_token": False},
+    "ppt": {"sampler": "ppt", "r": 6, "threshold": 1e-4},
+    "pitome": {"sampler": "pitome", "ratio": 0.7},
+}  # fmt: skip
+FUSE = ("fuse", "evit")  # tokens without a position
 
 
 def keys_of(kind: str) -> list[object]:
     """A row of OPTIONS as config keys."""
-    pairs = {f"{SECTIONS[name]}.{name.upper()}": value for name, value in OPTIONS[kind].items()}
-    return ["ATS.SAMPLER", kind.split(",")[0], *(word for pair in pairs.items() for word in pair)]
+    own = OPTIONS[kind]
+    pairs = {config_key(name, own["sampler"]): value for name, value in own.items()}
+    return [word for pair in pairs.items() for word in pair]
 
 
 def timm_by_config(name: str, kind: str | None, layout: str) -> nn.Module:
@@ -59,7 +64,7 @@ def timm_by_config(name: str, kind: str | None, layout: str) -> nn.Module:
 
 def patched(model: nn.Module, kind: str | None) -> nn.Module:
     if kind is not None:
-        ats.patch(model, blocks=[1, 3], sampler=kind.split(",")[0], **OPTIONS[kind])
+        ats.patch(model, blocks=[1, 3], **OPTIONS[kind])
     return model
 
 
@@ -104,8 +109,9 @@ NETWORKS: dict[str, tuple[Callable[[str | None, str], nn.Module], Callable[[], T
         lambda: transformers_models.images(),
     ),
 }  # fmt: skip
+COMPARED = ("merge", "merge by score", "ppt", "pitome")  # with all tokens of the longest sequence
 EVERYWHERE = [
-    (network, kind) for network in NETWORKS for kind in OPTIONS if (network, kind) != ("timm Eva", "evit")
+    (network, kind) for network in NETWORKS for kind in OPTIONS if network != "timm Eva" or kind not in FUSE
 ]  # a fused token has no position, which Eva's blocks look up
 
 
@@ -130,7 +136,7 @@ def test_an_input_gets_the_same_in_any_batch(network, kind):
 def test_nothing_dropped_nothing_merged(network):
     """The dense network: every group is one token, and the log of 1 is 0."""
     make, inputs = NETWORKS[network]
-    model, x = make("merge_dropped", "packed"), inputs()
+    model, x = make("merge", "packed"), inputs()
     dense = make(None, "packed")
     with torch.no_grad(), keep_all(model):
         logits, _ = model.forward_tokens(x)
@@ -148,7 +154,7 @@ def test_formula_equals_counter(network, kind):
     model, x = make(kind, "packed").float(), inputs()[:1].float()
     total, trace = counted_multiply_adds(model, x)
     cost = gflops(model, trace, x.shape)
-    is_padded = kind == "merge_dropped" and network in ("xvit", "divided", "space_only")
+    is_padded = kind in COMPARED and network in ("xvit", "divided", "space_only")
     assert total * (0.99 if is_padded else 1) - 0.5 <= cost.as_run.item() * 1e9 <= total + 0.5
     assert cost.paper.item() < cost.dense
 
@@ -169,8 +175,8 @@ def test_gradients_are_finite(network, kind):
 @pytest.mark.parametrize("network", ["ViT", "distilled ViT", "PS-ViT", "timm ViT", "timm Eva"])
 def test_layouts_agree(network, kind, layout):
     """Padding changes where tokens lie, not what they are; gradients too."""
-    if (network, kind) == ("timm Eva", "evit"):
-        with pytest.raises(UserError, match=r"sampler evit does not work with this Eva: .*positions"):
+    if network == "timm Eva" and kind in FUSE:
+        with pytest.raises(UserError, match=r"sampler \w+ does not work with this Eva: .*positions"):
             NETWORKS[network][0](kind, layout)
         return
     make, inputs = NETWORKS[network]
@@ -188,8 +194,9 @@ def test_layouts_agree(network, kind, layout):
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "static"])
-def test_a_broken_image_harms_nobody_else(layout):
-    model, x = vit_by_config("merge_dropped", layout), pictures(3)
+@pytest.mark.parametrize("kind", ["merge", "merge by score", "fuse", "ppt", "pitome"])
+def test_a_broken_image_harms_nobody_else(kind, layout):
+    model, x = vit_by_config(kind, layout), pictures(3)
     with torch.no_grad():
         good = model(x)
         x[1, 0, 3, 3] = torch.nan
@@ -200,21 +207,29 @@ def test_a_broken_image_harms_nobody_else(layout):
 @pytest.mark.parametrize("name", ["MViT", "CvT"])
 def test_networks_that_pool_their_keys_refuse_it(name):
     cfg = get_cfg()
-    cfg.merge_from_list(["MODEL.NAME", name, "ATS.ENABLE", True, "ATS.SAMPLER", "merge_dropped", "ATS.BLOCKS", [9]])
+    cfg.merge_from_list(["MODEL.NAME", name, "ATS.ENABLE", True, "ATS.DROPPED", "merge", "ATS.BLOCKS", [9]])
     with torch.device("meta"), pytest.raises(UserError) as error:
         build_model(cfg)
-    assert f"ATS.SAMPLER merge_dropped: not for {name}: its keys are" in str(error.value)
+    assert f"ATS.DROPPED merge: not for {name}: its keys are" in str(error.value)
+    assert "use ATS.DROPPED drop" in str(error.value)
+    cfg.merge_from_list(["ATS.SAMPLER", "pitome", "ATS.DROPPED", "drop"])
+    with torch.device("meta"), pytest.raises(UserError) as error:
+        build_model(cfg)
+    assert f"ATS.SAMPLER pitome: not for {name}: its keys are" in str(error.value)
     assert "Choose from inverse_transform, topk, random." in str(error.value)
 
 
-def test_help_and_messages_know_what_is_registered(capsys):
+def test_help_and_messages_know_what_is_registered(merge_dropped, capsys):
     """As a value of ATS.SAMPLER, with the options of inverse transform sampling."""
     run_net.main(["--help", "ATS"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Choices: inverse_transform, topk, random, tome, evit, merge_dropped." in text
+    assert "Choices: inverse_transform, topk, random, tome, evit, ppt, pitome, merge_dropped." in text
     assert "Read by ATS.SAMPLER inverse_transform, merge_dropped." in text  # ATS.RULE
     with pytest.raises(UserError, match="Did you mean merge_dropped"):
         ats.patch(timm_models.small_model("deit_tiny_patch16_224"), blocks=[1], sampler="merge_droped")
+    model = vit_by_config("merge", "packed")
+    own = tiny("ATS.ENABLE", True, "ATS.SAMPLER", "merge_dropped", "ATS.NUM_TOKENS", 0.6, "ATS.BLOCKS", [1, 3])
+    torch.testing.assert_close(own(pictures(2)), model(pictures(2)), atol=1e-12, rtol=0)
 
 
 # ---- laws of the parts
@@ -265,13 +280,22 @@ def test_every_token_goes_to_one_that_stays(lengths, num_prefix, layout, seed):
 
 # ---- several reductions in one network, against a loop over images and tokens
 
+MERGE = {"SAMPLER": "inverse_transform", "DROPPED": "merge"}
 STAGES = {
-    "merge_dropped": [{"SAMPLER": "merge_dropped", "BLOCKS": [1, 2, 3], "NUM_TOKENS": 30}],
-    "ToMe, merge_dropped": [
-        {"SAMPLER": "tome", "BLOCKS": [0, 1], "R": 9}, {"SAMPLER": "merge_dropped", "BLOCKS": [2, 3], "NUM_TOKENS": 25},
+    "merge": [MERGE | {"BLOCKS": [1, 2, 3], "NUM_TOKENS": 30}],
+    "merge by score": [
+        MERGE | {"BLOCKS": [1, 2, 3], "NUM_TOKENS": 30, "MERGE_WEIGHT": "size_score", "SIZE_BIAS": 0.5},
     ],
-    "ToMe without sizes, merge_dropped": [
-        {"SAMPLER": "tome", "BLOCKS": [0, 1], "R": 9, "PROP_ATTN": False}, {"SAMPLER": "merge_dropped", "BLOCKS": [3]},
+    "fuse": [{"DROPPED": "fuse", "BLOCKS": [0, 1, 3], "NUM_TOKENS": 30}],
+    "fuse by score": [
+        {"DROPPED": "fuse", "BLOCKS": [1, 2], "NUM_TOKENS": 30, "MERGE_WEIGHT": "size_score", "PROP_ATTN": False},
+    ],
+    "ToMe, merge": [{"SAMPLER": "tome", "BLOCKS": [0, 1], "R": 9}, MERGE | {"BLOCKS": [2, 3], "NUM_TOKENS": 25}],
+    "ToMe, merge with a weak bias": [
+        {"SAMPLER": "tome", "BLOCKS": [0, 1], "R": 9}, MERGE | {"BLOCKS": [2], "NUM_TOKENS": 25, "SIZE_BIAS": 0.5},
+    ],
+    "ToMe without sizes, merge": [
+        {"SAMPLER": "tome", "BLOCKS": [0, 1], "R": 9, "PROP_ATTN": False}, MERGE | {"BLOCKS": [3]},
     ],
     "sampling, ToMe": [
         {"SAMPLER": "inverse_transform", "BLOCKS": [0, 1]}, {"SAMPLER": "tome", "BLOCKS": [2, 3], "R": 7},
@@ -279,8 +303,8 @@ STAGES = {
     "sampling, EViT": [
         {"BLOCKS": [0], "NUM_TOKENS": 50}, {"SAMPLER": "evit", "BLOCKS": [1, 3], "KEEP_RATE": [1.0, 0.6, 1.0, 0.7]},
     ],
-    "EViT, merge_dropped, ToMe": [
-        {"SAMPLER": "evit", "BLOCKS": [0]}, {"SAMPLER": "merge_dropped", "BLOCKS": [1, 2], "NUM_TOKENS": 28},
+    "EViT, merge, ToMe": [
+        {"SAMPLER": "evit", "BLOCKS": [0]}, MERGE | {"BLOCKS": [1, 2], "NUM_TOKENS": 28},
         {"SAMPLER": "tome", "BLOCKS": [3], "R": 4},
     ],
 }  # fmt: skip
@@ -296,22 +320,29 @@ def slow(model: nn.Module, image: Tensor, stages: list[dict]) -> Tensor:
         sampler = stage.get("SAMPLER", "inverse_transform") if stage else ""
         attn, n = block.attn, len(x)
         q, k, v = attn.qkv(block.norm1(x)).reshape(n, 3, attn.num_heads, -1).unbind(1)
+        factor = float(stage.get("PROP_ATTN", True)) * stage.get("SIZE_BIAS", 1.0)
+        if size is not None and sampler in ("inverse_transform", "tome"):
+            key_bias = factor * size.log()
         bias = torch.zeros(n, dtype=x.dtype) if key_bias is None else key_bias
         groups = [[i] for i in range(n)]
-        if sampler in ("inverse_transform", "merge_dropped"):
+        dropped = stage.get("DROPPED", "drop")
+        if sampler == "inverse_transform":
             row = (torch.einsum("hd,nhd->hn", q[0], k) * attn.scale + bias).softmax(-1).sum(0)
             score = (row * v.flatten(1).norm(dim=1))[num_prefix:]
             budget = stage.get("NUM_TOKENS", max_tokens)
             complete = size is None and n == max_tokens
             chosen = by_definition(score.tolist(), budget - num_prefix, complete=complete, rule="official")
             stay = [*range(num_prefix), *sorted(i + num_prefix for i in chosen)]
-            max_tokens, groups = min(budget, max_tokens), [[i] for i in stay]
-            if sampler == "merge_dropped":
-                size = torch.ones(n, dtype=x.dtype) if size is None else size
-                for i in sorted(set(range(n)) - set(stay)):
-                    near = [torch.cosine_similarity(k[i].flatten(), k[j].flatten(), dim=0) for j in stay[num_prefix:]]
-                    groups[num_prefix + int(torch.stack(near).argmax())].append(i)
-            weight = torch.ones(n, dtype=x.dtype) if sampler == "inverse_transform" else size
+            max_tokens, groups = min(budget + (dropped == "fuse"), max_tokens), [[i] for i in stay]
+            gone = sorted(set(range(n)) - set(stay))
+            size = torch.ones(n, dtype=x.dtype) if size is None and dropped != "drop" else size
+            for i in gone if dropped == "merge" else ():
+                near = [torch.cosine_similarity(k[i].flatten(), k[j].flatten(), dim=0) for j in stay[num_prefix:]]
+                groups[num_prefix + int(torch.stack(near).argmax())].append(i)
+            groups += [gone] if dropped == "fuse" and gone else []
+            weight = torch.ones(n, dtype=x.dtype) if size is None else size
+            if stage.get("MERGE_WEIGHT") == "size_score":
+                weight = weight * torch.cat([torch.ones(num_prefix, dtype=x.dtype), score])
             x = torch.stack([(weight[g, None] * x[g]).sum(0) / weight[g].sum() for g in groups])
             q = attn.qkv(block.norm1(x)).reshape(len(x), 3, attn.num_heads, -1)[:, 0]
         attention = (torch.einsum("qhd,khd->hqk", q, k) * attn.scale + bias).softmax(-1)
@@ -340,12 +371,9 @@ def slow(model: nn.Module, image: Tensor, stages: list[dict]) -> Tensor:
             x = torch.cat([x[:num_prefix], x[ranked[:num_kept]], *fused])
             left = num_prefix + int(np.ceil(rate * (max_tokens - num_prefix)))
             max_tokens = left + (left < max_tokens)
-        if sampler in ("tome", "merge_dropped"):
+        if sampler == "tome" or (sampler == "inverse_transform" and size is not None):
             size = torch.stack([size[g].sum() for g in groups])
-            with_bias = sampler == "merge_dropped" or stage.get("PROP_ATTN", True) or key_bias is not None
-            key_bias = size.log() if with_bias else None
-        elif sampler == "inverse_transform" and size is not None:
-            size, key_bias = size[stay], None if key_bias is None else key_bias[stay]
+            key_bias = factor * size.log()
         x = x + block.mlp(block.norm2(x))
     prefix = model.norm(x[:num_prefix])
     return model.classify(prefix[None])[0]
@@ -370,7 +398,7 @@ def test_stages_are_what_a_loop_computes(name, distilled, layout):
 
 def test_sizes_carry_over_from_stage_to_stage():
     """Every patch is in one token; a key's bias is the log of its size."""
-    model, outputs = tiny("ATS.ENABLE", True, "ATS.STAGES", STAGES["ToMe, merge_dropped"]), []
+    model, outputs = tiny("ATS.ENABLE", True, "ATS.STAGES", STAGES["ToMe, merge"]), []
     for block in ats_blocks(model):
         block.register_forward_hook(lambda _module, _args, out: outputs.append(out))
     with torch.no_grad():
@@ -386,7 +414,7 @@ def test_sizes_carry_over_from_stage_to_stage():
 @torch.no_grad()
 def test_stages_of_a_patched_model():
     """`ats.patch(model, stages=...)` is MODEL.NAME timm/<name> with ATS.STAGES; it can be changed and taken out."""
-    stages = STAGES["ToMe, merge_dropped"]
+    stages = STAGES["ToMe, merge"]
     spoken = [{name.lower(): value for name, value in stage.items()} for stage in stages]
     ours = timm_by_config_with_stages(stages)
     host = timm_models.timm.create_model(
@@ -421,14 +449,14 @@ def timm_by_config_with_stages(stages: list[dict]) -> nn.Module:
 
 
 def test_trains_with_dropout_and_stochastic_depth():
-    model = small_vit(sampler="merge_dropped", num_tokens=0.5, drop_path_rate=0.5, attn_drop_rate=0.1, drop_rate=0.1)
+    model = small_vit(dropped="merge", num_tokens=0.5, drop_path_rate=0.5, attn_drop_rate=0.1, drop_rate=0.1)
     model.train()(pictures(4)).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_half_precision():
     """Under autocast sizes stay whole numbers and logits finite."""
-    model, outputs = tiny("ATS.ENABLE", True, *keys_of("merge_dropped"), dtype=torch.float32), []
+    model, outputs = tiny("ATS.ENABLE", True, *keys_of("merge"), dtype=torch.float32), []
     ats_blocks(model)[-1].register_forward_hook(lambda _module, _args, out: outputs.append(out))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(pictures(2, torch.float32)).isfinite().all()
@@ -441,7 +469,8 @@ def test_half_precision():
         ([], "ViT + ATS"),
         (["ATS.SAMPLER", "topk"], "ViT + ATS (topk)"),
         (["ATS.SAMPLER", "keep_all"], "ViT + ATS (keep_all)"),
-        (["ATS.SAMPLER", "merge_dropped"], "ViT + merge_dropped"),
+        (["ATS.DROPPED", "merge"], "ViT + ATS merge"),
+        (["ATS.SAMPLER", "topk", "ATS.DROPPED", "fuse"], "ViT + ATS (topk) fuse"),
         (["ATS.STAGES", STAGES["sampling, EViT"]], "ViT + ATS + EViT"),
         (["ATS.ENABLE", False], "ViT dense"),
     ],

@@ -1,7 +1,8 @@
-"""ToMe and EViT: golden numbers of their authors' code, and the laws that hold on any input.
+"""ToMe, EViT, PPT and PiToMe: golden numbers of their authors' code, and the laws that hold on any input.
 
-Golden cases: fixtures/image/G_tome_* (facebookresearch/ToMe) and H_evit_* (youweiliang/evit), unmodified; weights by
-the recipe in their case.json. Their images were chosen for wide margins, so tokens are compared exactly.
+Golden cases: fixtures/image/G_tome_* (facebookresearch/ToMe), H_evit_* (youweiliang/evit), I_ppt_* (xjwu1024/PPT) and
+J_pitome_* (hchautran/PiToMe), unmodified; weights by the recipe in their case.json. Their images were chosen for wide
+margins, so tokens are compared exactly.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from ats.errors import UserError
 from ats.flops import gflops
 from ats.models import build_model
 from ats.reduction.evit import EViT
-from ats.reduction.merging import bipartite_soft_matching
+from ats.reduction.merging import bipartite_soft_matching, sizes
 from ats.tokens import RaggedTokens
 
 TOME, EVIT = ("G_tome_r8", "G_tome_schedule"), ("H_evit_k07_fuse", "H_evit_k05_nofuse")
+PPT, PITOME = ("I_ppt_r12", "I_ppt_list_noprop"), ("J_pitome_r090", "J_pitome_r070")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 TINY = [
     "VIT.IMG_SIZE", 32, "VIT.PATCH_SIZE", 4, "VIT.EMBED_DIM", 32, "VIT.NUM_HEADS", 2, "VIT.DEPTH", 4,
@@ -49,7 +51,16 @@ def load_case(name: str, dtype: torch.dtype):
     """Network with its weights, golden numbers, images."""
     case, golden = golden_case(name)
     c = case["config"]
-    if "r" in c:
+    if "pp_loc_list" in c:
+        blocks, requested = c["pp_loc_list"], c["r_per_pp_block_requested"]
+        r = [0] * c["depth"]
+        for block, own in zip(blocks, requested, strict=True):
+            r[block] = own
+        keys = ["ATS.SAMPLER", "ppt", "ATS.BLOCKS", blocks, "PPT.R", c["r"] if isinstance(c["r"], int) else r]
+        keys += ["PPT.THRESHOLD", c["threshold"], "PPT.PROP_ATTN", c["prop_attn"]]
+    elif "ratio" in c:
+        keys = ["ATS.SAMPLER", "pitome", "ATS.BLOCKS", list(range(6)), "PITOME.RATIO", c["ratio"]]
+    elif "r" in c:
         keys = ["ATS.SAMPLER", "tome", "ATS.BLOCKS", list(range(6)), "TOME.R", c["r"], "TOME.PROP_ATTN", c["prop_attn"]]
     else:
         keys = ["ATS.SAMPLER", "evit", "ATS.BLOCKS", c["drop_blocks"], "EVIT.KEEP_RATE", c["keep_rate"]]
@@ -113,6 +124,39 @@ def test_matching_alone_equals_its_authors_code(name):
 
 
 @DTYPES
+@pytest.mark.parametrize("name", PPT + PITOME)
+def test_ppt_and_pitome_equal_their_authors_code(name, dtype):
+    """Which tokens were dropped or merged into which, sizes, block outputs and logits."""
+    model, golden, x = load_case(name, dtype)
+    logits, trace, outputs = run_with_outputs(model, x)
+    want = golden["logits" if dtype == torch.float32 else "logits_f64"]
+    np.testing.assert_allclose(logits, want, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0)
+    for entry in trace:
+        assert entry.num_tokens.tolist() == [golden["n_tokens"][entry.block]] * len(x)
+        tokens, assign = outputs[entry.block], golden[f"block{entry.block}_assign"].astype(np.int64)
+        position, size = (tokens.layout.pad(t).numpy() for t in (tokens.position, sizes(tokens, dtype)))
+        want_size = golden[f"block{entry.block}_size"]
+        out = tokens.layout.pad(tokens.x).numpy()
+        for image in range(len(x)):
+            place = assign[image][position[image]]  # in the reference's order: a later block may not see ours
+            assert sorted(place) == list(range(len(place)))
+            if name in PPT:
+                assert (place == np.arange(len(place))).all()  # in PPT's the order decides later merges
+            assert (size[image] == want_size[image][place]).all()
+            if f"block{entry.block}_out" in golden:
+                want_out = golden[f"block{entry.block}_out"][image][place]
+                np.testing.assert_allclose(out[image], want_out, atol=5e-5, rtol=0)
+
+
+def test_ppt_that_always_merges_is_tome():
+    """With an infinite threshold, in every block, to the bit."""
+    x = pictures(3)
+    ppt = tiny("ATS.ENABLE", True, "ATS.SAMPLER", "ppt", "PPT.R", 8, "PPT.THRESHOLD", 1e9)
+    tome = tiny("ATS.ENABLE", True, "ATS.SAMPLER", "tome", "TOME.R", 8)
+    assert torch.equal(ppt(x), tome(x))
+
+
+@DTYPES
 @pytest.mark.parametrize("name", EVIT)
 def test_evit_equals_its_authors_code(name, dtype):
     """Kept tokens in their order, the fused token, block outputs and logits."""
@@ -133,7 +177,7 @@ def test_evit_equals_its_authors_code(name, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("name", TOME + EVIT)
+@pytest.mark.parametrize("name", TOME + EVIT + PPT + PITOME)
 def test_gradients_equal_the_authors_code(name, dtype):
     """With respect to the image and every stored weight; through EViT's fused weights too."""
     model, golden, x = load_case(name, dtype)
@@ -141,18 +185,31 @@ def test_gradients_equal_the_authors_code(name, dtype):
     check_gradients(model, x, model(x), golden, prefix="grad_")
 
 
-@pytest.mark.parametrize("sampler", ["tome", "evit"])
+@pytest.mark.parametrize("sampler", ["tome", "evit", "ppt", "pitome"])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_nothing_reduced_is_the_dense_network(sampler, distilled):
-    """r = 0 and keep rate 1."""
-    keys = ["ATS.SAMPLER", sampler, "TOME.R", 0, "EVIT.KEEP_RATE", 1.0, "VIT.DISTILLED", distilled]
+    """r = 0, keep rate and ratio 1."""
+    keys = ["ATS.SAMPLER", sampler, "TOME.R", 0, "EVIT.KEEP_RATE", 1.0, "PPT.R", 0, "PITOME.RATIO", 1.0]
+    keys += ["VIT.DISTILLED", distilled]
     x = pictures(2)
     reduced, dense = (tiny(*keys, "ATS.ENABLE", enable) for enable in (True, False))
     torch.testing.assert_close(reduced(x), dense(x), atol=1e-12, rtol=0)
     assert all(entry.num_tokens.tolist() == [64 + 1 + distilled] * 2 for entry in reduced.forward_tokens(x)[1])
 
 
-@pytest.mark.parametrize("keys", [["ATS.SAMPLER", "tome", "TOME.R", 9], ["ATS.SAMPLER", "evit"]], ids=["tome", "evit"])
+RIVALS = pytest.mark.parametrize(
+    "keys",
+    [
+        ["ATS.SAMPLER", "tome", "TOME.R", 9],
+        ["ATS.SAMPLER", "evit"],
+        ["ATS.SAMPLER", "ppt", "PPT.R", 9, "PPT.THRESHOLD", 2e-6],
+        ["ATS.SAMPLER", "pitome", "PITOME.RATIO", 0.7],
+    ],
+    ids=["tome", "evit", "ppt", "pitome"],
+)
+
+
+@RIVALS
 @pytest.mark.parametrize("distilled", [False, True])
 def test_batch_makes_no_difference(keys, distilled):
     """Every image alone, and the batch reversed."""
@@ -166,7 +223,7 @@ def test_batch_makes_no_difference(keys, distilled):
     assert (logits - dense(x)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("keys", [["ATS.SAMPLER", "tome", "TOME.R", 9], ["ATS.SAMPLER", "evit"]], ids=["tome", "evit"])
+@RIVALS
 def test_trains_and_exports(keys):
     """Every weight gets a finite gradient under stochastic depth and dropout; no shape depends on the image, so the
     static layout exports, with the same logits.
@@ -339,6 +396,8 @@ def test_number_kept_is_a_ceiling_of_the_float_product():
         ["ATS.SAMPLER", "tome", "ATS.BLOCKS", [1], "TOME.R", 3],
         ["ATS.SAMPLER", "evit", "EVIT.KEEP_RATE", [0.6, 1, 0.99, 0.5]],
         ["ATS.SAMPLER", "evit", "ATS.BLOCKS", [1, 3], "EVIT.FUSE_TOKEN", False],
+        ["ATS.SAMPLER", "ppt", "ATS.BLOCKS", [0, 2], "PPT.R", 7],
+        ["ATS.SAMPLER", "pitome", "PITOME.RATIO", [0.9, 1.0, 0.7, 0.8]],
     ],
     ids=str,
 )

@@ -1,0 +1,142 @@
+"""PiToMe (Tran et al., Accelerating Transformers with Spectrum-Preserving Token Merging, NeurIPS 2024): in every block,
+behind the attention, redundant tokens merge. A token is redundant if many others are similar to it: its energy.
+
+    e_i = mean_j f(cos(k_i, k_j) - m),   f(z) = z above 0, else exp(z) - 1,   m = margin * (1 - block / depth)
+
+In the first half of the blocks energies only decide the split into proposers and partners; in the second, the 2r tokens
+with the highest energy merge in pairs and all others are protected.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ats.lazy import torch
+from ats.options import PROBABILITY, SHARE, option
+from ats.reduction.base import Scheduled, Step, register
+from ats.reduction.merging import Matching, bipartite_soft_matching, repack, rows_of, size_bias, sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ats.tokens import RaggedTokens
+
+
+@register("pitome")
+@dataclass(frozen=True)
+class PiToMe(Scheduled):
+    """Merge what is redundant, a share of the tokens present."""
+
+    title = "PiToMe"
+    amount = "ratio"
+    after_attention = True
+
+    ratio: float = option(
+        0.9,
+        "Of ATS.SAMPLER pitome: share of the tokens present, prefix tokens not counted, that each of ATS.BLOCKS leaves;"
+        " or a list with one entry per block of the network.",
+        within=SHARE,
+        types=(float, list),
+        per_block=True,
+        give="a share in (0, 1]",
+    )
+    margin: float = option(
+        0.75,
+        "Of ATS.SAMPLER pitome: similarity above which a token counts as redundant in block 0; it falls linearly.",
+        within=PROBABILITY,
+    )
+    split_share: float = option(
+        0.5,
+        "Of ATS.SAMPLER pitome: share of the network's blocks, from the first, in which any token may merge; behind "
+        "them only the most redundant ones.",
+        within=PROBABILITY,
+    )
+    prop_attn: bool = option(
+        False, "Of ATS.SAMPLER pitome: proportional attention, logits plus the log of a token's size."
+    )
+
+    @property
+    def size_factor(self) -> float:
+        return float(self.prop_attn)
+
+    @property
+    def protects(self) -> bool:
+        """Whether tokens of low energy stay as they are."""
+        return self.block >= math.ceil(self.split_share * self.depth)
+
+    def num_merged(self, num_tokens: int) -> int:
+        """Tokens that merge away of `num_tokens`, prefix tokens counted."""
+        num = num_tokens - self.num_prefix_tokens
+        return max(min(math.floor(num - num * self.ratio), num // 2), 0)
+
+    def limit(self, max_tokens: int) -> int:
+        return max_tokens - self.num_merged(max_tokens)
+
+    def merge(self, step: Step) -> RaggedTokens:
+        """Merge tokens that are similar in the mean of their keys over the heads."""
+        tokens, layout, num_prefix = step.kept, step.kept.layout, self.num_prefix_tokens
+        if self.num_merged(tokens.max_tokens) == 0:
+            return tokens  # then no sequence has any to merge, in any batch
+        dtype = torch.promote_types(step.k.dtype, torch.float32)
+        with torch.autocast(step.k.device.type, enabled=False):
+            metric = layout.pad(step.k.detach().to(dtype).mean(dim=1))[:, num_prefix:]
+            metric = torch.nn.functional.normalize(metric, dim=2)
+            valid, num = layout.mask[:, num_prefix:], layout.lengths - num_prefix
+            energies = energy(metric, valid, margin=self.margin * (1 - self.block / self.depth))
+            order = energies.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+            r = (num - num.double() * self.ratio).floor().to(num.dtype).minimum(num // 2)
+            matching = bipartite_soft_matching(
+                rows_of(metric, order), r, num_prefix_tokens=0, lengths=num, among=2 * r if self.protects else None
+            )
+            matching = behind_prefix(matching, order, num_prefix, limit=self.limit(layout.longest))
+            x, size = matching.merge(layout.pad(tokens.x), layout.pad(sizes(tokens, dtype)))
+        return repack(
+            tokens,
+            None if layout.uniform and layout.full else matching.lengths,
+            max_tokens=self.limit(tokens.max_tokens),
+            x=x,
+            position=layout.pad(tokens.position).gather(1, matching.order),
+            size=size,
+            key_bias=size_bias(size, self.size_factor),
+        )
+
+    def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
+        """Of all similarities, for the energies, and of those between proposers and partners."""
+        num = num_in - self.num_prefix_tokens
+        num_a = torch.ceil(num / 2)
+        return (num * num + num_a * (num - num_a)) * head_dim
+
+    @classmethod
+    def usual_blocks(cls, depth: int) -> list[int]:
+        return list(range(depth))
+
+    def scaled(self, scale: float, max_tokens: int, stagger: float) -> PiToMe:
+        return replace(self, ratio=min(max(1 - (1 - scale) * self.schedule_factor, 0.5), 1.0))
+
+
+def energy(unit: Tensor, valid: Tensor, *, margin: float) -> Tensor:
+    """[S, M] how redundant each token is: the mean of ELU(cosine - margin) over all tokens of its sequence.
+
+    Args:
+        unit: [S, M, D], rows of norm 1. valid: [S, M], where there is a token.
+    """
+    redundancy = torch.nn.functional.elu(unit @ unit.transpose(1, 2) - margin)
+    return (redundancy * valid[:, None]).sum(dim=2) / valid.sum(dim=1, keepdim=True)
+
+
+def behind_prefix(matching: Matching, order: Tensor, num_prefix: int, *, limit: int) -> Matching:
+    """A matching of tokens in another order as one of the whole sequence, prefix tokens first.
+
+    Args:
+        order: [S, M] which token lies at each place of `matching`, prefix tokens not counted.
+        limit: the most tokens of a sequence that stay, prefix tokens counted.
+    """
+    prefix = torch.arange(num_prefix, device=order.device).expand(order.shape[0], -1)
+    target = torch.where(matching.target >= 0, matching.target + num_prefix, -1)
+    return Matching(
+        torch.cat([prefix, order.gather(1, matching.order) + num_prefix], dim=1)[:, :limit],
+        torch.cat([prefix, torch.empty_like(target).scatter(1, order, target)], dim=1),
+        matching.lengths + num_prefix,
+    )
