@@ -1,5 +1,6 @@
 # make demo          evaluate dense, ATS untouched and ATS fine-tuned on real handwritten digits; a table and a picture
 # make demo-video    the same on videos of digits that move, with the frames in order and shuffled
+# make demo-photos   the same on photographs, CIFAR-10: drop, merge, fine-tuned; needs tools/prepare_cifar10.py first
 # make study         the paper's studies on the digits, three seeds; writes docs/STUDY.md, goes on where it was interrupted
 # make test          the whole test suite
 # make test-faults   a training killed at 30 moments, each resumed, compared with an undisturbed one
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 KILLS ?= 30
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-video study test test-faults gpu lint format clean
+.PHONY: demo demo-video demo-photos study test test-faults gpu lint format clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tools/demo.py
@@ -22,8 +23,12 @@ demo: $(INSTALLED)
 demo-video: $(INSTALLED)
 	@$(BIN)/python tools/demo_video.py
 
+demo-photos: $(INSTALLED)
+	@$(BIN)/python tools/demo_photos.py
+
 study: $(INSTALLED)
 	@$(BIN)/python tools/study.py
+	@$(BIN)/python tools/compare.py
 
 # One thread per test process: two processes that share two cores lose more to each other's threads than they gain.
 # Files are begun in the order of tests/conftest.py, not by their number of tests: some of the longest have few.

@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "configs" / "Digits"
-WEIGHTS = CONFIGS / "weights"
+CONFIGS = ROOT / "configs"
 sys.path.insert(0, str(ROOT))
 
 from make_digits import make_digits  # noqa: E402 - beside this file
@@ -37,33 +36,45 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """A line of the table: its name, its config and weights in configs/Digits, the first ATS block (None: dense)."""
+    """A line of the table."""
 
     name: str
-    config: str
-    weights: str
-    first_block: int | None
+    config: str  # in configs, without .yaml: "Digits/DeiT"
+    weights: str  # beside it in weights, without .safetensors
+    overrides: tuple = ()  # KEY, VALUE, ...
 
 
 def make_rows(network: str) -> list[Row]:
     """Dense, then ATS untouched and ATS fine-tuned, each at three operating points. `network`: DeiT or XViT."""
-    dense, tuned = f"{network.lower()}_dense", f"{network.lower()}_ats"
-    return [
-        Row("dense", network, dense, None),
-        *(Row(f"ATS untouched, blocks {first}-11", f"{network}_ATS", dense, first) for first in (6, 5, 4)),
-        *(Row(f"ATS fine-tuned, blocks {first}-11", f"{network}_ATS", tuned, first) for first in (6, 5, 4)),
-    ]
+    kinds = {"untouched": f"{network.lower()}_dense", "fine-tuned": f"{network.lower()}_ats"}
+    rows = [Row("dense", f"Digits/{network}", kinds["untouched"])]
+    for kind, weights in kinds.items():
+        for first in (6, 5, 4):
+            blocks = ("ATS.BLOCKS", list(range(first, 12)))
+            rows.append(Row(f"ATS {kind}, blocks {first}-11", f"Digits/{network}_ATS", weights, blocks))
+    return rows
 
 
 ROWS = make_rows("DeiT")
 
 
+def weights_of(row: Row) -> Path:
+    """The file of a row's weights."""
+    return (CONFIGS / row.config).parent / "weights" / f"{row.weights}.safetensors"
+
+
 def row_config(row: Row, *, data: Path, output: Path) -> CfgNode:
     """The configuration of a row."""
-    overrides = [] if row.first_block is None else ["ATS.BLOCKS", list(range(row.first_block, 12))]
-    weights = WEIGHTS / f"{row.weights}.safetensors"
-    overrides += ["TEST.CHECKPOINT_FILE_PATH", str(weights), "DATA.PATH_TO_DATA_DIR", str(data)]
-    return load_config(CONFIGS / f"{row.config}.yaml", [*overrides, "OUTPUT_DIR", str(output)])
+    config = CONFIGS / f"{row.config}.yaml"
+    places = [
+        "TEST.CHECKPOINT_FILE_PATH",
+        str(weights_of(row)),
+        "DATA.PATH_TO_DATA_DIR",
+        str(data),
+        "OUTPUT_DIR",
+        str(output),
+    ]
+    return load_config(config, [*row.overrides, *places])
 
 
 def load_model(cfg: CfgNode) -> tuple[nn.Module, torch.device]:
@@ -113,17 +124,26 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(*, data: Path, output: Path) -> None:
     """Make the data, evaluate every row, write the table and the picture."""
+    made = make_digits(data)
+    print(f"Digits data set: {data}{'' if made else ' (already there)'}", file=sys.stderr)
+    evaluate_rows(ROWS, data=data, output=output)
+
+
+def evaluate_rows(rows: Sequence[Row], *, data: Path, output: Path, captions: Sequence[str] = ()) -> None:
+    """Evaluate every row on images, write the table, and the picture of the last one.
+
+    Args:
+        captions: a name per class; by default its number.
+    """
     import simplejson
     import torch
 
     from ats.datasets import build_loader
     from ats.engine.evaluate import evaluate, format_table
 
-    made = make_digits(data)
-    print(f"Digits data set: {data}{'' if made else ' (already there)'}", file=sys.stderr)
     results, models = {}, {}
-    for number, row in enumerate(ROWS, start=1):
-        print(f"[{number}/{len(ROWS)}] {row.name}", file=sys.stderr)
+    for number, row in enumerate(rows, start=1):
+        print(f"[{number}/{len(rows)}] {row.name}", file=sys.stderr)
         cfg = row_config(row, data=data, output=output)
         loader = build_loader(cfg, "val")
         model, device = load_model(cfg)
@@ -135,11 +155,13 @@ def run(*, data: Path, output: Path) -> None:
     contents = {name: asdict(result) for name, result in results.items()}
     write(output / "results.json", simplejson.dumps(contents, indent=2) + "\n")
     write(output / "table.md", format_table(results, style="pipe") + "\n")
-    picture = draw_examples(cfg, model, output / "kept_tokens.png")
+    picture = draw_examples(cfg, model, output / "kept_tokens.png", names=captions)
     print(f"\n{table}\n\nPicture of the tokens kept by each block: {picture}\nTable and numbers: {output}")
 
 
-def draw_examples(cfg: CfgNode, model: nn.Module, path: Path, *, num_images: int = 6) -> Path:
+def draw_examples(
+    cfg: CfgNode, model: nn.Module, path: Path, *, num_images: int = 6, names: Sequence[str] = ()
+) -> Path:
     """Draw validation images, from the cheapest to the costliest, with the patches that the network kept."""
     import torch
 
@@ -156,8 +178,9 @@ def draw_examples(cfg: CfgNode, model: nn.Module, path: Path, *, num_images: int
     chosen = by_cost[torch.linspace(0, len(by_cost) - 1, num_images).round().long()]
     logits, _, views = look(model, x[chosen])
     labels = [samples[i].label for i in chosen.tolist()]
+    names = names or list(map(str, range(cfg.MODEL.NUM_CLASSES)))
     captions = [
-        f"read as {guess}" + ("" if guess == label else f", is {label}")
+        f"read as {names[guess]}" + ("" if guess == label else f", is {names[label]}")
         for guess, label in zip(logits.argmax(1).tolist(), labels, strict=True)
     ]
     pictures = as_pictures(x[chosen], cfg.DATA.MEAN, cfg.DATA.STD)

@@ -108,7 +108,7 @@ def _official(root: Path) -> Iterator[File]:
 
 
 def _images(source: Path) -> Iterator[File]:
-    """The images of a zip file or folder with `train/<class>/` and `val/<class>/` or `test/<class>/` somewhere in it."""
+    """The images of a zip file or folder with `train/<class>/` and `val/<class>/` (or `test/`) somewhere in it."""
     from ats.datasets.imagenet import open_image  # imports torch
 
     for name, read in _members(source):

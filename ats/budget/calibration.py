@@ -75,15 +75,17 @@ class Calibration:
         """
         if self.is_dense:
             return yaml.safe_dump({"ATS": {"ENABLE": False}})
-        stages = [list(own) for _, own in groupby(self.setting, key=lambda r: replace(r, block=0, **{r.amount: 1}))]
+        stages = as_stages(self.setting, self.depth)
         kind, lines = self.setting[0], {"ATS": {"ENABLE": True}}
         if as_stages or len(stages) > 1:
-            lines["ATS"]["STAGES"] = [_stage(own, self.depth) for own in stages]
+            lines["ATS"]["STAGES"] = stages
         else:
             key = next(option.key for option in options_of(type(kind)) if option.name == kind.amount)
             section, name = key.split(".")
             sampler = {} if kind.name == "inverse_transform" else {"SAMPLER": kind.name}
             lines["ATS"] |= {"BLOCKS": list(self.blocks)} | sampler
+            if getattr(kind, "schedule", "flat") != "flat":  # the amounts follow it already
+                lines["ATS"]["SCHEDULE"] = "flat"
             lines.setdefault(section, {})[name] = self.per_block
         return yaml.safe_dump(lines, sort_keys=False, default_flow_style=None, width=10**6)
 
@@ -211,6 +213,12 @@ def _search_time(network: Network, goal: Goal, *, batch_size: int, threads: int 
     )
 
 
+def as_stages(setting: Sequence[Reduction], depth: int) -> list[dict[str, object]]:
+    """Entries of ATS.STAGES that give the blocks these reductions."""
+    groups = groupby(setting, key=lambda r: replace(r, block=0, **{r.amount: 1}))
+    return [_stage(list(own), depth) for _, own in groups]
+
+
 def _stage(setting: Sequence[Reduction], depth: int) -> dict[str, object]:
     """An entry of ATS.STAGES: blocks that differ in their amount alone."""
     first = setting[0]
@@ -219,21 +227,32 @@ def _stage(setting: Sequence[Reduction], depth: int) -> dict[str, object]:
         for option in options_of(type(first))
         if not option.about.networks or getattr(first, option.name) != option.default
     }
+    if "SCHEDULE" in options:
+        options["SCHEDULE"] = "flat"  # the amounts follow it already
     blocks = [reduction.block for reduction in setting]
     return {"SAMPLER": first.name, "BLOCKS": blocks} | options | {first.amount.upper(): per_block(setting, depth)}
 
 
-def nearest(model: nn.Module, x: Tensor, gflops: float, *, accounting: str = "run", batch_size: int = 128) -> float:
-    """Set the one amount of all blocks of `model`, in place, with which images x come nearest to a budget, in or out of
+def nearest(
+    model: nn.Module,
+    x: Tensor,
+    gflops: float,
+    *,
+    accounting: str = "run",
+    batch_size: int = 128,
+    together: bool = True,
+) -> float:
+    """Set the amounts of all blocks of `model`, in place, with which images x come nearest to a budget, in or out of
     reach; for comparisons at equal cost.
 
     Args:
-        x: [N, 3, H, W] or clips. gflops: mean of an image.
+        x: [N, 3, H, W] or clips. gflops: mean of an image. together: one amount for all blocks; False: blocks may
+            differ by one, which comes nearer.
 
     Returns:
         Mean GFLOPs reached.
     """
-    network = Network(model, _to_batches(x, batch_size), accounting, progress=False, together=True)
+    network = Network(model, _to_batches(x, batch_size), accounting, progress=False, together=together)
     with network.restored_after_an_error():
         measure = cache(lambda setting: Trial(setting, network.run(setting).gflops.mean().item()))
         best = bisect(measure, network.knobs, gflops)[1]

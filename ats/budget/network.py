@@ -92,6 +92,8 @@ class Network:
                 stage["blocks"] = [reduction.block for reduction in own]
             if own:
                 stage[own[0].amount] = per_block(own, self.depth)
+                if "schedule" in stage:
+                    stage["schedule"] = "flat"  # the amounts follow it already
         if "stages" in settings:
             settings["stages"] = [stage for stage in stages if stage["blocks"]]
 

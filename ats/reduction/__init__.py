@@ -3,7 +3,7 @@
 A reader of the paper starts with `inverse_transform.py`; a reduction of one's own with `base.py` and docs/EXTENDING.md.
 """
 
-from ats.reduction import inverse_transform, simple, tome, evit, ppt, pitome  # isort: skip  # noqa: F401  in the order of --help
+from ats.reduction import inverse_transform, simple, tome, evit, ppt, pitome, merge_sample  # isort: skip  # noqa: F401  in the order of --help
 from ats.reduction.base import REDUCTIONS, SCORES, Candidates, Reduction, Step, register
 from ats.reduction.sampler import Sampler
 from ats.reduction.simple import register_sampler

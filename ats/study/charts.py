@@ -49,12 +49,12 @@ def draw_curve(
     ax.errorbar(x, y, yerr, capsize=2, **look | style)
 
 
-def finish_curves(ax, *, x: str, title: str, dense: float | None = None) -> None:
+def finish_curves(ax, *, x: str, title: str, dense: float | None = None, y: str = "top-1 %") -> None:
     """Labels and legend, and a horizontal line at the accuracy `dense` of the dense network."""
     if dense is not None:
         ax.axhline(dense, color=INK, linewidth=0.9, linestyle="--")
         ax.annotate("dense", (1, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    _style(ax, x=x, y="top-1 %", title=title)
+    _style(ax, x=x, y=y, title=title)
     ax.legend(fontsize=8, frameon=False, loc="lower right")
 
 

@@ -70,7 +70,10 @@ STAGES = {
     "tome": [{"SAMPLER": "tome", "BLOCKS": [0, 1, 2, 3], "R": [9, 0, 5, 40]}],
     "evit after sampling": [{"BLOCKS": [1], "NUM_TOKENS": 30}, {"SAMPLER": "evit", "BLOCKS": [2], "KEEP_RATE": 0.95}],
     "tome before top-k": [{"SAMPLER": "tome", "BLOCKS": [0], "R": 9}, {"SAMPLER": "topk", "BLOCKS": [2, 3]}],
-    "merging what is dropped": [{"SAMPLER": "merge_dropped", "BLOCKS": [1, 2], "NUM_TOKENS": 0.7}],
+    "merging what is dropped": [{"DROPPED": "merge", "BLOCKS": [1, 2], "NUM_TOKENS": 0.7}],
+    "fusing what is dropped": [{"DROPPED": "fuse", "BLOCKS": [0, 2], "NUM_TOKENS": 0.7}],
+    "ppt, pitome": [{"SAMPLER": "ppt", "BLOCKS": [1], "R": 12}, {"SAMPLER": "pitome", "BLOCKS": [0, 2], "RATIO": 0.8}],
+    "merge early, sample late": [{"SAMPLER": "merge_sample", "BLOCKS": [0, 1, 2, 3], "R": 7}],
 }
 PSVIT = [
     "MODEL.NAME", "PSViT", "DATA.TRAIN_CROP_SIZE", 32, "PSVIT.NUM_POINTS", [6, 6], "PSVIT.EMBED_DIM", 24,
@@ -81,7 +84,7 @@ PSVIT = [
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stages", STAGES)
-def test_padding_is_counted_as_run(stages, layout, batch, merge_dropped):
+def test_padding_is_counted_as_run(stages, layout, batch):
     """Rows of padding are computed, so they count as run; the paper's accounting is of tokens, in every layout."""
     cfg = get_cfg()
     cfg.merge_from_list([

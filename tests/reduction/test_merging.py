@@ -45,6 +45,7 @@ OPTIONS = {
     "evit, nothing fused": {"sampler": "evit", "keep_rate": 0.7, "fuse_token": False},
     "ppt": {"sampler": "ppt", "r": 6, "threshold": 1e-4},
     "pitome": {"sampler": "pitome", "ratio": 0.7},
+    "merge, then sample": {"sampler": "merge_sample", "r": 6, "points": 0.8},
 }  # fmt: skip
 FUSE = ("fuse", "evit")  # tokens without a position
 
@@ -109,7 +110,7 @@ NETWORKS: dict[str, tuple[Callable[[str | None, str], nn.Module], Callable[[], T
         lambda: transformers_models.images(),
     ),
 }  # fmt: skip
-COMPARED = ("merge", "merge by score", "ppt", "pitome")  # with all tokens of the longest sequence
+COMPARED = ("merge", "merge by score", "ppt", "pitome", "merge, then sample")  # with all tokens of the longest sequence
 EVERYWHERE = [
     (network, kind) for network in NETWORKS for kind in OPTIONS if network != "timm Eva" or kind not in FUSE
 ]  # a fused token has no position, which Eva's blocks look up
@@ -194,7 +195,7 @@ def test_layouts_agree(network, kind, layout):
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "static"])
-@pytest.mark.parametrize("kind", ["merge", "merge by score", "fuse", "ppt", "pitome"])
+@pytest.mark.parametrize("kind", ["merge", "merge by score", "fuse", "ppt", "pitome", "merge, then sample"])
 def test_a_broken_image_harms_nobody_else(kind, layout):
     model, x = vit_by_config(kind, layout), pictures(3)
     with torch.no_grad():
@@ -223,7 +224,7 @@ def test_help_and_messages_know_what_is_registered(merge_dropped, capsys):
     """As a value of ATS.SAMPLER, with the options of inverse transform sampling."""
     run_net.main(["--help", "ATS"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Choices: inverse_transform, topk, random, tome, evit, ppt, pitome, merge_dropped." in text
+    assert "Choices: inverse_transform, topk, random, tome, evit, ppt, pitome, merge_sample, merge_dropped." in text
     assert "Read by ATS.SAMPLER inverse_transform, merge_dropped." in text  # ATS.RULE
     with pytest.raises(UserError, match="Did you mean merge_dropped"):
         ats.patch(timm_models.small_model("deit_tiny_patch16_224"), blocks=[1], sampler="merge_droped")
@@ -303,6 +304,7 @@ STAGES = {
     "sampling, EViT": [
         {"BLOCKS": [0], "NUM_TOKENS": 50}, {"SAMPLER": "evit", "BLOCKS": [1, 3], "KEEP_RATE": [1.0, 0.6, 1.0, 0.7]},
     ],
+    "merge, then sample": [{"SAMPLER": "merge_sample", "BLOCKS": [0, 1, 2, 3], "R": 7, "POINTS": 0.7}],
     "EViT, merge, ToMe": [
         {"SAMPLER": "evit", "BLOCKS": [0]}, MERGE | {"BLOCKS": [1, 2], "NUM_TOKENS": 28},
         {"SAMPLER": "tome", "BLOCKS": [3], "R": 4},
@@ -313,6 +315,9 @@ STAGES = {
 def slow(model: nn.Module, image: Tensor, stages: list[dict]) -> Tensor:
     """Logits [classes] of one image by the network's own modules, token by token."""
     plan = {block: stage for stage in stages for block in stage["BLOCKS"]}
+    if stages[0].get("SAMPLER") == "merge_sample":  # in words: ToMe in the first half, then merging by size x score
+        late = MERGE | {"MERGE_WEIGHT": "size_score", "SIZE_BIAS": 0.5, "POINTS": stages[0]["POINTS"]}
+        plan = {block: {"SAMPLER": "tome", "R": stages[0]["R"]} if block < 2 else late for block in plan}
     x, size, key_bias = model.embed(image[None])[0], None, None
     num_prefix, max_tokens = model.num_prefix_tokens, len(x)
     for index, block in enumerate(model.blocks):
@@ -329,7 +334,7 @@ def slow(model: nn.Module, image: Tensor, stages: list[dict]) -> Tensor:
         if sampler == "inverse_transform":
             row = (torch.einsum("hd,nhd->hn", q[0], k) * attn.scale + bias).softmax(-1).sum(0)
             score = (row * v.flatten(1).norm(dim=1))[num_prefix:]
-            budget = stage.get("NUM_TOKENS", max_tokens)
+            budget = stage.get("NUM_TOKENS", round(stage.get("POINTS", 1) * max_tokens))
             complete = size is None and n == max_tokens
             chosen = by_definition(score.tolist(), budget - num_prefix, complete=complete, rule="official")
             stay = [*range(num_prefix), *sorted(i + num_prefix for i in chosen)]

@@ -71,14 +71,14 @@ def test_table_of_other_methods(folder, results):
 
 
 @pytest.mark.parametrize(("first", "top1"), [(6, 96.38), (5, 96.38), (4, 95.65), (3, 95.04)])
-def test_merging_what_sampling_drops(folder, first, top1, merge_dropped):
+def test_merging_what_sampling_drops(folder, first, top1):
     """With the dense weights, untouched: the numbers of a prototype that was written apart. Dropping gives 96.32,
     96.10, 94.32 and 94.09.
     """
     row = next(row for row in demo.ROWS if row.name == "ATS untouched, blocks 5-11")
     cfg = demo.row_config(row, data=folder / "digits", output=folder).clone()
     cfg.defrost()
-    cfg.merge_from_list(["ATS.SAMPLER", merge_dropped, "ATS.BLOCKS", list(range(first, 12))])
+    cfg.merge_from_list(["ATS.DROPPED", "merge", "ATS.BLOCKS", list(range(first, 12))])
     assert evaluate_config(cfg).top1 == pytest.approx(top1, abs=0.15)
 
 

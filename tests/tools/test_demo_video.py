@@ -48,12 +48,12 @@ def small_demo(tmp_path_factory):
     few = {split: make_moving_digits.Digits(*(a[:20] for a in digits)) for split, digits in splits.items()}
     torch.manual_seed(0)
     for name in ("xvit_dense", "xvit_ats"):
-        model = build_model(load_config(demo.CONFIGS / "XViT.yaml"))
+        model = build_model(load_config(demo.CONFIGS / "Digits" / "XViT.yaml"))
         save_safetensors(folder / f"{name}.safetensors", model.state_dict())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_moving_digits, "NUM_FRAGMENTS", 50)
         patch.setattr(make_moving_digits, "split_digits", lambda seed: few)
-        patch.setattr(demo, "WEIGHTS", folder)
+        patch.setattr(demo, "weights_of", lambda row: folder / f"{row.weights}.safetensors")
         patch.setattr(demo_video, "ROWS", [demo_video.ROWS[i] for i in (0, 2, 6)])
         small = {"train_per_digit": 1, "val_per_digit": 1, "num_workers": 0}
         make = make_moving_digits.make_moving_digits
@@ -87,7 +87,7 @@ def test_demo_draws(small_demo):
 
 
 def test_missing_weights_are_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(demo, "weights_of", lambda row: tmp_path / "weights" / f"{row.weights}.safetensors")
     cfg = demo.row_config(demo_video.ROWS[1], data=tmp_path, output=tmp_path)
 
     def run(**folders) -> None:
