@@ -31,9 +31,13 @@ study: $(INSTALLED)
 	@$(BIN)/python tools/compare.py
 
 # One thread per test process: two processes that share two cores lose more to each other's threads than they gain.
-# Files are begun in the order of tests/conftest.py, not by their number of tests: some of the longest have few.
+# Files are begun in the order of tests/conftest.py, not by their number of tests: some of the longest have few. A process
+# that ends is a failure at once: replaced, it leaves the run waiting for ever. The engines of test_peers.py (OpenVINO,
+# ONNX Runtime, inductor) have ended one that had run many other files, so they have a process of their own.
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+		--ignore tests/benchmark/test_peers.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmark/test_peers.py
 
 test-faults: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine/test_faults.py -k any_moment --kills $(KILLS) -s

@@ -1,5 +1,5 @@
 """K for a budget: `calibrate` for users, `nearest` for comparisons at equal cost; one search for both."""
 
-from ats.budget.calibration import Calibration, as_stages, calibrate, nearest
+from ats.budget.calibration import Calibration, calibrate, nearest, to_stages
 
-__all__ = ["Calibration", "as_stages", "calibrate", "nearest"]
+__all__ = ["Calibration", "calibrate", "nearest", "to_stages"]

@@ -22,7 +22,7 @@ import yaml
 from torch import Tensor, nn
 
 from ats.budget.network import Network, Pass, per_block
-from ats.budget.search import Setting, Trial, amounts, bisect, refine
+from ats.budget.search import Knobs, Measure, Setting, Trial, amounts, bisect, refine
 from ats.budget.timing import Goal, Timing, calibrate_time
 from ats.errors import UserError
 from ats.reduction import Reduction
@@ -75,7 +75,7 @@ class Calibration:
         """
         if self.is_dense:
             return yaml.safe_dump({"ATS": {"ENABLE": False}})
-        stages = as_stages(self.setting, self.depth)
+        stages = to_stages(self.setting, self.depth)
         kind, lines = self.setting[0], {"ATS": {"ENABLE": True}}
         if as_stages or len(stages) > 1:
             lines["ATS"]["STAGES"] = stages
@@ -87,6 +87,10 @@ class Calibration:
             if getattr(kind, "schedule", "flat") != "flat":  # the amounts follow it already
                 lines["ATS"]["SCHEDULE"] = "flat"
             lines.setdefault(section, {})[name] = self.per_block
+            varied = {name for options in type(kind).variants() for name in options}
+            for option in options_of(type(kind)):
+                if option.name in varied:
+                    lines.setdefault(section, {})[option.key.split(".")[1]] = getattr(kind, option.name)
         return yaml.safe_dump(lines, sort_keys=False, default_flow_style=None, width=10**6)
 
     def spread(self) -> dict[str, float]:
@@ -213,7 +217,7 @@ def _search_time(network: Network, goal: Goal, *, batch_size: int, threads: int 
     )
 
 
-def as_stages(setting: Sequence[Reduction], depth: int) -> list[dict[str, object]]:
+def to_stages(setting: Sequence[Reduction], depth: int) -> list[dict[str, object]]:
     """Entries of ATS.STAGES that give the blocks these reductions."""
     groups = groupby(setting, key=lambda r: replace(r, block=0, **{r.amount: 1}))
     return [_stage(list(own), depth) for _, own in groups]
@@ -276,6 +280,8 @@ def _search(network: Network, name: str, value: float, *, refine_rounds: int, to
     if not least * (1 - tolerance) <= target <= most * (1 + tolerance):
         raise UserError(_out_of_reach(network, name, value, least, most))
     start = bisect(measure, knobs, target, tolerance=tolerance)
+    if refine_rounds:
+        knobs, start = _best_variant(measure, knobs, start, target, tolerance=tolerance)
     best = refine(measure, knobs, start, target, rounds=refine_rounds, tolerance=tolerance)
     network.set(best.setting)
     return Calibration(
@@ -288,6 +294,21 @@ def _search(network: Network, name: str, value: float, *, refine_rounds: int, to
         accounting=network.accounting,
         passes=len(passes),
     )
+
+
+def _best_variant(
+    measure: Measure, knobs: Knobs, start: tuple[float, Trial], target: float, *, tolerance: float
+) -> tuple[Knobs, tuple[float, Trial]]:
+    """The `Reduction.variants` of all blocks, or what they are now, whose logits are surely nearest to the dense
+    network's at the same cost.
+    """
+    kinds = {type(reduction) for reduction in knobs.reductions}
+    for options in kinds.pop().variants() if len(kinds) == 1 else ():
+        other = replace(knobs, reductions=tuple(replace(own, **options) for own in knobs.reductions))
+        found = bisect(measure, other, target, tolerance=tolerance)
+        if found[1].cost <= target * (1 + tolerance) and found[1].surely_nearer_than(start[1]):
+            knobs, start = other, found
+    return knobs, start
 
 
 def _out_of_reach(network: Network, name: str, value: float, least: float, most: float) -> str:

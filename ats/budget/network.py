@@ -92,6 +92,7 @@ class Network:
                 stage["blocks"] = [reduction.block for reduction in own]
             if own:
                 stage[own[0].amount] = per_block(own, self.depth)
+                stage |= {name: getattr(own[0], name) for options in own[0].variants() for name in options}
                 if "schedule" in stage:
                     stage["schedule"] = "flat"  # the amounts follow it already
         if "stages" in settings:

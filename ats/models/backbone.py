@@ -25,7 +25,7 @@ from ats.models.block import ATSBlock, run_blocks
 from ats.models.cost import BlockGrid, size, vit_block_multiply_adds
 from ats.reduction import REDUCTIONS, Reduction
 from ats.reduction.base import options_of
-from ats.reduction.plan import config_key, plan_reductions
+from ats.reduction.plan import NEUTRAL, config_key, plan_reductions, refuse_unread
 from ats.tokens import BlockRecord, KeptTokens, RaggedTokens, Trace
 
 Records = tuple[BlockRecord, ...]
@@ -208,6 +208,8 @@ def reductions_from_cfg(
             options[option.name] = cfg.get(section, {}).get(key, option.default)  # cfg may predate the reduction
         stages.append({"sampler": sampler, "blocks": cfg.ATS.BLOCKS} | options | given)
         namings.append(partial(_stage_key, index=index, given=given, sampler=sampler))
+    given = {name: cfg.ATS.get(name.upper(), neutral) for name, neutral in NEUTRAL.items()}
+    refuse_unread(given, [stage["sampler"] for stage in stages], config_key)
     if any(stage["blocks"] is cfg.ATS.BLOCKS for stage in stages) and not cfg.ATS.BLOCKS:
         raise UserError(
             "ATS.BLOCKS is empty: give blocks, e.g. ATS.BLOCKS [3,4,5], or ATS.ENABLE False for the dense network."

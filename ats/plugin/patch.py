@@ -25,7 +25,7 @@ from ats.plugin.handle import Patched, original_class, restore
 from ats.plugin.timm import model as timm_models
 from ats.reduction import REDUCTIONS, Reduction
 from ats.reduction.base import options_of
-from ats.reduction.plan import plan_reductions, value_of_each_block
+from ats.reduction.plan import plan_reductions, refuse_unread, value_of_each_block
 
 
 def patch(
@@ -68,6 +68,7 @@ def patch(
             raise UserError(
                 f"ats.patch has no option {unknown[0]}: choose from {', '.join(names)}.{suggest(unknown[0], names)}"
             )
+        refuse_unread(options, [sampler], str)
         if settings["score"] is None:
             settings["score"] = library_of(model).default_score(model)
     _apply(model, settings)

@@ -180,6 +180,11 @@ class Reduction:
         raise NotImplementedError(f"{type(self).__name__} has no `scaled`, so no budget can be searched for it")
 
     @classmethod
+    def variants(cls) -> list[dict[str, object]]:
+        """Values of other options than the amount that `ats.calibrate` may try at the same cost."""
+        return []
+
+    @classmethod
     def usual_blocks(cls, depth: int) -> list[int] | None:
         """The blocks its authors use in a network of `depth` blocks; None: those of the config."""
         return None
@@ -207,7 +212,8 @@ class Reduction:
             if any(option.name == "score" for option in options_of(cls)):
                 what, hint = f"{naming('score')} {first.score}", f"; use {naming('score')} mean_attention"
             else:
-                hint = ""
+                names = [name for name, kind in REDUCTIONS.items() if not kind().needs_cls]
+                hint = f"; choose from {', '.join(names)}, or sampling with {naming('score')} mean_attention"
             raise UserError(f"{what} needs a CLS token and this network has none{hint}.")
 
 

@@ -96,6 +96,10 @@ class MergeSample(Reduction):
         return self.part(0).multiply_adds(num_in, num_out, head_dim=head_dim, num_heads=num_heads)
 
     @classmethod
+    def variants(cls) -> list[dict[str, object]]:
+        return [{"switch": switch, "points": points} for switch in (1 / 3, 0.5, 0.75) for points in (1.0, 1.5, 2.5)]
+
+    @classmethod
     def usual_blocks(cls, depth: int) -> list[int]:
         return list(range(depth))
 

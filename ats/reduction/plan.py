@@ -57,6 +57,24 @@ def plan_reductions(
     return dict(sorted(planned.items()))
 
 
+NEUTRAL = {"dropped": "drop", "schedule": "flat"}  # options that change what is computed, and when they do not
+
+
+def refuse_unread(settings: Mapping[str, object], samplers: Sequence[object], naming: Naming) -> None:
+    """Raise a UserError for an option of NEUTRAL that is set and that none of these reductions has."""
+    known = {sampler for sampler in samplers if isinstance(sampler, str) and sampler in REDUCTIONS}
+    for name, neutral in NEUTRAL.items():
+        value = settings.get(name, neutral)
+        readers = [
+            sampler for sampler, kind in REDUCTIONS.items() if name in {option.name for option in options_of(kind)}
+        ]
+        if value != neutral and known and not known & {*readers}:
+            raise UserError(
+                f"{naming(name)} {value} means nothing with {naming('sampler')} {', '.join(map(str, samplers))}: use "
+                f"{naming(name)} {neutral}, or {naming('sampler')} {', '.join(readers)}."
+            )
+
+
 def _plan_stage(stage: dict, network: dict, naming: Naming) -> list[Reduction]:
     depth = network["depth"]
     sampler, blocks = stage.pop("sampler", "inverse_transform"), stage.pop("blocks")

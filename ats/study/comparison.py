@@ -19,10 +19,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ats.budget import as_stages, nearest
+from ats.budget import nearest, to_stages
 from ats.checkpoint import load_weights, save_safetensors
 from ats.config import SHIPPED, CfgNode, load_config
-from ats.datasets import build_loader
+from ats.datasets import Sample, build_loader
+from ats.datasets.base import FileDataset
+from ats.datasets.loader import collate
 from ats.errors import UserError
 from ats.flops import dense_gflops, gflops
 from ats.interleave import interleave
@@ -103,6 +105,7 @@ class Subject(ABC):
     title: str
     unit: str  # of the values
     can_be_tuned = False
+    clusters: np.ndarray | None = None  # [images], equal where images are not independent
 
     @abstractmethod
     def network(self, stages: Sequence[dict] | None, weights: Path | None = None) -> nn.Module:
@@ -149,18 +152,28 @@ class Classifier(Subject):
         return torch.stack([dataset[i].x for i in range(0, len(dataset), step)][: self.size.calibration_images])
 
     @cached_property
-    def _batches(self) -> list:
-        """Batches of the chosen validation images, in memory."""
-        from ats.datasets.loader import collate
-
+    def chosen(self) -> tuple[FileDataset, list[int]]:
+        """The validation data set, and which of its images are evaluated."""
         dataset = build_loader(self.cfg(None), "val").dataset
         step = max(len(dataset) // self.size.images, 1)
-        chosen = list(range(0, len(dataset), step))[: self.size.images]
+        return dataset, list(range(0, len(dataset), step))[: self.size.images]
+
+    @cached_property
+    def batches(self) -> list[Sample]:
+        """Batches of these images, in memory."""
+        dataset, chosen = self.chosen
         samples = [dataset[i] for i in chosen]
         return [collate(samples[i : i + BATCH_SIZE]) for i in range(0, len(samples), BATCH_SIZE)]
 
+    @cached_property
+    def clusters(self) -> np.ndarray | None:
+        if self.title != "Digits":
+            return None
+        dataset, chosen = self.chosen  # <digit>_<copy>.png: several canvases of each digit
+        return np.array([int(Path(dataset.path(i)).stem.split("_")[0]) for i in chosen])
+
     def values(self, model: nn.Module) -> tuple[list[float], float]:
-        result = measure(model, self._batches)
+        result = measure(model, self.batches)
         return [100.0 * (hit == "1") for hit in result["hits"]], result["gflops"]["mean"]
 
     @property
@@ -349,7 +362,7 @@ class Comparison:
             stages = None
             if method is not None:
                 start = self._at_budget(method, budget)
-                stages = as_stages([block.reduction for block in ats_blocks(start)], self.depth)
+                stages = to_stages([block.reduction for block in ats_blocks(start)], self.depth)
             more = {"RNG_SEED": seed, "SOLVER.MAX_EPOCH": 1, "TRAIN.CHECKPOINT_FILE_PATH": str(subject.weights)}
             cfg = subject.cfg(stages, **more)
             path = self.folder / "tuned.safetensors"

@@ -44,11 +44,18 @@ def write_comparison(found: Sequence[Compared], *, folder: Path, command: str, m
     return text
 
 
-def difference(a: Cell, b: Cell) -> Estimate:
-    """a - b on the same images, with its 95 % interval; over the seeds too, where one of them was trained."""
+def difference(a: Cell, b: Cell, clusters: np.ndarray | None) -> Estimate:
+    """a - b on the same images, with its 95 % interval; over the seeds too, where one of them was trained.
+
+    Args:
+        clusters: [images], see `Subject`; None: every image is one of its own.
+    """
     seeds = max(len(a.values), len(b.values))
     values = np.broadcast_to(a.values, (seeds, a.values.shape[1])) - b.values
-    half_width = NORMAL95 * standard_error(values.mean(axis=0))
+    per_unit = values.mean(axis=0)
+    if clusters is not None:
+        per_unit = np.array([per_unit[clusters == one].mean() for one in np.unique(clusters)])
+    half_width = NORMAL95 * standard_error(per_unit)
     if seeds > 1:
         half_width = float(np.hypot(half_width, t95(seeds) * standard_error(values.mean(axis=1))))
     return Estimate(float(values.mean()), half_width)
@@ -73,7 +80,7 @@ def _answer(one: Compared) -> str:
             ours, rival = _best(own, "ours"), _best(own, "rival")
             if ours is None or rival is None:
                 continue
-            lead = difference(ours, rival)
+            lead = difference(ours, rival, one.subject.clusters)
             verdict = {"holds": "ahead", "does not hold": "behind"}.get(lead.verdict(), "equal within the interval")
             scores = (f"{ours.method.name} {ours.values.mean():.2f}", f"{rival.method.name} {rival.values.mean():.2f}")
             lines.append([label, f"{budget:g}", *scores, str(lead), verdict])
@@ -102,7 +109,11 @@ def _table(one: Compared, cells: Sequence[Cell]) -> str:
                 row.append(f"({cell.values.mean():.2f} at {cell.cost:.2f})")
                 continue
             text = f"{cell.values.mean():.2f}"
-            row.append(f"**{text}**" if difference(cell, best[budget]).verdict() != "does not hold" else text)
+            row.append(
+                f"**{text}**"
+                if difference(cell, best[budget], one.subject.clusters).verdict() != "does not hold"
+                else text
+            )
         lines.append(row)
     dense = f"dense: {cells[0].values.mean():.2f}"
     headers = [f"{one.subject.unit}; {dense}", *(f"{budget:g} of the GFLOPs" for budget in budgets)]

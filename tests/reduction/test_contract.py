@@ -47,7 +47,9 @@ def test_it_runs_by_config(every_nth):
 
 def test_scores_by_cls_need_one(every_nth):
     """Else the first patch would be taken for CLS."""
-    with pytest.raises(UserError, match=r"^ATS.SAMPLER every_nth needs a CLS token and this network has none\.$"):
+    with pytest.raises(
+        UserError, match=r"^ATS.SAMPLER every_nth needs a CLS token .* none; choose from tome, pitome, or"
+    ):
         plan_reductions([{"sampler": "every_nth", "blocks": [0]}], depth=2, num_prefix_tokens=0)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from golden import golden_case, images, weights_by_seed
 from helpers import check_gradients, counted_multiply_adds, randomise
 from hypothesis import given, settings
@@ -23,8 +24,10 @@ from ats.config import get_cfg, load_config, schema
 from ats.errors import UserError
 from ats.flops import gflops
 from ats.models import build_model
+from ats.reduction import REDUCTIONS
 from ats.reduction.evit import EViT
 from ats.reduction.merging import bipartite_soft_matching, sizes
+from ats.reduction.plan import plan_reductions
 from ats.tokens import RaggedTokens
 
 TOME, EVIT = ("G_tome_r8", "G_tome_schedule"), ("H_evit_k07_fuse", "H_evit_k05_nofuse")
@@ -438,6 +441,12 @@ def test_degenerate_images_and_half_precision():
         (["ATS.SAMPLER", "evit", "EVIT.KEEP_RATE", [1, 0.5]], "EVIT.KEEP_RATE has 2 entries"),
         (["ATS.SAMPLER", "tomee"], "Did you mean tome"),
         (["MODEL.NAME", "timm/vit_tiny_patch16_dinov3_qkvb"], "Eva"),
+        (["ATS.DROPPED", "merge"], "DROPPED merge means nothing with ATS.SAMPLER tome: use .*drop, or .*topk"),
+        (["ATS.SAMPLER", "topk", "ATS.SCHEDULE", "late"], "SCHEDULE late means nothing with .* topk: .*tome, evit"),
+        (["ATS.SCHEDULE", "late", "TOME.R", [1, 2, 3, 4]], "ATS.SCHEDULE late spreads one amount .* TOME.R is a list"),
+        (["ATS.SAMPLER", "ppt", "PPT.THRESHOLD", -1], "PPT.THRESHOLD -1"),
+        (["ATS.SAMPLER", "pitome", "PITOME.RATIO", 1.2], "PITOME.RATIO 1.2"),
+        (["ATS.SAMPLER", "merge_sample", "MERGE_SAMPLE.POINTS", 0], "MERGE_SAMPLE.POINTS 0"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(keys, message):
@@ -445,6 +454,54 @@ def test_what_makes_no_sense_is_refused(keys, message):
     overrides = [*TINY, "ATS.ENABLE", True, "ATS.BLOCKS", [1], "ATS.SAMPLER", "tome", *keys]
     with torch.device("meta"), pytest.raises(UserError, match=message):
         build_model(load_config(None, overrides))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "amount"),
+    [("tome", 7), ("ppt", 9), ("evit", 0.8), ("pitome", 0.85)],
+    ids=["tome", "ppt", "evit", "pitome"],
+)
+def test_a_late_schedule_moves_the_same_total_to_later_blocks(sampler, amount):
+    """In proportion to ((l + 1) / depth)^2, at the same total."""
+    name = REDUCTIONS[sampler].amount
+    stage = {"sampler": sampler, "blocks": [1, 3, 8, 11], name: amount}
+    flat = plan_reductions([stage], depth=12)
+    late = plan_reductions([stage | {"schedule": "late"}], depth=12)
+    own = [[getattr(r, name) for r in plan.values()] for plan in (flat, late)]
+    assert own[0] == [amount] * 4
+    gone = [x if amount > 1 else 1 - x for x in own[1]]
+    total = 4 * (amount if amount > 1 else 1 - amount)
+    assert sum(gone) == pytest.approx(total)
+    weights = [4, 16, 81, 144]
+    for share, weight in zip(gone, weights, strict=True):
+        assert share == pytest.approx(total * weight / sum(weights), abs=1 if amount > 1 else 1e-9)
+
+
+def test_calibrate_writes_a_late_schedule_out():
+    """As amounts per block that follow it; the model has them, and its lines make the same network."""
+    model = tiny("ATS.ENABLE", True, "ATS.SAMPLER", "tome", "ATS.SCHEDULE", "late", dtype=torch.float32)
+    x = pictures(4, torch.float32)
+    found = ats.calibrate(model, x, speedup=1.3, progress=False, tolerance=0.02)
+    assert list(found.num_tokens) == sorted(found.num_tokens)
+    assert found.num_tokens[0] < found.num_tokens[-1]
+    lines = yaml.safe_load(found.yaml())
+    assert lines["ATS"]["SCHEDULE"] == "flat"
+    again = tiny("ATS.ENABLE", True, "ATS.SAMPLER", "tome", "TOME.R", lines["TOME"]["R"], dtype=torch.float32)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), again(x))
+
+
+def test_another_sampler_brings_its_own_defaults():
+    """r of ToMe is not that of PPT; what was set by hand stays."""
+    model = timm_host()
+    ats.patch(model, blocks=[1], sampler="tome")
+    model.ats.sampler = "ppt"
+    assert model.ats.r == 50
+    model.ats.r = 5
+    model.ats.sampler = "tome"
+    assert model.ats.r == 5
+    with pytest.raises(UserError, match="dropped merge means nothing with sampler tome"):
+        ats.patch(timm_host(), blocks=[1], sampler="tome", dropped="merge")
 
 
 def test_patch_refuses_heads_that_read_more_than_cls():
