@@ -44,12 +44,12 @@ class MergeSample(Reduction):
         within=PROBABILITY,
     )
     points: float = option(
-        1.5,
+        1.25,
         "Of ATS.SAMPLER merge_sample: sample points for each token that is left when sampling begins; K / tokens.",
         within=POSITIVE,
     )
     size_bias: float = option(
-        0.5,
+        0.75,
         "Of ATS.SAMPLER merge_sample: factor of log(size) on the logits of keys in the blocks that sample; it is 1 in "
         "those that merge.",
         within=PROBABILITY,
@@ -97,7 +97,7 @@ class MergeSample(Reduction):
 
     @classmethod
     def variants(cls) -> list[dict[str, object]]:
-        return [{"switch": switch, "points": points} for switch in (1 / 3, 0.5, 0.75) for points in (1.0, 1.5, 2.5)]
+        return [{"switch": switch, "points": points} for switch in (1 / 3, 0.5, 0.75) for points in (1.0, 1.25, 2.0)]
 
     @classmethod
     def usual_blocks(cls, depth: int) -> list[int]:

@@ -79,16 +79,22 @@ def fuse_dropped(step: Step, weight: Tensor, *, limit: int) -> RaggedTokens:
         weight: [T] of every token of the block's input. limit: the most tokens of a sequence then.
     """
     tokens, kept, layout = step.tokens, step.kept, step.kept.layout
-    size, num_sequences = sizes(tokens, weight.dtype), layout.num_sequences
-    goes = tokens.layout.unpad(tokens.layout.mask & ~step.mask)
-    target = torch.where(goes, tokens.layout.sequence, -1)
-    x, _ = weighted_mean(tokens.x, weight, target, num_sequences)
-    size = group_sums(size, target, num_sequences)
+    goes = tokens.layout.mask & ~step.mask  # [S, M]
+    size, weight = ((tokens.layout.pad(t) * goes).to(weight.dtype) for t in (sizes(tokens, weight.dtype), weight))
+    padded = tokens.layout.pad(tokens.x).masked_fill(~goes[..., None], 0)  # NaN * 0 is NaN
+    total = weight.sum(dim=1, keepdim=True)
+    x = (padded * weight[..., None]).sum(dim=1) / torch.where(total > 0, total, 1)
+    x, size = x.to(kept.x.dtype), size.sum(dim=1)
     column = torch.arange(layout.longest + 1, device=goes.device)
     loses = tokens.layout.lengths > layout.lengths
     lengths = layout.lengths + loses
     single = not isinstance(layout.longest, int)  # in a graph that learns the number of tokens from the image
-    columns = only(lengths, layout.longest + 1) if single else min(limit, layout.longest + 1)
+    if single:
+        columns = only(lengths, layout.longest + 1)
+    elif layout.kind == "padded":
+        columns = int(lengths.max())
+    else:
+        columns = min(limit, layout.longest + 1) if layout.kind == "static" else layout.longest + 1
     last = ((column == layout.lengths[:, None]) & loses[:, None])[:, :columns]
 
     def extended(rows: Tensor, value: Tensor | int) -> Tensor:

@@ -126,7 +126,8 @@ class Sampler(Reduction):
         scores = usable(candidates.scores, candidates.valid)
         scores = torch.maximum(scores, LEAST_SCORE * scores.amax(dim=1, keepdim=True))
         scores = torch.nn.functional.pad(scores, (self.num_prefix_tokens, 0), value=1)
-        return layout.unpad(scores.repeat_interleave(layout.num_sequences // len(scores), dim=0))
+        frames = step.tokens.frames_per_clip if self.share_frames else 1
+        return layout.unpad(scores.repeat_interleave(frames, dim=0) if frames > 1 else scores)
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor | int:
         """Of the cosines of all tokens with the kept ones."""

@@ -161,6 +161,29 @@ def test_methods_in_turn_in_both_engines_and_as_pt2(tmp_path, monkeypatch):
             run(images[:2])
 
 
+MERGING = {
+    "merge": [("ATS.DROPPED", "merge"), ("ATS.MERGE_WEIGHT", "size_score")],
+    "fuse": [("ATS.DROPPED", "fuse"), ("ATS.MERGE_WEIGHT", "size_score")],
+    "ppt": [("ATS.SAMPLER", "ppt"), ("PPT.R", 9), ("PPT.THRESHOLD", 1e-4)],
+    "pitome": [("ATS.SAMPLER", "pitome"), ("PITOME.RATIO", 0.8)],
+    "merge_sample": [("ATS.SAMPLER", "merge_sample"), ("MERGE_SAMPLE.R", 6), ("MERGE_SAMPLE.POINTS", 0.8)],
+}
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["static", "adaptive"])
+@pytest.mark.parametrize("kind", MERGING)
+def test_graphs_of_reductions_that_merge_equal_the_eager_network(kind, adaptive, tmp_path):
+    """Both kinds of graph, run by PyTorch; that ONNX Runtime and OpenVINO agree was tried when they were written."""
+    cfg = settings("ViT")
+    words = [word for pair in MERGING[kind] for word in pair]
+    cfg.merge_from_list([*words, "ATS.NUM_TOKENS", 0.6, "ATS.LAYOUT", "packed" if adaptive else "static"])
+    exported = export.export(trained(cfg, tmp_path / "weights.safetensors"), adaptive=adaptive)
+    module = exported.program.module()
+    difference = export.compare(exported, lambda images: list(module(images)), random_images(4))
+    assert difference.distance.max() < 1e-4
+    assert not difference.has_other_counts.any()
+
+
 @pytest.mark.parametrize("name", ["timm/vit_small_patch16_dinov3", "timm/beit_base_patch16_224"])
 def test_graphs_of_timms_models_equal_the_eager_network(name, tmp_path):
     """Registers, rotary embedding and average pooling; relative position bias."""

@@ -133,11 +133,14 @@ def test_an_input_gets_the_same_in_any_batch(network, kind):
     assert all((after.num_tokens <= before.num_tokens).all() for before, after in pairwise(trace))
 
 
+@pytest.mark.parametrize("kind", ["merge", "fuse"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_nothing_dropped_nothing_merged(network):
+def test_nothing_dropped_nothing_merged(network, kind):
     """The dense network: every group is one token, and the log of 1 is 0."""
+    if network == "timm Eva" and kind in FUSE:
+        return
     make, inputs = NETWORKS[network]
-    model, x = make("merge", "packed"), inputs()
+    model, x = make(kind, "packed"), inputs()
     dense = make(None, "packed")
     with torch.no_grad(), keep_all(model):
         logits, _ = model.forward_tokens(x)
@@ -177,7 +180,7 @@ def test_gradients_are_finite(network, kind):
 def test_layouts_agree(network, kind, layout):
     """Padding changes where tokens lie, not what they are; gradients too."""
     if network == "timm Eva" and kind in FUSE:
-        with pytest.raises(UserError, match=r"sampler \w+ does not work with this Eva: .*positions"):
+        with pytest.raises(UserError, match=r"(sampler|dropped) \w+ does not work with this Eva: .*positions"):
             NETWORKS[network][0](kind, layout)
         return
     make, inputs = NETWORKS[network]
@@ -231,6 +234,34 @@ def test_help_and_messages_know_what_is_registered(merge_dropped, capsys):
     model = vit_by_config("merge", "packed")
     own = tiny("ATS.ENABLE", True, "ATS.SAMPLER", "merge_dropped", "ATS.NUM_TOKENS", 0.6, "ATS.BLOCKS", [1, 3])
     torch.testing.assert_close(own(pictures(2)), model(pictures(2)), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "static"])
+@pytest.mark.parametrize("kind", ["merge", "merge by score", "fuse"])
+def test_the_order_of_the_patches_makes_no_difference(kind, layout):
+    """Their positions are in their embeddings. (ToMe splits by order, so it is another matter.)"""
+    model, x = vit_by_config(kind, layout), pictures(3)
+    with torch.no_grad():
+        tokens = model.embed(x)
+        order = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(64)])
+        want, got = (model.run_blocks(own).prefix() for own in (tokens, tokens[:, order]))
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["merge", "merge by score", "fuse"])
+def test_every_patch_is_in_one_token(kind):
+    """Sizes add up to the patches and CLS, block by block; averages by size alone conserve the sum of the tokens."""
+    model, outputs = vit_by_config(kind, "packed"), []
+    for block in ats_blocks(model):
+        block.register_forward_hook(lambda _module, _args, out: outputs.append(out))
+    model(pictures(3))
+    for tokens in outputs:
+        sums = tokens.layout.pad(tokens.size).sum(1)
+        torch.testing.assert_close(sums, torch.full_like(sums, 65), atol=1e-9, rtol=0)
+        assert tokens.size[tokens.prefix_index()].tolist() == [1] * 3
+        fused = (tokens.position < 0).reshape(-1)
+        assert bool(fused.any()) == (kind == "fuse")
 
 
 # ---- laws of the parts
@@ -316,7 +347,7 @@ def slow(model: nn.Module, image: Tensor, stages: list[dict]) -> Tensor:
     """Logits [classes] of one image by the network's own modules, token by token."""
     plan = {block: stage for stage in stages for block in stage["BLOCKS"]}
     if stages[0].get("SAMPLER") == "merge_sample":  # in words: ToMe in the first half, then merging by size x score
-        late = MERGE | {"MERGE_WEIGHT": "size_score", "SIZE_BIAS": 0.5, "POINTS": stages[0]["POINTS"]}
+        late = MERGE | {"MERGE_WEIGHT": "size_score", "SIZE_BIAS": 0.75, "POINTS": stages[0]["POINTS"]}
         plan = {block: {"SAMPLER": "tome", "R": stages[0]["R"]} if block < 2 else late for block in plan}
     x, size, key_bias = model.embed(image[None])[0], None, None
     num_prefix, max_tokens = model.num_prefix_tokens, len(x)
