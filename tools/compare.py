@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +50,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=to_path, default=None, metavar="DIR", help="where COMPARISON.md goes; default docs"
     )
+    parser.add_argument("--off-the-shelf", action="store_true", help="leave out the fine-tuning, most of the time")
     parser.add_argument("--quick", action="store_true", help="few images, one budget, one step of training")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -68,6 +70,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
     setup_logging()
     size = QUICK if args.quick else ComparisonSize()
+    if args.off_the_shelf:
+        size = replace(size, tuned_budgets=())
     subjects = []
     for name in on:
         if name == "digits":

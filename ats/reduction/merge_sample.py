@@ -2,7 +2,7 @@
 tokens are sampled by their scores (ATS), and what is dropped merges into its nearest kept token.
 
 One number, R, sets the cost: the tokens that merge away in each early block. The number of sample points follows from
-what is left: POINTS for each token. docs/STUDY.md compares it with its two halves and with others.
+what is left: POINTS for each token. docs/COMPARISON.md compares it with its two halves and with others.
 """
 
 from __future__ import annotations

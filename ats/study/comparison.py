@@ -35,6 +35,7 @@ from ats.study.results import ResultStore, file_sha256, load_model, measure
 
 BATCH_SIZE = 100
 TIMED_BATCH_SIZE = 32
+DEFAULT_BLOCKS = range(3, 12)  # of ATS.BLOCKS
 PPT_THRESHOLD = 7e-5 * 196**2  # its authors', for 196 patches; variances of shares fall with the square of their number
 
 
@@ -137,6 +138,14 @@ class Classifier(Subject):
     def cfg(self, stages: Sequence[dict] | None, **more: object) -> CfgNode:
         """The configuration with these stages."""
         ats = ["ATS.ENABLE", stages is not None, "ATS.STAGES", list(stages or [])]
+        ats += [
+            "ATS.BLOCKS",
+            list(DEFAULT_BLOCKS),
+            "ATS.NUM_TOKENS",
+            1.0,
+            "ATS.DROPPED",
+            "drop",
+        ]  # the stages have them
         data = ["DATA.PATH_TO_DATA_DIR", str(self.data), "DATA_LOADER.NUM_WORKERS", 0, "DEVICE", "cpu"]
         others = [word for pair in more.items() for word in pair]
         return load_config(self.config, [*data, *ats, "TEST.BATCH_SIZE", BATCH_SIZE, *others])
@@ -254,7 +263,7 @@ class Cell:
     budget: float
     values: np.ndarray  # [seeds, images], one seed off the shelf
     cost: float  # GFLOPs / dense, mean over seeds
-    amounts: list  # per block, of the first seed
+    stages: list[dict]  # entries of ATS.STAGES that meet the budget; of a fine-tuned one empty
     ms: float | None = None  # per image, one thread
 
     @property
@@ -287,7 +296,7 @@ class Comparison:
             for cell in cells[1:]:
                 if cell.budget == budget:
                     cell.ms = seconds[cell.method.id] * cells[0].ms
-        return cells, self._tuned() if self.subject.can_be_tuned else []
+        return cells, self._tuned() if self.subject.can_be_tuned and self.size.tuned_budgets else []
 
     def _inputs(self, method: Method | None, **more: object) -> dict[str, object]:
         stage = None if method is None else method.stage(self.depth, self.num_patches)
@@ -315,11 +324,11 @@ class Comparison:
         def evaluate() -> dict:
             model = self._at_budget(method, budget)
             values, cost = self.subject.values(model)
-            amounts = [getattr(own.reduction, own.reduction.amount) for own in ats_blocks(model)]
-            return {"values": values, "cost": cost / self.dense_gflops, "amounts": amounts}
+            stages = to_stages([block.reduction for block in ats_blocks(model)], self.depth)
+            return {"values": values, "cost": cost / self.dense_gflops, "stages": stages}
 
         found = self.results.get(f"{method.id}__{budget}", self._inputs(method, budget=budget), evaluate)
-        return Cell(method, budget, np.array([found["values"]]), found["cost"], found["amounts"])
+        return Cell(method, budget, np.array([found["values"]]), found["cost"], found["stages"])
 
     def _seconds(self, budget: float, cells: Sequence[Cell]) -> dict[str, float]:
         """Time over the dense network's, in one run, interleaved."""
@@ -327,11 +336,11 @@ class Comparison:
         def time() -> dict:
             models = {"dense": self.subject.network(None)}
             for cell in cells:
-                models[cell.method.id] = self._at_budget(cell.method, budget)
+                models[cell.method.id] = self.subject.network(cell.stages)
             seconds = self._time(models)
             return {name: own / seconds["dense"] for name, own in seconds.items()}
 
-        inputs = self._inputs(None, methods=[self._inputs(cell.method) for cell in cells], rounds=self.size.rounds)
+        inputs = self._inputs(None, stages=[cell.stages for cell in cells], rounds=self.size.rounds)
         return self.results.get(f"seconds__{budget}", inputs, time)
 
     def _time(self, models: dict[str, nn.Module]) -> dict[str, float]:

@@ -136,7 +136,7 @@ def _as_dict(cell: Cell) -> dict:
         "budget": cell.budget,
         "mean": [round(float(seed.mean()), 4) for seed in cell.values],
         "gflops_over_dense": round(cell.cost, 4),
-        "amounts": cell.amounts,
+        "stages": cell.stages,
         "ms": None if cell.ms is None else round(cell.ms, 4),
     }
 

@@ -31,7 +31,7 @@ def small_vit(
     options = {"blocks": range(1, 4), "num_tokens": 1.0} | {
         k: settings.pop(k)
         for k in list(settings)
-        if k in ("blocks", "num_tokens", "sampler", "score", "rule", "min_tokens")
+        if k in ("blocks", "num_tokens", "sampler", "score", "rule", "min_tokens", "dropped")
     }
     layout = settings.pop("layout", "packed")
     torch.manual_seed(seed)
