@@ -103,7 +103,7 @@ STAGES_TO_REFUSE = [
     ([{"BLOCKS": [1], "blocks": [2]}], "a key is there twice"),
     ([{"SAMPLER": ["tome"]}], r"SAMPLER \['tome'\]: choose from.*Did you mean tome"),
     ([{"SAMPLER": None}], "SAMPLER None: choose from"),
-    ([{"SAMPLER": "tome", "TOME.R": 3}], "choose from R, PROP_ATTN. Did you mean R?"),
+    ([{"SAMPLER": "tome", "TOME.R": 3}], "choose from SCHEDULE, R, PROP_ATTN. Did you mean R?"),
     ([{"BLOCKS": [0, 1]}, {"BLOCKS": [1]}], "block 1 is in two stages"),
 ]
 
