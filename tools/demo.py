@@ -129,33 +129,36 @@ def run(*, data: Path, output: Path) -> None:
     evaluate_rows(ROWS, data=data, output=output)
 
 
-def evaluate_rows(rows: Sequence[Row], *, data: Path, output: Path, captions: Sequence[str] = ()) -> None:
+def evaluate_rows(rows: Sequence[Row], *, data: Path, output: Path, every: int = 1, names: Sequence[str] = ()) -> None:
     """Evaluate every row on images, write the table, and the picture of the last one.
 
     Args:
-        captions: a name per class; by default its number.
+        every: of so many validation images one is taken. names: of the classes; by default their numbers.
     """
     import simplejson
     import torch
 
     from ats.datasets import build_loader
+    from ats.datasets.loader import collate
     from ats.engine.evaluate import evaluate, format_table
 
+    loader = build_loader(row_config(rows[0], data=data, output=output), "val")
+    samples = [loader.dataset[index] for index in range(0, len(loader.dataset), every)]
+    batches = [collate(samples[start : start + 64]) for start in range(0, len(samples), 64)]  # read once for all rows
     results, models = {}, {}
     for number, row in enumerate(rows, start=1):
         print(f"[{number}/{len(rows)}] {row.name}", file=sys.stderr)
         cfg = row_config(row, data=data, output=output)
-        loader = build_loader(cfg, "val")
         model, device = load_model(cfg)
         models[row.name] = model
-        results[row.name] = evaluate(model, loader, device=device)
-    some = range(0, len(loader.dataset), len(loader.dataset) // 64)
-    time_together(results, models, torch.stack([loader.dataset[index].x for index in some]).to(device))
+        results[row.name] = evaluate(model, batches, device=device)
+    some = samples[:: max(len(samples) // 64, 1)]
+    time_together(results, models, torch.stack([sample.x for sample in some]).to(device))
     table = format_table(results)
     contents = {name: asdict(result) for name, result in results.items()}
     write(output / "results.json", simplejson.dumps(contents, indent=2) + "\n")
     write(output / "table.md", format_table(results, style="pipe") + "\n")
-    picture = draw_examples(cfg, model, output / "kept_tokens.png", names=captions)
+    picture = draw_examples(cfg, model, output / "kept_tokens.png", names=names)
     print(f"\n{table}\n\nPicture of the tokens kept by each block: {picture}\nTable and numbers: {output}")
 
 
@@ -180,7 +183,7 @@ def draw_examples(
     labels = [samples[i].label for i in chosen.tolist()]
     names = names or list(map(str, range(cfg.MODEL.NUM_CLASSES)))
     captions = [
-        f"read as {names[guess]}" + ("" if guess == label else f", is {names[label]}")
+        f"read as {names[guess]}" + ("" if guess == label else f"\nis {names[label]}")
         for guess, label in zip(logits.argmax(1).tolist(), labels, strict=True)
     ]
     pictures = as_pictures(x[chosen], cfg.DATA.MEAN, cfg.DATA.STD)

@@ -3,7 +3,7 @@
     python tools/prepare_cifar10.py --download     # once
     make demo-photos          # or: python tools/demo_photos.py [--output DIR] [--data DIR]
 
-Evaluates the weights in configs/CIFAR10/weights on every second validation image, prints one table and writes
+Evaluates the weights in configs/CIFAR10/weights on every third validation image, prints one table and writes
 output/demo_photos/{table.md, results.json, kept_tokens.png}. configs/CIFAR10 says how the weights were trained.
 """
 
@@ -17,12 +17,17 @@ from prepare_cifar10 import CLASSES
 
 from ats.errors import UserError
 
-MERGE_SAMPLE = ("ATS.STAGES", [{"SAMPLER": "merge_sample", "BLOCKS": list(range(12)), "R": 4}])
+STAGES = [{"SAMPLER": "merge_sample", "BLOCKS": list(range(12)), "R": 4}]
 ROWS = [
     Row("dense", "CIFAR10/ViT", "vit_dense"),
     Row("ATS, drop", "CIFAR10/ViT_ATS", "vit_dense", ("ATS.DROPPED", "drop")),
     Row("ATS, merge", "CIFAR10/ViT_ATS", "vit_dense"),
-    Row("merge, then ATS", "CIFAR10/ViT_ATS", "vit_dense", MERGE_SAMPLE),
+    Row(
+        "merge, then ATS",
+        "CIFAR10/ViT_ATS",
+        "vit_dense",
+        ("ATS.STAGES", STAGES, "ATS.NUM_TOKENS", 1.0, "ATS.DROPPED", "drop"),
+    ),
     Row("ATS, merge, fine-tuned", "CIFAR10/ViT_ATS", "vit_ats"),
 ]
 
@@ -39,7 +44,7 @@ def run(*, data: Path, output: Path) -> None:
             f"{data} does not hold CIFAR-10: it needs val/<class>/*. Make it with: python tools/prepare_cifar10.py "
             f"--download (or --source, a copy of it) --output {data}"
         )
-    evaluate_rows(ROWS, data=data, output=output, captions=CLASSES)
+    evaluate_rows(ROWS, data=data, output=output, every=3, names=CLASSES)
 
 
 if __name__ == "__main__":
