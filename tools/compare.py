@@ -79,11 +79,14 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         subjects.append((name, shipped(name, getattr(args, name), size)))
     if args.features:
         model, weights, photos = args.features
-        subjects.append((model, Features(model, to_path(weights), to_path(photos), size)))
+        few = replace(
+            size, calibration_images=min(size.calibration_images, 24), rounds=3
+        )  # 30 times as large a network
+        subjects.append((model, Features(model, to_path(weights), to_path(photos), few)))
     found = []
     for name, subject in subjects:
-        cells, tuned = Comparison(subject, folder=args.results / name, size=size).run()
-        found.append(Compared(subject, size, cells, tuned))
+        cells, tuned = Comparison(subject, folder=args.results / name, size=subject.size).run()
+        found.append(Compared(subject, subject.size, cells, tuned))
     folder = args.output or ROOT / "docs"
     command = " ".join(["python tools/compare.py", *argv])
     text = write_comparison(found, folder=folder, command=command, machine=machine())

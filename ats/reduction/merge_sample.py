@@ -104,5 +104,6 @@ class MergeSample(Reduction):
         return list(range(depth))
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> MergeSample:
+        """Up to 1 fewer tokens merge; above, there are more sample points for each token."""
         merging = self.part(max_tokens).scaled(scale, max_tokens, stagger) if self.is_early else ToMe(r=0)
-        return replace(self, r=merging.r)
+        return replace(self, r=merging.r, points=self.points * max(scale, 1.0))

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from ats.files import write_picture
 
-COLOURS = ("#1f5fa8", "#d1602a", "#2f8f5b", "#8b4fa0", "#b8902a", "#5f6b76")
+COLOURS = ("#1f5fa8", "#d1602a", "#2f8f5b", "#8b4fa0", "#b8902a", "#5f6b76", "#c23a6b")
 INK, GRID = "#2b2b2b", "#dddddd"
 
 
@@ -45,7 +45,7 @@ def draw_curve(
     """One variant's accuracies y over its costs x, with standard deviations `spreads`. `style` is errorbar's."""
     order = np.argsort(x)
     x, y, yerr = (None if values is None else np.asarray(values)[order] for values in (x, y, spreads))
-    look = {"color": COLOURS[colour % 6], "marker": "osD^vP"[colour % 6], "markersize": 5, "linewidth": 1.3}
+    look = {"color": COLOURS[colour % 7], "marker": "osD^vPX"[colour % 7], "markersize": 5, "linewidth": 1.3}
     ax.errorbar(x, y, yerr, capsize=2, **look | style)
 
 

@@ -105,6 +105,7 @@ class Subject(ABC):
 
     title: str
     unit: str  # of the values
+    size: ComparisonSize
     can_be_tuned = False
     clusters: np.ndarray | None = None  # [images], equal where images are not independent
 
@@ -128,12 +129,19 @@ class Subject(ABC):
 
 
 class Classifier(Subject):
-    """A network of a configuration, by its top-1 accuracy on validation images."""
+    """A network of a configuration, by its top-1 accuracy on validation images.
+
+    Args:
+        has_copies: images are called <number>_<copy>; those of one number show the same thing.
+    """
 
     unit, can_be_tuned = "top-1 %", True
 
-    def __init__(self, title: str, config: Path, weights: Path, data: Path, size: ComparisonSize) -> None:
+    def __init__(
+        self, title: str, config: Path, weights: Path, data: Path, size: ComparisonSize, *, has_copies: bool = False
+    ) -> None:
         self.title, self.config, self.weights, self.data, self.size = title, config, weights, data, size
+        self.has_copies = has_copies
 
     def cfg(self, stages: Sequence[dict] | None, **more: object) -> CfgNode:
         """The configuration with these stages."""
@@ -176,9 +184,9 @@ class Classifier(Subject):
 
     @cached_property
     def clusters(self) -> np.ndarray | None:
-        if self.title != "Digits":
+        if not self.has_copies:
             return None
-        dataset, chosen = self.chosen  # <digit>_<copy>.png: several canvases of each digit
+        dataset, chosen = self.chosen
         return np.array([int(Path(dataset.path(i)).stem.split("_")[0]) for i in chosen])
 
     def values(self, model: nn.Module) -> tuple[list[float], float]:
@@ -206,7 +214,7 @@ class Features(Subject):
         from ats.datasets.folders import files_below
         from ats.datasets.imagenet import IMG_EXTENSIONS, read_image
 
-        self.title, self.weights = name, weights
+        self.title, self.weights, self.size = name, weights, size
         state = torch.load(weights, weights_only=True) if weights.suffix in (".pth", ".pt") else str(weights)
         self.state = state.get("model", state) if isinstance(state, dict) else state
         self._make = lambda: timm.create_model(name, num_classes=0, img_size=224)
@@ -388,8 +396,11 @@ class Comparison:
 
 def shipped(name: str, data: Path, size: ComparisonSize) -> Classifier:
     """The classifier of a shipped configuration: digits or cifar10."""
-    title, config, weights = {
-        "digits": ("Digits", "Digits/DeiT_ATS.yaml", "Digits/weights/deit_dense.safetensors"),
-        "cifar10": ("CIFAR-10", "CIFAR10/ViT_ATS.yaml", "CIFAR10/weights/vit_dense.safetensors"),
-    }[name]
-    return Classifier(title, SHIPPED / config, SHIPPED / weights, data, size)
+    if name == "digits":
+        config, weights = (
+            SHIPPED / "Digits" / "DeiT_ATS.yaml",
+            SHIPPED / "Digits" / "weights" / "deit_dense.safetensors",
+        )
+        return Classifier("Digits", config, weights, data, size, has_copies=True)
+    config, weights = SHIPPED / "CIFAR10" / "ViT_ATS.yaml", SHIPPED / "CIFAR10" / "weights" / "vit_dense.safetensors"
+    return Classifier("CIFAR-10", config, weights, data, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +34,34 @@ def write_comparison(found: Sequence[Compared], *, folder: Path, command: str, m
         answer="\n".join(_answer(one) for one in found),
         sections="\n\n".join(_section(one) for one in found),
         command=command,
-        machine=f"{machine['cpu']}, PyTorch {machine['torch']}",
-        size=found[0].size,
+        machine=f"{machine['cpu']} ({machine['instructions']}), PyTorch {machine['torch']}",
+        images=_each(found, lambda size: f"{size.calibration_images}"),
+        rounds=_each(found, lambda size: f"medians of {size.rounds} rounds"),
+        tuned=_about_tuning(found),
     )
     contents = {one.subject.title: [_as_dict(cell) for cell in (*one.cells, *one.tuned)] for one in found}
     write(folder / "comparison.json", json.dumps(contents, indent=1) + "\n")
     _draw(found, folder / "images" / "comparison.png")
     write(folder / "COMPARISON.md", text)
     return text
+
+
+def _each(found: Sequence[Compared], text: Callable[[ComparisonSize], str]) -> str:
+    """What is said of the sizes, once if it is the same of all."""
+    said = {one.subject.title: text(one.size) for one in found}
+    if len({*said.values()}) == 1:
+        return next(iter(said.values()))
+    return ", ".join(f"{title}: {words}" for title, words in said.items())
+
+
+def _about_tuning(found: Sequence[Compared]) -> str:
+    if not any(one.tuned for one in found):
+        return ""
+    size = next(one.size for one in found if one.tuned)
+    return (
+        f"* **Fine-tuned**: {size.tune_steps} steps from the dense weights with the method at work, {size.num_seeds} "
+        "seeds; the budget is\n  then met again.\n"
+    )
 
 
 def difference(a: Cell, b: Cell, clusters: np.ndarray | None) -> Estimate:
