@@ -2,7 +2,8 @@
 # make demo-video    the same on videos of digits that move, with the frames in order and shuffled
 # make demo-photos   the same on photographs, CIFAR-10: drop, merge, fine-tuned; needs tools/prepare_cifar10.py first
 # make study         the paper's studies on the digits, three seeds; writes docs/STUDY.md, goes on where it was interrupted
-# make test          the whole test suite
+# make test          the tests, without the long ones
+# make test-all      all of them: also compiled graphs, exported files, several processes, the demos
 # make test-faults   a training killed at 30 moments, each resumed, compared with an undisturbed one
 # make lint          ruff
 # make gpu           on a machine with a GPU, 9 minutes at most: the tests that need one, then the suite `gpu` of
@@ -14,8 +15,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 KILLS ?= 30
 INSTALLED := $(VENV)/.installed
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+	--ignore tests/benchmark/test_peers.py
 
-.PHONY: demo demo-video demo-photos study test test-faults gpu lint format clean
+.PHONY: demo demo-video demo-photos study test test-all test-faults gpu lint format clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tools/demo.py
@@ -35,8 +38,10 @@ study: $(INSTALLED)
 # that ends is a failure at once: replaced, it leaves the run waiting for ever. The engines of test_peers.py (OpenVINO,
 # ONNX Runtime, inductor) have ended one that had run many other files, so they have a process of their own.
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
-		--ignore tests/benchmark/test_peers.py
+	@$(PYTEST) -m "not long"
+
+test-all: $(INSTALLED)
+	@$(PYTEST)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmark/test_peers.py
 
 test-faults: $(INSTALLED)

@@ -83,6 +83,7 @@ def test_wheel_and_sdist_hold_everything_and_nothing_else(built):
     }
 
 
+@pytest.mark.long
 def test_commands_of_the_wheel_answer_help(site, tmp_path):
     """Every console command starts from the installed package, outside a clone, and its help names it."""
     for command, script in COMMANDS.items():

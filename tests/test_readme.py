@@ -78,6 +78,7 @@ def test_python_blocks_run(block, monkeypatch, tmp_path):
     exec(compile(block.code, block.place, "exec"), {})
 
 
+@pytest.mark.long
 @each(BASH)
 def test_bash_blocks_run(block, tmp_path):
     """Each in the repository, with the interpreter that runs the tests."""

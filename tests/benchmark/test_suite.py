@@ -17,6 +17,7 @@ from ats.config import load_config
 from ats.errors import UserError
 
 
+@pytest.mark.long
 def test_suite_writes_its_section_and_keeps_the_rest(tmp_path, capsys):
     """The quick suite runs every kind of measurement and draws every plot; the text around its section stays."""
     document = tmp_path / "BENCHMARKS.md"

@@ -108,6 +108,7 @@ def test_a_run_that_trains_evaluates_what_it_trained(run_net, tiny_config, tmp_p
     assert f"TEST.CHECKPOINT_FILE_PATH {start} is for runs that do not train; evaluating {trained}." in said
 
 
+@pytest.mark.long
 def test_help_lists_sections_and_keys_and_is_quick(tmp_path):
     """No process imports PyTorch, whether it prints the sections, all keys, one section or what is wrong with a key."""
 
@@ -264,6 +265,7 @@ def test_unreadable_file_in_evaluation(run_net, tiny_config, colours, tmp_path, 
     assert "Traceback" not in error
 
 
+@pytest.mark.long
 def test_error_as_a_process_and_debug(tmp_path):
     process = run("--cfg", "missing.yaml", cwd=tmp_path)
     assert process.returncode == 1

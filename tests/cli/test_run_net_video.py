@@ -139,6 +139,7 @@ def accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
     return 100 * (scores.topk(k).indices == labels[:, None]).any(1).double().mean().item()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_train_and_test(family, videos, tmp_path):
     """The loss falls, and result.json is what the exported weights give when every clip is run by itself."""

@@ -19,6 +19,8 @@ from test_config import OFFICIAL
 
 from ats.cli.run_net import main
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 SEED_CONFIG = "configs/ImageNet/DeiT_S.yaml"
 # A4's images went in as they are: no resize, another mean and deviation.

@@ -68,6 +68,7 @@ def test_every_data_set_and_transform_can_be_pickled(data, name, keys, split):
     assert torch.equal(copy[Draw(1, 7)].x, sample.x)
 
 
+@pytest.mark.long
 def test_every_start_method_gives_the_same_batches(data):
     """A worker of each kind reads images and videos. All start before the first is waited for, because a process that
     is not forked imports PyTorch for seconds.

@@ -28,6 +28,8 @@ from ats.engine.device import explain_lost_process, process_group, rank
 from ats.engine.tally import Ensemble, Tally
 from ats.errors import UserError
 
+pytestmark = pytest.mark.long
+
 
 def numbers(line: dict) -> dict:
     """The numbers in a line of the log that may differ by round-off."""

@@ -90,6 +90,7 @@ class Killer:
         return True
 
 
+@pytest.mark.long
 def test_killed_at_any_moment(tiny_config, tmp_path, pytestconfig):
     """After SIGKILL at any moment, the same command resumes to the undisturbed run's result, bit for bit.
 
@@ -229,6 +230,7 @@ def test_non_finite_loss_names_the_last_checkpoint(make_cfg, tmp_path):
 FOREVER = ["TRAIN.ENABLE", "True", "SOLVER.MAX_EPOCH", "100000", "LOG_PERIOD", "1", "TRAIN.EVAL_PERIOD", "0"]
 
 
+@pytest.mark.long
 def test_interrupt_and_lock(tiny_config, tmp_path):
     """A second run in the same folder is refused; SIGINT ends the first with a checkpoint and status 130; the same
     command resumes from there.
@@ -359,6 +361,7 @@ def _slow_evaluation() -> None:
     train.evaluate = slow
 
 
+@pytest.mark.long
 def test_signal_ends_an_evaluation_at_once(tiny_config, tmp_path):
     """The epoch is already saved, and the next run repeats the evaluation."""
     argv = ["--cfg", tiny_config, "TRAIN.ENABLE", "True", "TEST.ENABLE", "False", "OUTPUT_DIR"]
@@ -389,6 +392,7 @@ def test_killed_data_worker(tiny_config, tmp_path):
     assert "Traceback" not in run.console()
 
 
+@pytest.mark.long
 def test_broken_files_are_counted_and_replaced_reproducibly(tiny_config, colours, tmp_path):
     """One of 64 files is broken: the log counts it, and every run reads the same replacement, with a worker, without
     one, or with two processes.

@@ -141,6 +141,7 @@ def test_serve_folder_needs_the_engine_alone(digits_file, digits):
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 20), done.stderr
 
 
+@pytest.mark.long
 def test_methods_in_turn_in_both_engines_and_as_pt2(tmp_path, monkeypatch):
     """The paper's rule, then EViT and ToMe on the number of tokens that it left."""
     monkeypatch.setitem(NETWORKS, "stages", STAGES)

@@ -73,6 +73,7 @@ CASES = [(name, ".onnx") for name in (*NETWORKS, "timm/vit_base_patch16_siglip_g
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "suffix"), CASES)
 def test_files_equal_the_eager_network(name, suffix, tmp_path):
     """Logits to 1e-4 and every kept count of the packed network, at batch sizes that the export has not seen; the file

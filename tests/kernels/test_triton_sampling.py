@@ -84,6 +84,7 @@ def build(capability: int, block: int) -> None:
     assert len(built.asm["cubin"]) > 1000
 
 
+@pytest.mark.long
 def test_interpreted_kernels_agree_with_the_plain_versions(tmp_path):
     """The sampler exactly: NaN, infinity, no mass, equal scores, ties, one candidate, padding, several sizes of block.
     The scores to round-off (test_triton_scores.py). In a process of its own: Triton asks whether to interpret as it is

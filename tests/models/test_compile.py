@@ -9,6 +9,8 @@ import torch
 from test_models import small_vit
 from torch._dynamo.utils import counters
 
+pytestmark = pytest.mark.long
+
 
 def vit(layout: str):
     """4 blocks, of which the last three sample; float32."""

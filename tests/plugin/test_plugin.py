@@ -250,6 +250,7 @@ def test_half_precision_and_autocast(name, keep_all):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_compiles():
     """torch.compile gives the same, also after re-tuning (traced graphs; generating code for them takes minutes)."""

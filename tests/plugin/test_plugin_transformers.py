@@ -208,6 +208,7 @@ def test_refused_when_called(name, asked, text):
             model(images())
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_every_attention_implementation_of_the_host():
     """ATS layers have their own attention; flex attention's mask, which is always there, is none that a user gave."""

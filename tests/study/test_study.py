@@ -202,6 +202,7 @@ def quick(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_short_form_runs(quick):
     """Every part of the study runs, and its page has what its JSON says."""
     found = json.loads((quick / "docs" / "study.json").read_text())
@@ -220,6 +221,7 @@ def test_the_short_form_runs(quick):
     assert budget[4] < budget[10]
 
 
+@pytest.mark.long
 def test_the_study_resumes(quick, capsys, monkeypatch):
     """Only the row whose file is missing is measured again."""
     import study as tool

@@ -10,6 +10,8 @@ import pytest
 from helpers import readme_table
 from make_digits import make_digits
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 

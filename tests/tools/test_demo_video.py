@@ -19,6 +19,8 @@ from ats.models import build_model
 from ats.visualize import BlockView, animate, draw_kept_tokens, fade
 from ats.visualize.pictures import FADED
 
+pytestmark = pytest.mark.long
+
 
 def test_shuffled_frames():
     """The same frames in another order, which follows from the clip's index alone and not from its batch."""

@@ -10,6 +10,8 @@ from helpers import readme_table
 
 from ats.datasets import build_loader
 
+pytestmark = pytest.mark.long
+
 
 def test_shipped_weights(tmp_path, monkeypatch):
     """Half of the videos: near the README's table, and with shuffled frames far below, as a network that uses time is;

@@ -218,6 +218,7 @@ def test_refuses_what_it_did_not_make(tmp_path):
         tool.make_digits(tmp_path / "new", **{**SMALL, "size": 8})
 
 
+@pytest.mark.long
 def test_command_line(digits_dir, tmp_path):
     """`make_digits.py` as it is typed: says that all is there, or one line of error and exit status 1."""
     settings = ["--seed", "3", "--train-per-digit", "1", "--val-per-digit", "1", "--size", "40"]
