@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ats.reduction import Reduction
 from ats.reduction.sampler import MAX_SCALE
@@ -64,7 +64,9 @@ def amounts(setting: Setting) -> tuple[int | float, ...]:
 
 
 def are_neighbours(low: Setting, high: Setting) -> bool:
-    """Whether at most one whole amount differs, by one."""
+    """Whether at most one whole amount differs, by one, and nothing else."""
+    if any(replace(a, **{a.amount: b_amount}) != b for a, b, b_amount in zip(low, high, amounts(high), strict=True)):
+        return False
     steps = [b - a for a, b in zip(amounts(low), amounts(high), strict=True)]
     return all(isinstance(step, int) for step in steps) and sum(map(abs, steps)) <= 1
 
