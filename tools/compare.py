@@ -24,6 +24,7 @@ from make_digits import make_digits  # noqa: E402 - beside this file
 from ats.cli.parser import Parser, to_path  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
 
+CIFAR10_WEIGHTS = ROOT / "configs" / "CIFAR10" / "weights" / "vit_dense.safetensors"
 DIGITS, CIFAR10, RESULTS = ROOT / "data" / "digits", ROOT / "data" / "cifar10", ROOT / "output" / "comparison"
 
 
@@ -60,9 +61,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure what has not been measured and write the page."""
     if args.quick and args.output is None:
         raise UserError("--quick measures too little for docs/COMPARISON.md: write it elsewhere with --output DIR.")
-    on = args.on or ["digits", *(["cifar10"] if args.cifar10.is_dir() else [])]
+    has_cifar10 = args.cifar10.is_dir() and CIFAR10_WEIGHTS.is_file()
+    on = args.on or ["digits", *(["cifar10"] if has_cifar10 else [])]
     if "cifar10" in on and not args.cifar10.is_dir():
         raise UserError(f"There is no {args.cifar10}: python tools/prepare_cifar10.py --help says how to make it.")
+    if "cifar10" in on and not has_cifar10:
+        raise UserError(f"There is no {CIFAR10_WEIGHTS}. The head of configs/CIFAR10/ViT.yaml has the command.")
     from ats.benchmark.tables import machine
     from ats.engine.output import setup_logging
     from ats.study.comparison import QUICK, Comparison, ComparisonSize, Features, shipped

@@ -4,7 +4,8 @@
     make demo-photos          # or: python tools/demo_photos.py [--output DIR] [--data DIR]
 
 Evaluates the weights in configs/CIFAR10/weights on every third validation image, prints one table and writes
-output/demo_photos/{table.md, results.json, kept_tokens.png}. configs/CIFAR10 says how the weights were trained.
+output/demo_photos/{table.md, results.json, kept_tokens.png}. Trained weights are not shipped yet: the heads of the
+files in configs/CIFAR10 say how to train them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from demo import Row, evaluate_rows, run_demo
+from demo import Row, evaluate_rows, run_demo, weights_of
 from prepare_cifar10 import CLASSES
 
 from ats.errors import UserError
 
+CONFIG_OF = {"vit_dense": "ViT.yaml", "vit_ats": "ViT_ATS.yaml"}  # weights -> the file that says how to train them
 STAGES = [{"SAMPLER": "merge_sample", "BLOCKS": list(range(12)), "R": 4}]
 ROWS = [
     Row("dense", "CIFAR10/ViT", "vit_dense"),
@@ -44,6 +46,9 @@ def run(*, data: Path, output: Path) -> None:
             f"{data} does not hold CIFAR-10: it needs val/<class>/*. Make it with: python tools/prepare_cifar10.py "
             f"--download (or --source, a copy of it) --output {data}"
         )
+    for path in dict.fromkeys(map(weights_of, ROWS)):
+        if not path.is_file():
+            raise UserError(f"There is no {path}. The head of configs/CIFAR10/{CONFIG_OF[path.stem]} has the command.")
     evaluate_rows(ROWS, data=data, output=output, every=3, names=CLASSES)
 
 
