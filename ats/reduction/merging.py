@@ -212,6 +212,28 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (start + index).flatten()).unflatten(0, index.shape)
 
 
+def repack_matched(
+    tokens: RaggedTokens, matching: Matching, size: Tensor, *, max_tokens: int, size_factor: float, uniform: bool
+) -> RaggedTokens:
+    """The tokens that a matching leaves.
+
+    Args:
+        size: [S, N], float32 or better, how many original tokens each of `tokens` stands for.
+        size_factor: see `Reduction.size_factor`. uniform: all sequences keep the same number.
+    """
+    layout = tokens.layout
+    x, size = matching.merge(layout.pad(tokens.x), size)
+    return repack(
+        tokens,
+        None if uniform else matching.lengths,
+        max_tokens=max_tokens,
+        x=x,
+        position=layout.pad(tokens.position).gather(1, matching.order),
+        size=size,
+        key_bias=size_bias(size, size_factor),
+    )
+
+
 def repack(
     tokens: RaggedTokens, lengths: Tensor | None, *, max_tokens: int, x: Tensor, **padded: Tensor | None
 ) -> RaggedTokens:

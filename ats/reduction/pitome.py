@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ats.lazy import torch
 from ats.options import PROBABILITY, SHARE, option
 from ats.reduction.base import Scheduled, Step, register
-from ats.reduction.merging import Matching, bipartite_soft_matching, repack, rows_of, size_bias, sizes
+from ats.reduction.merging import Matching, bipartite_soft_matching, repack_matched, rows_of, sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,16 +91,14 @@ class PiToMe(Scheduled):
                 rows_of(metric, order), r, num_prefix_tokens=0, lengths=num, among=2 * r if self.protects else None
             )
             matching = behind_prefix(matching, order, num_prefix, limit=self.limit(layout.longest))
-            x, size = matching.merge(layout.pad(tokens.x), layout.pad(sizes(tokens, dtype)))
-        return repack(
-            tokens,
-            None if layout.uniform and layout.full else matching.lengths,
-            max_tokens=self.limit(tokens.max_tokens),
-            x=x,
-            position=layout.pad(tokens.position).gather(1, matching.order),
-            size=size,
-            key_bias=size_bias(size, self.size_factor),
-        )
+            return repack_matched(
+                tokens,
+                matching,
+                layout.pad(sizes(tokens, dtype)),
+                max_tokens=self.limit(tokens.max_tokens),
+                size_factor=self.size_factor,
+                uniform=layout.uniform and layout.full,
+            )
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
         """Of all similarities, for the energies, and of those between proposers and partners."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ats.lazy import torch
 from ats.options import FROM_0, option
 from ats.reduction.base import Scheduled, Step, register
-from ats.reduction.merging import Matching, bipartite_soft_matching, cls_row, repack, size_bias, sizes
+from ats.reduction.merging import Matching, bipartite_soft_matching, cls_row, repack_matched, sizes
 from ats.reduction.scores import significance_score, usable
 
 if TYPE_CHECKING:
@@ -88,16 +88,14 @@ class PPT(Scheduled):
                 merging.lengths,
             )
             size = sizes(tokens if self.prop_attn else replace(tokens, size=None), dtype)
-            x, size = matching.merge(layout.pad(tokens.x), layout.pad(size))
-        return repack(
-            tokens,
-            None if lengths is None else matching.lengths,
-            max_tokens=self.limit(tokens.max_tokens),
-            x=x,
-            position=layout.pad(tokens.position).gather(1, matching.order),
-            size=size,
-            key_bias=size_bias(size, self.size_factor),
-        )
+            return repack_matched(
+                tokens,
+                matching,
+                layout.pad(size),
+                max_tokens=self.limit(tokens.max_tokens),
+                size_factor=self.size_factor,
+                uniform=lengths is None,
+            )
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
         """Of the row of CLS and of the similarities, which every image computes."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ats.lazy import torch
 from ats.options import FROM_0, option
 from ats.reduction.base import Scheduled, Step, register
-from ats.reduction.merging import bipartite_soft_matching, repack, size_bias, sizes
+from ats.reduction.merging import bipartite_soft_matching, repack_matched, sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,16 +65,14 @@ class ToMe(Scheduled):
             matching = bipartite_soft_matching(
                 metric, self.r, num_prefix_tokens=self.num_prefix_tokens, lengths=lengths
             )
-            x, size = matching.merge(layout.pad(tokens.x), layout.pad(sizes(tokens, dtype)))
-        return repack(
-            tokens,
-            None if lengths is None else matching.lengths,
-            max_tokens=self.limit(tokens.max_tokens),
-            x=x,
-            position=layout.pad(tokens.position).gather(1, matching.order),
-            size=size,
-            key_bias=size_bias(size, self.size_factor),
-        )
+            return repack_matched(
+                tokens,
+                matching,
+                layout.pad(sizes(tokens, dtype)),
+                max_tokens=self.limit(tokens.max_tokens),
+                size_factor=self.size_factor,
+                uniform=lengths is None,
+            )
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
         """Of the similarities."""

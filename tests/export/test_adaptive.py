@@ -174,7 +174,7 @@ MERGING = {
 @pytest.mark.parametrize("adaptive", [False, True], ids=["static", "adaptive"])
 @pytest.mark.parametrize("kind", MERGING)
 def test_graphs_of_reductions_that_merge_equal_the_eager_network(kind, adaptive, tmp_path):
-    """Both kinds of graph, run by PyTorch; that ONNX Runtime and OpenVINO agree was tried when they were written."""
+    """Both kinds of graph, run by PyTorch."""
     cfg = settings("ViT")
     words = [word for pair in MERGING[kind] for word in pair]
     cfg.merge_from_list([*words, "ATS.NUM_TOKENS", 0.6, "ATS.LAYOUT", "packed" if adaptive else "static"])
