@@ -19,7 +19,7 @@ from prepare_cifar10 import CLASSES
 from ats.errors import UserError
 
 CONFIG_OF = {"vit_dense": "ViT.yaml", "vit_ats": "ViT_ATS.yaml"}  # weights -> the file that says how to train them
-STAGES = [{"SAMPLER": "merge_sample", "BLOCKS": list(range(12)), "R": 4}]
+STAGES = [{"SAMPLER": "merge_sample", "BLOCKS": list(range(12)), "RATIO": 0.87}]
 ROWS = [
     Row("dense", "CIFAR10/ViT", "vit_dense"),
     Row("ATS, drop", "CIFAR10/ViT_ATS", "vit_dense", ("ATS.DROPPED", "drop")),

@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ats.budget.network import Network, Pass, per_block
+from ats.budget.network import Network, Pass, lists, per_block
 from ats.budget.search import Knobs, Measure, Setting, Trial, amounts, bisect, refine
 from ats.budget.timing import Goal, Timing, calibrate_time
 from ats.errors import UserError
@@ -80,17 +80,15 @@ class Calibration:
         if as_stages or len(stages) > 1:
             lines["ATS"]["STAGES"] = stages
         else:
-            key = next(option.key for option in options_of(type(kind)) if option.name == kind.amount)
-            section, name = key.split(".")
+            keys = {option.name: option.key.split(".") for option in options_of(type(kind))}
             sampler = {} if kind.name == "inverse_transform" else {"SAMPLER": kind.name}
             lines["ATS"] |= {"BLOCKS": list(self.blocks)} | sampler
             if getattr(kind, "schedule", "flat") != "flat":  # the amounts follow it already
                 lines["ATS"]["SCHEDULE"] = "flat"
-            lines.setdefault(section, {})[name] = self.per_block
-            varied = {name for options in type(kind).variants() for name in options}
-            for option in options_of(type(kind)):
-                if option.name in varied:
-                    lines.setdefault(section, {})[option.key.split(".")[1]] = getattr(kind, option.name)
+            varied = {name: getattr(kind, name) for options in type(kind).variants() for name in options}
+            for option, value in (lists(self.setting, self.depth) | varied).items():
+                section, name = keys[option]
+                lines.setdefault(section, {})[name] = value
         return yaml.safe_dump(lines, sort_keys=False, default_flow_style=None, width=10**6)
 
     def spread(self) -> dict[str, float]:
@@ -219,8 +217,13 @@ def _search_time(network: Network, goal: Goal, *, batch_size: int, threads: int 
 
 def to_stages(setting: Sequence[Reduction], depth: int) -> list[dict[str, object]]:
     """Entries of ATS.STAGES that give the blocks these reductions."""
-    groups = groupby(setting, key=lambda r: replace(r, block=0, **{r.amount: 1}))
+    groups = groupby(setting, key=lambda r: replace(r, block=0, **dict.fromkeys(_differing(r), 1)))
     return [_stage(list(own), depth) for _, own in groups]
+
+
+def _differing(reduction: Reduction) -> list[str]:
+    """The options that may have another value in each block of a stage."""
+    return [option.name for option in options_of(type(reduction)) if option.about.per_block]
 
 
 def _stage(setting: Sequence[Reduction], depth: int) -> dict[str, object]:
@@ -234,7 +237,8 @@ def _stage(setting: Sequence[Reduction], depth: int) -> dict[str, object]:
     if "SCHEDULE" in options:
         options["SCHEDULE"] = "flat"  # the amounts follow it already
     blocks = [reduction.block for reduction in setting]
-    return {"SAMPLER": first.name, "BLOCKS": blocks} | options | {first.amount.upper(): per_block(setting, depth)}
+    own = {name.upper(): values for name, values in lists(setting, depth).items()}
+    return {"SAMPLER": first.name, "BLOCKS": blocks} | options | own
 
 
 def nearest(
@@ -258,7 +262,12 @@ def nearest(
     """
     network = Network(model, _to_batches(x, batch_size), accounting, progress=False, together=together)
     with network.restored_after_an_error():
-        measure = cache(lambda setting: Trial(setting, network.run(setting).gflops.mean().item()))
+
+        @cache
+        def measure(setting: Setting) -> Trial:
+            found = network.run(setting)
+            return Trial(found.setting, found.gflops.mean().item())
+
         best = bisect(measure, network.knobs, gflops)[1]
     network.set(best.setting)
     return best.cost
@@ -271,14 +280,15 @@ def _search(network: Network, name: str, value: float, *, refine_rounds: int, to
 
     @cache
     def measure(setting: Setting) -> Trial:
-        passes[setting] = result = network.run(setting)
+        result = network.run(setting)
+        passes[result.setting] = result
         cost = (result.keep if name == "keep" else result.gflops).mean().item()
-        return Trial(setting, cost, tuple(result.changes.tolist()))
+        return Trial(result.setting, cost, tuple(result.changes.tolist()))
 
     knobs = network.knobs
-    least, most = measure(knobs.least).cost, measure(knobs.most).cost
-    if not least * (1 - tolerance) <= target <= most * (1 + tolerance):
-        raise UserError(_out_of_reach(network, name, value, least, most))
+    least, most = measure(knobs.least), measure(knobs.most)
+    if not least.cost * (1 - tolerance) <= target <= most.cost * (1 + tolerance):
+        raise UserError(_out_of_reach(network, name, value, least.cost, most.cost))
     start = bisect(measure, knobs, target, tolerance=tolerance)
     if refine_rounds:
         knobs, start = _best_variant(measure, knobs, start, target, tolerance=tolerance)
@@ -289,8 +299,8 @@ def _search(network: Network, name: str, value: float, *, refine_rounds: int, to
         depth=network.depth,
         found=passes[best.setting],
         dense=dense,
-        least=passes[knobs.least].gflops.mean().item(),
-        most=passes[knobs.most].gflops.mean().item(),
+        least=passes[least.setting].gflops.mean().item(),
+        most=passes[most.setting].gflops.mean().item(),
         accounting=network.accounting,
         passes=len(passes),
     )

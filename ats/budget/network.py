@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ats.budget.search import Knobs, Setting, amounts
+from ats.budget.search import Knobs, Setting
 from ats.errors import UserError
 from ats.flops import dense_gflops
 from ats.flops import gflops as count_gflops
@@ -21,11 +22,14 @@ from ats.plugin.patch import library_of
 from ats.reduction import Reduction
 from ats.reduction.base import options_of
 
+LEARN_FROM = 64  # images, at least, from which reductions learn
+
 
 @dataclass(frozen=True)
 class Pass:
     """What one pass over N images measured."""
 
+    setting: Setting  # of the pass, with what was learned from the images
     gflops: Tensor  # [N] in the chosen accounting
     keep: Tensor  # [N] share of the tokens kept, mean over the ATS blocks
     tokens: tuple[float, ...]  # mean tokens kept in each ATS block
@@ -70,6 +74,7 @@ class Network:
         max_tokens = tuple(num_prefix + size(grid.keys) for grid, num_prefix in grids.values())
         self.knobs = Knobs(self.original, max_tokens, together)
         self.dense_probs: list[Tensor] = []
+        self._known: dict[Setting, Setting] = {}
         if compare:
             self.compare_with_dense()
 
@@ -91,7 +96,7 @@ class Network:
             if len(own) < len(stage["blocks"]):
                 stage["blocks"] = [reduction.block for reduction in own]
             if own:
-                stage[own[0].amount] = per_block(own, self.depth)
+                stage |= lists(own, self.depth)
                 stage |= {name: getattr(own[0], name) for options in own[0].variants() for name in options}
                 if "schedule" in stage:
                     stage["schedule"] = "flat"  # the amounts follow it already
@@ -108,7 +113,8 @@ class Network:
             raise
 
     def run(self, setting: Setting) -> Pass:
-        """One pass over all images with these reductions, at least one."""
+        """One pass over all images with these reductions, at least one; first they learn what they can."""
+        setting = self.learned(setting)
         give(self.model, setting)
         self.num_passes += 1
         dense_tokens = torch.tensor([self.dense_tokens[reduction.block] for reduction in setting]).double()
@@ -124,11 +130,25 @@ class Network:
                 moved = (logits.double().softmax(dim=-1) - self.dense_probs[index]).abs().sum(dim=-1) / 2
                 changes.append(moved.cpu())
         return Pass(
+            setting=setting,
             gflops=torch.cat(costs),
             keep=torch.cat(shares),
             tokens=tuple(torch.cat(tokens).mean(dim=0).tolist()),
             changes=torch.cat(changes) if changes else torch.empty(0),
         )
+
+    def learned(self, setting: Setting) -> Setting:
+        """These reductions with what they learn from the images; the same ones learn once."""
+        if setting not in self._known:
+            found: dict[int, list[float]] = {}
+            learning = tuple(reduction.learning(found) for reduction in setting)
+            if any(own is not reduction for own, reduction in zip(learning, setting, strict=True)):
+                give(self.model, learning)
+                enough = [num >= LEARN_FROM for num in accumulate(map(len, self.batches))]
+                for _ in self._forward("thresholds", self.batches[: enough.index(True) + 1 if any(enough) else None]):
+                    pass
+            self._known[setting] = tuple(reduction.learned(found) for reduction in setting)
+        return self._known[setting]
 
     @property
     def how_to_keep_less(self) -> str:
@@ -139,7 +159,7 @@ class Network:
     def dense_pass(self) -> Pass:
         """What a pass of the dense network would measure."""
         ones = torch.ones(self.num_images, dtype=torch.float64)
-        return Pass(gflops=self.dense * ones, keep=ones, tokens=(), changes=0 * ones)
+        return Pass(setting=(), gflops=self.dense * ones, keep=ones, tokens=(), changes=0 * ones)
 
     @torch.inference_mode()
     def _forward(self, title: str, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, list]]:
@@ -174,10 +194,17 @@ def give(model: nn.Module, setting: Setting) -> None:
 def per_block(setting: Iterable[Reduction], depth: int) -> list[int | float]:
     """The amounts with an entry for every block of the network."""
     setting = tuple(setting)
-    if not setting:
-        return [1.0] * depth
-    by_block = dict(zip((reduction.block for reduction in setting), amounts(setting), strict=True))
-    kind = type(setting[0])
-    [option] = [option for option in options_of(kind) if option.name == kind.amount]
-    takes_ratio = float in (option.about.types or (type(option.default),))
-    return [by_block.get(block, 1.0 if takes_ratio else 0) for block in range(depth)]
+    return lists(setting, depth)[setting[0].amount] if setting else [1.0] * depth
+
+
+def lists(setting: Sequence[Reduction], depth: int) -> dict[str, list[int | float]]:
+    """The amount and whatever else differs from block to block, with an entry for every block of the network."""
+    first, found = setting[0], {}
+    for option in options_of(type(first)):
+        values = {reduction.block: getattr(reduction, option.name) for reduction in setting}
+        if option.name == first.amount:
+            takes_ratio = float in (option.about.types or (type(option.default),))
+            found[option.name] = [values.get(block, 1.0 if takes_ratio else 0) for block in range(depth)]
+        elif option.about.per_block and set(values.values()) != {option.default}:
+            found[option.name] = [values.get(block, option.default) for block in range(depth)]
+    return found

@@ -147,7 +147,8 @@ class Stopwatch:
         self, settings: Sequence[Setting], *, rounds: int, max_seconds: float, label: str
     ) -> tuple[list[float], list[list[float]]]:
         """Milliseconds of a batch in every round: of the dense network, and of each setting."""
-        model, names = self.network.model, {str(index): setting for index, setting in enumerate(settings)}
+        model = self.network.model
+        names = {str(index): self.network.learned(setting) for index, setting in enumerate(settings)}
         seconds, _ = interleave(
             dict.fromkeys(["dense", *names], self._run),
             rounds=rounds,
@@ -229,7 +230,8 @@ def _choose(network: Network, watch: Stopwatch, curves: list[Curve], timing: Tim
     if timing.why_dense:
         return (), network.dense_pass(), timing
     setting = curves[best].setting(place)
-    return setting, tried[best].found if setting == tried[best].setting else network.run(setting), timing
+    found = tried[best].found if setting == tried[best].setting else network.run(setting)
+    return found.setting, found, timing
 
 
 def _confirm(watch: Stopwatch, curve: Curve, place: float, timing: Timing) -> tuple[float, Timing]:

@@ -179,6 +179,16 @@ class Reduction:
         """
         raise NotImplementedError(f"{type(self).__name__} has no `scaled`, so no budget can be searched for it")
 
+    def learning(self, found: dict[int, list[float]]) -> Reduction:
+        """This reduction as one that meets its amount over a batch, not in every image, and adds to `found[block]` what
+        it needs to do so with other images. For `ats.calibrate`; by default there is nothing to learn.
+        """
+        return self
+
+    def learned(self, found: dict[int, list[float]]) -> Reduction:
+        """This reduction with what was found."""
+        return self
+
     @classmethod
     def variants(cls) -> list[dict[str, object]]:
         """Values of other options than the amount that `ats.calibrate` may try at the same cost."""

@@ -1,50 +1,66 @@
-"""Merge early, sample late: similar tokens merge in the first blocks, where scores say little yet (ToMe); behind them
-tokens are sampled by their scores (ATS), and what is dropped merges into its nearest kept token.
+"""Merge early, sample late: redundant tokens merge in the first blocks, where scores say little yet; behind them tokens
+are sampled by their scores (ATS), and what is dropped merges into its nearest kept token.
 
-One number, R, sets the cost: the tokens that merge away in each early block. The number of sample points follows from
-what is left: POINTS for each token. docs/COMPARISON.md compares it with its two halves and with others.
+Merging is adaptive, too. Tokens are ranked and paired by their energy, as in PiToMe, and a pair merges where the cosine
+of its keys is above the block's threshold: an image with much background loses more tokens than a crowded one.
+`ats.calibrate` finds the thresholds, those with which an image leaves `ratio` of its tokens on average. Without
+thresholds every image leaves that share. docs/COMPARISON.md compares it with its two halves and with others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ats.options import FROM_0, POSITIVE, PROBABILITY, option
+from ats.options import POSITIVE, PROBABILITY, SHARE, option
 from ats.reduction.base import Candidates, Reduction, Step, register
 from ats.reduction.inverse_transform import InverseTransform
-from ats.reduction.tome import ToMe
+from ats.reduction.pitome import merge_redundant, multiply_adds, num_merged
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ats.tokens import RaggedTokens
+
+MARGIN = 0.75  # of the energy in block 0; it falls linearly, as in PiToMe
+EQUAL = 0.9999  # cosines above differ by round-off, and no threshold may lie among them
 
 
 @register("merge_sample")
 @dataclass(frozen=True)
 class MergeSample(Reduction):
-    """ToMe in the first blocks, ATS with merging behind them."""
+    """Merging of what is redundant in the first blocks, ATS with merging behind them."""
 
     title = "merge, then ATS"
-    amount = "r"
+    amount = "ratio"
 
-    r: int = option(
-        8,
-        "Of ATS.SAMPLER merge_sample: tokens that merge away in each of the early ATS.BLOCKS (at most half of those "
-        "present); or a list with one entry per block of the network.",
-        within=FROM_0,
-        types=(int, list),
+    ratio: float = option(
+        0.9,
+        "Of ATS.SAMPLER merge_sample: share of the tokens present, prefix tokens not counted, that each block that "
+        "merges leaves, with THRESHOLD on average; or a list with one entry per block of the network.",
+        within=SHARE,
+        types=(float, list),
         per_block=True,
-        give="the number of tokens to merge away, 0 or more",
+        give="a share in (0, 1]",
+    )
+    threshold: float = option(
+        0.0,
+        "Of ATS.SAMPLER merge_sample: tokens merge whose keys have a cosine above it, how many depends on the image; a "
+        "list with one entry per block of the network, found by calibration. 0: of every image the same share.",
+        within=PROBABILITY,
+        types=(float, list),
+        per_block=True,
+        give="a cosine from 0 to 1",
     )
     switch: float = option(
-        0.5,
+        0.75,
         "Of ATS.SAMPLER merge_sample: share of the network's blocks, from the first, that merge; those behind sample.",
         within=PROBABILITY,
     )
     points: float = option(
-        1.25,
+        2.0,
         "Of ATS.SAMPLER merge_sample: sample points for each token that is left when sampling begins; K / tokens.",
         within=POSITIVE,
     )
@@ -55,21 +71,34 @@ class MergeSample(Reduction):
         within=PROBABILITY,
     )
 
-    needs_cls = True
+    @property
+    def num_merging(self) -> int:
+        """Blocks of the network that merge instead of sampling."""
+        return round(self.switch * self.depth)
 
     @property
     def is_early(self) -> bool:
-        """Whether this block merges instead of sampling."""
-        return self.block < round(self.switch * self.depth)
+        """Whether this block merges."""
+        return self.block < self.num_merging
 
-    def part(self, max_tokens: int) -> ToMe | InverseTransform:
-        """What this block does where at most `max_tokens` can come in."""
-        network = {"block": self.block, "num_prefix_tokens": self.num_prefix_tokens, "has_cls": self.has_cls}
-        if self.is_early:
-            return ToMe(r=self.r, **network)
-        k = max(round(self.points * max_tokens), self.num_prefix_tokens + 2)
-        how = {"dropped": "merge", "merge_weight": "size_score", "size_bias": self.size_bias}
-        return InverseTransform(num_tokens=k, min_tokens=0, **how, **network)
+    @property
+    def needs_cls(self) -> bool:
+        return self.num_merging < self.depth
+
+    def sampling(self, max_tokens: int) -> InverseTransform:
+        """What a late block does where at most `max_tokens` can come in."""
+        num_early = sum(block < self.num_merging for block in self.stage) if self.threshold else 0
+        left = self.num_prefix_tokens + (max_tokens - self.num_prefix_tokens) * self.ratio**num_early
+        return InverseTransform(
+            num_tokens=max(round(self.points * left), self.num_prefix_tokens + 2),
+            min_tokens=0,
+            dropped="merge",
+            merge_weight="size_score",
+            size_bias=self.size_bias,
+            block=self.block,
+            num_prefix_tokens=self.num_prefix_tokens,
+            has_cls=self.has_cls,
+        )
 
     @property
     def after_attention(self) -> bool:
@@ -84,26 +113,68 @@ class MergeSample(Reduction):
         return 1.0 if self.is_early else self.size_bias
 
     def select(self, candidates: Candidates) -> Tensor:
-        return self.part(candidates.max_tokens + self.num_prefix_tokens).select(candidates)
+        return self.sampling(candidates.max_tokens + self.num_prefix_tokens).select(candidates)
 
     def merge(self, step: Step) -> RaggedTokens:
-        return self.part(step.tokens.max_tokens).merge(step)
+        if not self.is_early:
+            return self.sampling(step.tokens.max_tokens).merge(step)
+        return self._merge(step, self.ratio, (lambda best: self.threshold) if self.threshold else None)
+
+    def _merge(self, step: Step, ratio: float, above: Callable[[Tensor], Tensor | float] | None) -> RaggedTokens:
+        margin = MARGIN * (1 - self.block / self.depth)
+        ratio = ratio if above is None else 0.5  # no more than half can merge
+        return merge_redundant(step, ratio, margin=margin, size_factor=self.size_factor, above=above)
 
     def limit(self, max_tokens: int) -> int:
-        return self.part(max_tokens).limit(max_tokens)
+        if not self.is_early:
+            return self.sampling(max_tokens).limit(max_tokens)
+        return max_tokens - (0 if self.threshold else num_merged(max_tokens - self.num_prefix_tokens, self.ratio))
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor | int:
-        return self.part(0).multiply_adds(num_in, num_out, head_dim=head_dim, num_heads=num_heads)
+        if not self.is_early:
+            return self.sampling(0).multiply_adds(num_in, num_out, head_dim=head_dim, num_heads=num_heads)
+        return multiply_adds(num_in - self.num_prefix_tokens, head_dim)
 
     @classmethod
     def variants(cls) -> list[dict[str, object]]:
-        return [{"switch": switch, "points": points} for switch in (1 / 3, 0.5, 0.75) for points in (1.0, 1.25, 2.0)]
+        return [{"switch": switch, "points": points} for switch in (0.5, 0.75, 1.0) for points in (1.25, 2.0)]
 
     @classmethod
     def usual_blocks(cls, depth: int) -> list[int]:
         return list(range(depth))
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> MergeSample:
-        """Up to 1 fewer tokens merge; above, there are more sample points for each token."""
-        merging = self.part(max_tokens).scaled(scale, max_tokens, stagger) if self.is_early else ToMe(r=0)
-        return replace(self, r=merging.r, points=self.points * max(scale, 1.0))
+        """Above 1, there are more sample points for each token."""
+        ratio = min(max(scale, 0.5), 1.0)
+        return replace(self, ratio=ratio, threshold=0.0, points=self.points * max(scale, 1.0))
+
+    def learning(self, found: dict[int, list[float]]) -> MergeSample:
+        return _Learning(**self.__dict__, found=found) if self.is_early else self
+
+    def learned(self, found: dict[int, list[float]]) -> MergeSample:
+        if not found:
+            return self
+        own = found.get(self.block, [1.0])
+        return replace(self, threshold=max(round(sum(own) / len(own), 4), 1e-4))
+
+
+@dataclass(frozen=True)
+class _Learning(MergeSample):
+    """Finds this block's threshold from a batch: over all its images, `ratio` of the tokens are left."""
+
+    found: dict[int, list[float]] = field(default_factory=dict, compare=False)
+
+    def limit(self, max_tokens: int) -> int:
+        return max_tokens
+
+    def merge(self, step: Step) -> RaggedTokens:
+        lengths = step.kept.layout.lengths - self.num_prefix_tokens
+
+        def above(best: Tensor) -> float:
+            cosines = best[best.isfinite()].sort(descending=True).values
+            num = min(int((lengths * (1 - self.ratio)).sum()), len(cosines))
+            limit = min(cosines[num].item(), EQUAL) if 0 < num < len(cosines) else float(num == 0)
+            self.found.setdefault(self.block, []).append(limit)
+            return limit
+
+        return self._merge(step, self.ratio, above)

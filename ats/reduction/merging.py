@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from ats.lazy import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ats.reduction.base import Step
@@ -165,6 +167,7 @@ def bipartite_soft_matching(
     num_prefix_tokens: int = 1,
     lengths: Tensor | None = None,
     among: Tensor | None = None,
+    above: Callable[[Tensor], Tensor | float] | None = None,
 ) -> Matching:
     """ToMe, section 3 and its appendix D: tokens at even positions (A) and at odd ones (B); each of A proposes to the
     one of B it is most similar to (cosine), and the r best proposals merge. Prefix tokens neither propose nor are
@@ -175,6 +178,8 @@ def bipartite_soft_matching(
         r: 0 or more, of all sequences or [S]; at most half of the tokens that are not prefix tokens merge.
         lengths: [S] tokens of each sequence, which come first in its row; None: N.
         among: [S] only that many tokens, the first ones, merge; None: all.
+        above: from the cosine of each proposal, [S, A] and -inf where there is none, the one above which they merge;
+            None: any.
     """
     num_sequences, num_tokens, _ = metric.shape
     if lengths is None:
@@ -188,6 +193,8 @@ def bipartite_soft_matching(
     allowed = may_merge[:, ::2, None] & may_merge[:, None, 1::2]
     best, partner = similarity.masked_fill(~allowed, -torch.inf).max(dim=2)
     num_merged = ((lengths - num_prefix_tokens) // 2).clamp_max(r).clamp_min(0)
+    if above is not None:
+        num_merged = num_merged.minimum((best.clamp_max(1) > above(best)).sum(dim=1))  # 1 + round-off is 1
     rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     merged = rank < num_merged[:, None]  # [S, A]
 
@@ -244,7 +251,12 @@ def repack(
         max_tokens: see `RaggedTokens`. x: [S, N', C].
         padded: other attributes of `RaggedTokens`, [S, N'] (position, size, key_bias), or None.
     """
-    layout = tokens.layout.of_lengths(lengths, longest=x.shape[1])
+    from ats.tokens import SINGLE
+
+    longest = x.shape[1]
+    if lengths is not None and tokens.layout.kind == SINGLE:
+        longest, lengths = only(lengths, longest), None
+    layout = tokens.layout.of_lengths(lengths, longest=longest)
     if not layout.full:  # rows of padding have no position
         padded["position"] = torch.where(layout.mask, padded["position"], tokens.num_positions)
     rows = {name: None if t is None else layout.unpad(t[:, : layout.longest]) for name, t in padded.items()}

@@ -19,6 +19,8 @@ from ats.reduction.base import Scheduled, Step, register
 from ats.reduction.merging import Matching, bipartite_soft_matching, repack_matched, rows_of, sizes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ats.tokens import RaggedTokens
@@ -66,45 +68,16 @@ class PiToMe(Scheduled):
         """Whether tokens of low energy stay as they are."""
         return self.block >= math.ceil(self.split_share * self.depth)
 
-    def num_merged(self, num_tokens: int) -> int:
-        """Tokens that merge away of `num_tokens`, prefix tokens counted."""
-        num = num_tokens - self.num_prefix_tokens
-        return max(min(math.floor(num - num * self.ratio), num // 2), 0)
-
     def limit(self, max_tokens: int) -> int:
-        return max_tokens - self.num_merged(max_tokens)
+        return max_tokens - num_merged(max_tokens - self.num_prefix_tokens, self.ratio)
 
     def merge(self, step: Step) -> RaggedTokens:
         """Merge tokens that are similar in the mean of their keys over the heads."""
-        tokens, layout, num_prefix = step.kept, step.kept.layout, self.num_prefix_tokens
-        if self.num_merged(tokens.max_tokens) == 0:
-            return tokens  # then no sequence has any to merge, in any batch
-        dtype = torch.promote_types(step.k.dtype, torch.float32)
-        with torch.autocast(step.k.device.type, enabled=False):
-            metric = layout.pad(step.k.detach().to(dtype).mean(dim=1))[:, num_prefix:]
-            metric = torch.nn.functional.normalize(metric, dim=2)
-            valid, num = layout.mask[:, num_prefix:], layout.lengths - num_prefix
-            energies = energy(metric, valid, margin=self.margin * (1 - self.block / self.depth))
-            order = energies.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
-            r = (num - num.double() * self.ratio).floor().to(num.dtype).minimum(num // 2)
-            matching = bipartite_soft_matching(
-                rows_of(metric, order), r, num_prefix_tokens=0, lengths=num, among=2 * r if self.protects else None
-            )
-            matching = behind_prefix(matching, order, num_prefix, limit=self.limit(layout.longest))
-            return repack_matched(
-                tokens,
-                matching,
-                layout.pad(sizes(tokens, dtype)),
-                max_tokens=self.limit(tokens.max_tokens),
-                size_factor=self.size_factor,
-                uniform=layout.uniform and layout.full,
-            )
+        margin = self.margin * (1 - self.block / self.depth)
+        return merge_redundant(step, self.ratio, margin=margin, size_factor=self.size_factor, protects=self.protects)
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
-        """Of all similarities, for the energies, and of those between proposers and partners."""
-        num = num_in - self.num_prefix_tokens
-        num_a = torch.ceil(num / 2)
-        return (num * num + num_a * (num - num_a)) * head_dim
+        return multiply_adds(num_in - self.num_prefix_tokens, head_dim)
 
     @classmethod
     def usual_blocks(cls, depth: int) -> list[int]:
@@ -112,6 +85,67 @@ class PiToMe(Scheduled):
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> PiToMe:
         return replace(self, ratio=min(max(1 - (1 - scale) * self.schedule_factor, 0.5), 1.0))
+
+
+def num_merged(num: int, ratio: float) -> int:
+    """Tokens that merge away of `num` that are not prefix tokens, if a share `ratio` is to stay."""
+    return max(min(math.floor(num - num * ratio), num // 2), 0)
+
+
+def multiply_adds(num: Tensor, head_dim: int) -> Tensor:
+    """Of all similarities, for the energies, and of those between proposers and partners."""
+    num_a = torch.ceil(num / 2)
+    return (num * num + num_a * (num - num_a)) * head_dim
+
+
+def merge_redundant(
+    step: Step,
+    ratio: float,
+    *,
+    margin: float,
+    size_factor: float,
+    protects: bool = False,
+    above: Callable[[Tensor], Tensor | float] | None = None,
+) -> RaggedTokens:
+    """The tokens behind a block in which redundant ones merge.
+
+    Args:
+        ratio: share of a sequence's tokens, prefix tokens not counted, that stays; with `above`, at least that.
+        margin: of the energy. size_factor: see `Reduction`. protects: only the tokens of highest energy may merge.
+        above: see `bipartite_soft_matching`; a sequence loses as many tokens as there are proposals like that.
+    """
+    tokens, layout, num_prefix = step.kept, step.kept.layout, step.kept.num_prefix_tokens
+    if num_merged(tokens.max_tokens - num_prefix, ratio) == 0:
+        return tokens  # then no sequence has any to merge, in any batch
+    if isinstance(layout.longest, int) and layout.longest < num_prefix + 2:
+        return tokens  # nor is there a pair
+    dtype = torch.promote_types(step.k.dtype, torch.float32)
+    with torch.autocast(step.k.device.type, enabled=False):
+        metric = layout.pad(step.k.detach().to(dtype).mean(dim=1))[:, num_prefix:]
+        metric = torch.nn.functional.normalize(metric, dim=2)
+        valid, num = layout.mask[:, num_prefix:], layout.lengths - num_prefix
+        energies = energy(metric, valid, margin=margin)
+        order = energies.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        r = (num - num.double() * ratio).floor().to(num.dtype).minimum(num // 2)
+        matching = bipartite_soft_matching(
+            rows_of(metric, order),
+            r,
+            num_prefix_tokens=0,
+            lengths=num,
+            among=2 * r if protects else None,
+            above=above,
+        )
+        left = [
+            n - (num_merged(n - num_prefix, ratio) if above is None else 0) for n in (layout.longest, tokens.max_tokens)
+        ]
+        return repack_matched(
+            tokens,
+            behind_prefix(matching, order, num_prefix, limit=left[0]),
+            layout.pad(sizes(tokens, dtype)),
+            max_tokens=left[1],
+            size_factor=size_factor,
+            uniform=above is None and layout.uniform and layout.full,
+        )
 
 
 def energy(unit: Tensor, valid: Tensor, *, margin: float) -> Tensor:

@@ -46,11 +46,12 @@ class ComparisonSize:
     budgets: tuple[float, ...] = (0.75, 0.65, 0.5, 0.4, 0.3)  # GFLOPs / dense
     images: int = 2000  # that are evaluated, evenly spaced
     calibration_images: int = 256
-    tuned_budgets: tuple[float, ...] = (0.5, 0.3)
+    tuned_budgets: tuple[float, ...] = (0.4,)
     num_seeds: int = 3
     tune_steps: int = 50
     rounds: int = 9  # of the timing
     methods: tuple[str, ...] | None = None  # ids; None: all
+    tuned: tuple[str, ...] = ("ats_drop", "ats_merge", "merge_sample", "topk_drop", "evit", "tome", "pitome", "ppt")
 
 
 QUICK = ComparisonSize(
@@ -298,8 +299,9 @@ class Comparison:
         grid = dense.block_grids(shape)[0].queries
         self.num_patches = grid[0] * grid[1] * grid[2]
         self.methods = [METHODS[id] for id in size.methods or METHODS]
+        self.tuned_methods = [method for method in self.methods if method.id in size.tuned]
         num = len(self.methods) * len(size.budgets)
-        tuned = (len(self.methods) + 1) * len(size.tuned_budgets) * size.num_seeds * subject.can_be_tuned
+        tuned = (len(self.tuned_methods) + 1) * len(size.tuned_budgets) * size.num_seeds * subject.can_be_tuned
         self.results = ResultStore(folder, total_cost=num + 2 * tuned + len(size.budgets))
 
     def run(self) -> tuple[list[Cell], list[Cell]]:
@@ -370,7 +372,7 @@ class Comparison:
         """Every method fine-tuned at the budgets in question, and the dense network by as many steps."""
         cells = []
         for budget in (1.0, *self.size.tuned_budgets):
-            for method in self.methods if budget < 1 else (None,):
+            for method in self.tuned_methods if budget < 1 else (None,):
                 found = [self._tune(method, budget, seed) for seed in range(self.size.num_seeds)]
                 cost = float(np.mean([own["cost"] for own in found]))
                 cells.append(Cell(method, budget, np.array([own["values"] for own in found]), cost, []))

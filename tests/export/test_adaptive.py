@@ -167,7 +167,8 @@ MERGING = {
     "fuse": [("ATS.DROPPED", "fuse"), ("ATS.MERGE_WEIGHT", "size_score")],
     "ppt": [("ATS.SAMPLER", "ppt"), ("PPT.R", 9), ("PPT.THRESHOLD", 1e-4)],
     "pitome": [("ATS.SAMPLER", "pitome"), ("PITOME.RATIO", 0.8)],
-    "merge_sample": [("ATS.SAMPLER", "merge_sample"), ("MERGE_SAMPLE.R", 6), ("MERGE_SAMPLE.POINTS", 0.8)],
+    "merge_sample": [("ATS.SAMPLER", "merge_sample"), ("MERGE_SAMPLE.RATIO", 0.8), ("MERGE_SAMPLE.POINTS", 0.8)],
+    "thresholds": [("ATS.SAMPLER", "merge_sample"), ("MERGE_SAMPLE.THRESHOLD", 0.5), ("MERGE_SAMPLE.POINTS", 0.8)],
 }
 
 

@@ -73,7 +73,8 @@ STAGES = {
     "merging what is dropped": [{"DROPPED": "merge", "BLOCKS": [1, 2], "NUM_TOKENS": 0.7}],
     "fusing what is dropped": [{"DROPPED": "fuse", "BLOCKS": [0, 2], "NUM_TOKENS": 0.7}],
     "ppt, pitome": [{"SAMPLER": "ppt", "BLOCKS": [1], "R": 12}, {"SAMPLER": "pitome", "BLOCKS": [0, 2], "RATIO": 0.8}],
-    "merge early, sample late": [{"SAMPLER": "merge_sample", "BLOCKS": [0, 1, 2, 3], "R": 7}],
+    "merge early, sample late": [{"SAMPLER": "merge_sample", "BLOCKS": [0, 1, 2, 3], "RATIO": 0.8}],
+    "merge by thresholds": [{"SAMPLER": "merge_sample", "BLOCKS": [0, 1, 2, 3], "RATIO": 0.8, "THRESHOLD": 0.5}],
 }
 PSVIT = [
     "MODEL.NAME", "PSViT", "DATA.TRAIN_CROP_SIZE", 32, "PSVIT.NUM_POINTS", [6, 6], "PSVIT.EMBED_DIM", 24,

@@ -4,6 +4,7 @@ one network (ATS.STAGES); against plain loops over images and tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -45,7 +46,8 @@ OPTIONS = {
     "evit, nothing fused": {"sampler": "evit", "keep_rate": 0.7, "fuse_token": False},
     "ppt": {"sampler": "ppt", "r": 6, "threshold": 1e-4},
     "pitome": {"sampler": "pitome", "ratio": 0.7},
-    "merge, then sample": {"sampler": "merge_sample", "r": 6, "points": 0.8},
+    "merge, then sample": {"sampler": "merge_sample", "ratio": 0.8, "points": 0.8},
+    "merge by thresholds": {"sampler": "merge_sample", "ratio": 0.8, "points": 0.8, "threshold": 0.4},
 }  # fmt: skip
 FUSE = ("fuse", "evit")  # tokens without a position
 
@@ -110,7 +112,14 @@ NETWORKS: dict[str, tuple[Callable[[str | None, str], nn.Module], Callable[[], T
         lambda: transformers_models.images(),
     ),
 }  # fmt: skip
-COMPARED = ("merge", "merge by score", "ppt", "pitome", "merge, then sample")  # with all tokens of the longest sequence
+COMPARED = (
+    "merge",
+    "merge by score",
+    "ppt",
+    "pitome",
+    "merge, then sample",
+    "merge by thresholds",
+)  # pairs of tokens, padded
 EVERYWHERE = [
     (network, kind) for network in NETWORKS for kind in OPTIONS if network != "timm Eva" or kind not in FUSE
 ]  # a fused token has no position, which Eva's blocks look up
@@ -332,7 +341,13 @@ STAGES = {
     "sampling, EViT": [
         {"BLOCKS": [0], "NUM_TOKENS": 50}, {"SAMPLER": "evit", "BLOCKS": [1, 3], "KEEP_RATE": [1.0, 0.6, 1.0, 0.7]},
     ],
-    "merge, then sample": [{"SAMPLER": "merge_sample", "BLOCKS": [0, 1, 2, 3], "R": 7, "POINTS": 0.7}],
+    "merge, then sample": [
+        {"SAMPLER": "merge_sample", "BLOCKS": [0, 1, 2, 3], "RATIO": 0.8, "POINTS": 0.7, "SWITCH": 0.5},
+    ],
+    "merge above a cosine, then sample": [
+        {"SAMPLER": "merge_sample", "BLOCKS": [0, 1, 2, 3], "RATIO": 0.8, "POINTS": 0.7, "SWITCH": 0.5,
+         "THRESHOLD": 0.5},
+    ],
     "EViT, merge, ToMe": [
         {"SAMPLER": "evit", "BLOCKS": [0]}, MERGE | {"BLOCKS": [1, 2], "NUM_TOKENS": 28},
         {"SAMPLER": "tome", "BLOCKS": [3], "R": 4},
@@ -343,18 +358,20 @@ STAGES = {
 def slow(model: nn.Module, image: Tensor, stages: list[dict]) -> Tensor:
     """Logits [classes] of one image by the network's own modules, token by token."""
     plan = {block: stage for stage in stages for block in stage["BLOCKS"]}
-    if stages[0].get("SAMPLER") == "merge_sample":  # in words: ToMe in the first half, then merging by size x score
-        late = MERGE | {"MERGE_WEIGHT": "size_score", "SIZE_BIAS": 0.75, "POINTS": stages[0]["POINTS"]}
-        plan = {block: {"SAMPLER": "tome", "R": stages[0]["R"]} if block < 2 else late for block in plan}
     x, size, key_bias = model.embed(image[None])[0], None, None
     num_prefix, max_tokens = model.num_prefix_tokens, len(x)
+    if stages[0].get("SAMPLER") == "merge_sample":  # merging by energy; then by size x score
+        late = MERGE | {"MERGE_WEIGHT": "size_score", "SIZE_BIAS": 0.75, "POINTS": stages[0]["POINTS"]}
+        if "THRESHOLD" in stages[0]:
+            late |= {"NUM_TOKENS": round(late["POINTS"] * (num_prefix + (max_tokens - num_prefix) * 0.8**2))}
+        plan = {block: stages[0] if block < 2 else late for block in plan}
     for index, block in enumerate(model.blocks):
         stage = plan.get(index, {})
         sampler = stage.get("SAMPLER", "inverse_transform") if stage else ""
         attn, n = block.attn, len(x)
         q, k, v = attn.qkv(block.norm1(x)).reshape(n, 3, attn.num_heads, -1).unbind(1)
         factor = float(stage.get("PROP_ATTN", True)) * stage.get("SIZE_BIAS", 1.0)
-        if size is not None and sampler in ("inverse_transform", "tome"):
+        if size is not None and sampler in ("inverse_transform", "tome", "merge_sample"):
             key_bias = factor * size.log()
         bias = torch.zeros(n, dtype=x.dtype) if key_bias is None else key_bias
         groups = [[i] for i in range(n)]
@@ -394,6 +411,25 @@ def slow(model: nn.Module, image: Tensor, stages: list[dict]) -> Tensor:
             groups = [[i] for i in range(num_prefix)] + [[b, *(a for a in into if into[a] == b)] for b in rest]
             x = torch.stack([(size[g, None] * x[g]).sum(0) / size[g].sum() for g in groups])
             max_tokens -= min(stage["R"], (max_tokens - num_prefix) // 2)
+        elif sampler == "merge_sample":
+            size = torch.ones(n, dtype=x.dtype) if size is None else size
+            unit = torch.nn.functional.normalize(k.mean(1), dim=1)
+            near = {(a, b): float(unit[a] @ unit[b]) for a in range(num_prefix, n) for b in range(num_prefix, n)}
+            over = {pair: own - 0.75 * (1 - index / len(model.blocks)) for pair, own in near.items()}
+            energy = {a: sum(over[a, b] if over[a, b] > 0 else math.expm1(over[a, b]) for b in range(num_prefix, n))
+                      for a in range(num_prefix, n)}  # fmt: skip
+            ranked = sorted(energy, key=energy.get, reverse=True)
+            partner = {a: max(ranked[1::2], key=lambda b, a=a: near[a, b]) for a in ranked[::2]}
+            best = sorted(partner, key=lambda a: near[a, partner[a]], reverse=True)
+            if "THRESHOLD" in stage:
+                r = sum(near[a, partner[a]] > stage["THRESHOLD"] for a in partner)
+            else:
+                r = math.floor((n - num_prefix) - (n - num_prefix) * stage["RATIO"])
+                max_tokens -= r
+            into = {a: partner[a] for a in best[: min(r, (n - num_prefix) // 2)]}
+            rest = [a for a in ranked[::2] if a not in into] + ranked[1::2]
+            groups = [[i] for i in range(num_prefix)] + [[b, *(a for a in into if into[a] == b)] for b in rest]
+            x = torch.stack([(size[g, None] * x[g]).sum(0) / size[g].sum() for g in groups])
         elif sampler == "evit":
             rate = stage.get("KEEP_RATE", [0.7] * len(model.blocks))[index]
             row = attention[:, 0].mean(0)
@@ -404,7 +440,7 @@ def slow(model: nn.Module, image: Tensor, stages: list[dict]) -> Tensor:
             x = torch.cat([x[:num_prefix], x[ranked[:num_kept]], *fused])
             left = num_prefix + int(np.ceil(rate * (max_tokens - num_prefix)))
             max_tokens = left + (left < max_tokens)
-        if sampler == "tome" or (sampler == "inverse_transform" and size is not None):
+        if sampler in ("tome", "merge_sample") or (sampler == "inverse_transform" and size is not None):
             size = torch.stack([size[g].sum() for g in groups])
             key_bias = factor * size.log()
         x = x + block.mlp(block.norm2(x))
