@@ -1,6 +1,6 @@
 # make demo          evaluate dense, ATS untouched and ATS fine-tuned on real handwritten digits; a table and a picture
 # make demo-video    the same on videos of digits that move, with the frames in order and shuffled
-# make demo-photos   the same on CIFAR-10, once it is prepared and weights are trained: configs/CIFAR10/ViT.yaml
+# make demo-photos   the same on photographs, once CIFAR-10 is prepared: tools/prepare_cifar10.py
 # make study         the paper's studies on the digits, three seeds; writes docs/STUDY.md, goes on where it was interrupted
 # make test          the tests, without the long ones
 # make test-all      all of them: also compiled graphs, exported files, several processes, the demos

@@ -15,8 +15,8 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    # `ats.configs` holds the YAML files of configs/ and the weights of the Digits configs, so that the commands find
-    # `--cfg ImageNet/DeiT_S.yaml` in any folder.
+    # `ats.configs` holds the YAML files of configs/ and the weights of the Digits and CIFAR-10 configs, so that the
+    # commands find `--cfg ImageNet/DeiT_S.yaml` in any folder.
     packages=[*find_packages(include=["ats", "ats.*"]), "ats.configs"],
     package_dir={"ats.configs": "configs"},
     package_data={
@@ -24,7 +24,7 @@ setup(
         "ats.benchmark": ["suites/*.yaml"],
         "ats.study": ["*.yaml", "*.md"],
         "ats.visualize": ["page.html"],
-        "ats.configs": ["*/*.yaml", "Digits/weights/*.safetensors"],
+        "ats.configs": ["*/*.yaml", "*/weights/*.safetensors"],
     },
     entry_points={
         "console_scripts": [

@@ -25,10 +25,7 @@ from ats.cli.parser import Parser, to_path  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
 
 CIFAR10_WEIGHTS = ROOT / "configs" / "CIFAR10" / "weights" / "vit_dense.safetensors"
-FOR_FEATURES = (
-    "ats_drop", "ats_merge", "ats_merge_score", "merge_sample", "merge_only",
-    "evit", "tome", "tome_late", "pitome", "pitome_prop", "ppt",
-)  # fmt: skip
+FOR_FEATURES = ("ats_drop", "ats_merge_score", "merge_sample", "evit", "tome", "pitome", "pitome_prop", "ppt")
 DIGITS, CIFAR10, RESULTS = ROOT / "data" / "digits", ROOT / "data" / "cifar10", ROOT / "output" / "comparison"
 
 
@@ -87,9 +84,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         subjects.append((name, shipped(name, getattr(args, name), size)))
     if args.features:
         model, weights, photos = args.features
-        few = replace(size, calibration_images=min(size.calibration_images, 24), rounds=3)  # 30 times as large a network
+        few = replace(size, calibration_images=min(size.calibration_images, 40), images=40, rounds=3)  # a large network
         if not args.quick:
-            few = replace(few, images=60, budgets=(0.65, 0.5, 0.4, 0.3), methods=FOR_FEATURES)
+            few = replace(few, budgets=(0.6, 0.45, 0.35), methods=FOR_FEATURES)
         subjects.append((model, Features(model, to_path(weights), to_path(photos), few)))
     found = []
     for name, subject in subjects:

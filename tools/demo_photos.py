@@ -4,8 +4,8 @@
     make demo-photos          # or: python tools/demo_photos.py [--output DIR] [--data DIR]
 
 Evaluates the weights in configs/CIFAR10/weights on every third validation image, prints one table and writes
-output/demo_photos/{table.md, results.json, kept_tokens.png}. Trained weights are not shipped yet: the heads of the
-files in configs/CIFAR10 say how to train them.
+output/demo_photos/{table.md, results.json, kept_tokens.png}. configs/CIFAR10/weights/README.md says how these weights
+were trained.
 """
 
 from __future__ import annotations

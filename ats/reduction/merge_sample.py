@@ -118,12 +118,13 @@ class MergeSample(Reduction):
     def merge(self, step: Step) -> RaggedTokens:
         if not self.is_early:
             return self.sampling(step.tokens.max_tokens).merge(step)
-        return self._merge(step, self.ratio, (lambda best: self.threshold) if self.threshold else None)
-
-    def _merge(self, step: Step, ratio: float, above: Callable[[Tensor], Tensor | float] | None) -> RaggedTokens:
-        margin = MARGIN * (1 - self.block / self.depth)
-        ratio = ratio if above is None else 0.5  # no more than half can merge
+        margin, above = MARGIN * (1 - self.block / self.depth), self.above(step)
+        ratio = self.ratio if above is None else 0.5  # no more than half can merge
         return merge_redundant(step, ratio, margin=margin, size_factor=self.size_factor, above=above)
+
+    def above(self, step: Step) -> Callable[[Tensor], float] | None:
+        """From the cosines of a batch's proposals [S, A] to the one above which they merge; None: by `ratio` alone."""
+        return (lambda cosines: self.threshold) if self.threshold else None
 
     def limit(self, max_tokens: int) -> int:
         if not self.is_early:
@@ -167,14 +168,14 @@ class _Learning(MergeSample):
     def limit(self, max_tokens: int) -> int:
         return max_tokens
 
-    def merge(self, step: Step) -> RaggedTokens:
+    def above(self, step: Step) -> Callable[[Tensor], float]:
         lengths = step.kept.layout.lengths - self.num_prefix_tokens
 
-        def above(best: Tensor) -> float:
-            cosines = best[best.isfinite()].sort(descending=True).values
+        def learn(cosines: Tensor) -> float:
+            cosines = cosines[cosines.isfinite()].sort(descending=True).values
             num = min(int((lengths * (1 - self.ratio)).sum()), len(cosines))
             limit = min(cosines[num].item(), EQUAL) if 0 < num < len(cosines) else float(num == 0)
             self.found.setdefault(self.block, []).append(limit)
             return limit
 
-        return self._merge(step, self.ratio, above)
+        return learn

@@ -51,7 +51,7 @@ class ComparisonSize:
     tune_steps: int = 50
     rounds: int = 9  # of the timing
     methods: tuple[str, ...] | None = None  # ids; None: all
-    tuned: tuple[str, ...] = ("ats_drop", "ats_merge", "merge_sample", "topk_drop", "evit", "tome", "pitome", "ppt")
+    tuned: tuple[str, ...] = ("ats_drop", "ats_merge", "merge_sample", "evit", "tome", "pitome")
 
 
 QUICK = ComparisonSize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from ats.study import charts
 from ats.study.compare import NORMAL95, Estimate, standard_error, t95
 from ats.study.comparison import METHODS, Cell, ComparisonSize, Subject
 
-DRAWN = ("ats_drop", "ats_merge", "merge_sample", "evit", "tome", "pitome", "ppt")
+DRAWN = ("ats_drop", "ats_merge", "merge_sample", "evit", "tome", "pitome_prop", "ppt")
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,11 @@ def _best(cells: Sequence[Cell], kind: str) -> Cell | None:
 
 def _answer(one: Compared) -> str:
     """Ours against the best rival, budget by budget."""
-    lines = []
+    lines, never_behind = [], []
     for label, cells in (("off the shelf", one.cells), ("fine-tuned", one.tuned)):
+        if any(cell.method is not None for cell in cells):
+            names = [METHODS[id].name for id in _never_behind(cells, one.subject.clusters)]
+            never_behind.append(f"Never behind the best, {label}: {', '.join(names) or 'none'}.")
         for budget in sorted({cell.budget for cell in cells if cell.method is not None}, reverse=True):
             own = _at(cells, budget)
             ours, rival = _best(own, "ours"), _best(own, "rival")
@@ -105,7 +109,20 @@ def _answer(one: Compared) -> str:
             scores = (f"{ours.method.name} {ours.values.mean():.2f}", f"{rival.method.name} {rival.values.mean():.2f}")
             lines.append([label, f"{budget:g}", *scores, str(lead), verdict])
     headers = ["", "GFLOPs / dense", "best of ours", "best rival", "difference, 95 % interval", "ours is"]
-    return f"**{one.subject.title}** ({one.subject.unit})\n\n{charts.markdown_table(headers, lines, left=1)}\n"
+    table = charts.markdown_table(headers, lines, left=1)
+    return f"**{one.subject.title}** ({one.subject.unit})\n\n{table}\n\n" + "\n".join(never_behind) + "\n"
+
+
+def _never_behind(cells: Sequence[Cell], clusters: np.ndarray | None) -> list[str]:
+    """Ids of the methods that meet every budget and are at none surely worse than the best there."""
+    columns = [_at(cells, budget) for budget in {cell.budget for cell in cells if cell.method is not None}]
+    equal = Counter(
+        cell.method.id
+        for own in columns
+        for cell in own
+        if difference(cell, own[0], clusters).verdict() != "does not hold"
+    )
+    return [id for id, times in equal.items() if times == len(columns)]
 
 
 def _section(one: Compared) -> str:
