@@ -227,7 +227,7 @@ def _differing(reduction: Reduction) -> list[str]:
 
 
 def _stage(setting: Sequence[Reduction], depth: int) -> dict[str, object]:
-    """An entry of ATS.STAGES: blocks that differ in their amount alone."""
+    """An entry of ATS.STAGES: blocks that differ only in options that take a list."""
     first = setting[0]
     options = {
         option.name.upper(): getattr(first, option.name)

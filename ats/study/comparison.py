@@ -55,7 +55,7 @@ class ComparisonSize:
 
 
 QUICK = ComparisonSize(
-    budgets=(0.6,), images=40, calibration_images=16, tuned_budgets=(0.6,), num_seeds=2, tune_steps=1, rounds=3,
+    budgets=(0.6,), images=200, calibration_images=64, tuned_budgets=(0.6,), num_seeds=2, tune_steps=1, rounds=3,
     methods=("ats_drop", "merge_sample", "tome_late", "ppt"),
 )  # fmt: skip
 

@@ -112,14 +112,8 @@ NETWORKS: dict[str, tuple[Callable[[str | None, str], nn.Module], Callable[[], T
         lambda: transformers_models.images(),
     ),
 }  # fmt: skip
-COMPARED = (
-    "merge",
-    "merge by score",
-    "ppt",
-    "pitome",
-    "merge, then sample",
-    "merge by thresholds",
-)  # pairs of tokens, padded
+# With all tokens of the longest sequence.
+COMPARED = ("merge", "merge by score", "ppt", "pitome", "merge, then sample", "merge by thresholds")
 EVERYWHERE = [
     (network, kind) for network in NETWORKS for kind in OPTIONS if network != "timm Eva" or kind not in FUSE
 ]  # a fused token has no position, which Eva's blocks look up
