@@ -1,9 +1,9 @@
 """Which way to lose tokens is best at which cost? ATS and its variants, top-k, EViT, ToMe, PiToMe and PPT at the same
 GFLOPs: accuracy off the shelf and after a short fine-tuning, and seconds.
 
-    python tools/compare.py             # on Digits, and on CIFAR-10 if data/cifar10 is there
+    python tools/compare.py             # on Digits, and on CIFAR-10 and moving Digits if they are in data/
     python tools/compare.py --features vit_small_patch14_dinov2 WEIGHTS.pth PHOTOS
-                                        # also: how near a timm model's CLS feature stays to the dense one's
+                                        # also: how near a timm model's features stay to the dense one's
 
 Writes docs/COMPARISON.md, docs/comparison.json and docs/images/comparison.png (with --output: below DIR). A result is
 kept in output/comparison as soon as it is measured: the same command resumes. --quick only shows that everything runs.
@@ -24,9 +24,14 @@ from make_digits import make_digits  # noqa: E402 - beside this file
 from ats.cli.parser import Parser, to_path  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
 
-CIFAR10_WEIGHTS = ROOT / "configs" / "CIFAR10" / "weights" / "vit_dense.safetensors"
-FOR_FEATURES = ("ats_drop", "ats_merge_score", "merge_sample", "evit", "tome", "pitome", "pitome_prop", "ppt")
-DIGITS, CIFAR10, RESULTS = ROOT / "data" / "digits", ROOT / "data" / "cifar10", ROOT / "output" / "comparison"
+FEW = ("ats_drop", "ats_merge_score", "merge_sample", "evit", "tome", "pitome", "pitome_prop", "ppt")
+# Data set -> what makes it.
+MAKERS = {
+    "digits": "tools/make_digits.py",
+    "cifar10": "tools/prepare_cifar10.py",
+    "moving_digits": "tools/make_moving_digits.py",
+}
+DATA, RESULTS = ROOT / "data", ROOT / "output" / "comparison"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,16 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--on", nargs="+", choices=["digits", "cifar10"], help="what to compare on; default: what is there"
-    )
+    parser.add_argument("--on", nargs="+", choices=list(MAKERS), help="what to compare on; default: what is there")
     parser.add_argument(
         "--features", nargs=3, metavar=("MODEL", "WEIGHTS", "PHOTOS"), help="also a timm model's features"
     )
-    parser.add_argument("--digits", type=to_path, default=DIGITS, metavar="DIR", help="the canvases; made if missing")
-    parser.add_argument(
-        "--cifar10", type=to_path, default=CIFAR10, metavar="DIR", help="tools/prepare_cifar10.py's folder"
-    )
+    for name, maker in MAKERS.items():
+        option, what = f"--{name.replace('_', '-')}", "made if missing" if name == "digits" else f"{maker}'s folder"
+        parser.add_argument(option, type=to_path, default=DATA / name, metavar="DIR", help=what)
     parser.add_argument("--results", type=to_path, default=RESULTS, metavar="DIR", help="where results are kept")
     parser.add_argument(
         "--output", type=to_path, default=None, metavar="DIR", help="where COMPARISON.md goes; default docs"
@@ -62,31 +64,32 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure what has not been measured and write the page."""
     if args.quick and args.output is None:
         raise UserError("--quick measures too little for docs/COMPARISON.md: write it elsewhere with --output DIR.")
-    has_cifar10 = args.cifar10.is_dir() and CIFAR10_WEIGHTS.is_file()
-    on = args.on or ["digits", *(["cifar10"] if has_cifar10 else [])]
-    if "cifar10" in on and not args.cifar10.is_dir():
-        raise UserError(f"There is no {args.cifar10}: python tools/prepare_cifar10.py --help says how to make it.")
-    if "cifar10" in on and not has_cifar10:
-        raise UserError(f"There is no {CIFAR10_WEIGHTS}. The head of configs/CIFAR10/ViT.yaml has the command.")
+    on = args.on or [name for name in MAKERS if name == "digits" or getattr(args, name).is_dir()]
+    for name in on:
+        if name != "digits" and not getattr(args, name).is_dir():
+            raise UserError(f"There is no {getattr(args, name)}: python {MAKERS[name]} --help says how to make it.")
     from ats.benchmark.tables import machine
     from ats.engine.output import setup_logging
-    from ats.study.comparison import QUICK, Comparison, ComparisonSize, Features, shipped
+    from ats.study.comparison import Comparison
     from ats.study.comparison_page import Compared, write_comparison
+    from ats.study.subjects import QUICK, ComparisonSize, Features, shipped
 
     setup_logging()
     size = QUICK if args.quick else ComparisonSize()
     if args.off_the_shelf:
         size = replace(size, tuned_budgets=())
+    few_of = {} if args.quick else {"budgets": (0.6, 0.45, 0.35), "methods": FEW}
     subjects = []
     for name in on:
         if name == "digits":
             make_digits(args.digits)
-        subjects.append((name, shipped(name, getattr(args, name), size)))
+        own = size
+        if name == "moving_digits" and not args.quick:  # clips take longer
+            own = replace(size, images=500, calibration_images=48, tuned_budgets=(), **few_of)
+        subjects.append((name, shipped(name, getattr(args, name), own)))
     if args.features:
         model, weights, photos = args.features
-        few = replace(size, calibration_images=min(size.calibration_images, 40), images=40, rounds=3)  # a large network
-        if not args.quick:
-            few = replace(few, budgets=(0.6, 0.45, 0.35), methods=FOR_FEATURES)
+        few = replace(size, calibration_images=min(size.calibration_images, 40), images=40, rounds=3, **few_of)
         subjects.append((model, Features(model, to_path(weights), to_path(photos), few)))
     found = []
     for name, subject in subjects:

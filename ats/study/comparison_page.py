@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ats.files import write
 from ats.study import charts
-from ats.study.compare import NORMAL95, Estimate, standard_error, t95
-from ats.study.comparison import METHODS, Cell, ComparisonSize, Subject
+from ats.study.compare import FAILS, HOLDS, NORMAL95, Estimate, standard_error, t95
+from ats.study.comparison import CLAIMS, METHODS, Cell
+from ats.study.subjects import ComparisonSize, Subject
 
 DRAWN = ("ats_drop", "ats_merge", "merge_sample", "evit", "tome", "pitome_prop", "ppt")
 
@@ -27,12 +29,45 @@ class Compared:
     cells: Sequence[Cell]  # off the shelf
     tuned: Sequence[Cell]
 
+    @property
+    def views(self) -> list[View]:
+        """Everything that was measured."""
+        views = [
+            View(", ".join(filter(None, ("off the shelf", name))), unit, [_only(cell, i) for cell in self.cells])
+            for i, (name, unit) in enumerate(self.subject.units.items())
+        ]
+        return views + [View("fine-tuned", views[0].unit, list(self.tuned))] * bool(self.tuned)
+
+
+class View(NamedTuple):
+    """One thing that was measured of all cells, the first of which is the dense network's."""
+
+    heading: str
+    unit: str
+    cells: list[Cell]
+
+    @property
+    def budgets(self) -> list[float]:
+        """Descending."""
+        return sorted({cell.budget for cell in self.cells if cell.method is not None}, reverse=True)
+
+    def at(self, budget: float) -> list[Cell]:
+        """The cells of a budget that meet it, best first."""
+        own = [cell for cell in self.cells if cell.method is not None and cell.budget == budget and cell.in_reach]
+        return sorted(own, key=lambda cell: -cell.values.mean())
+
+
+def _only(cell: Cell, index: int) -> Cell:
+    """The cell with one of the things that were measured."""
+    return replace(cell, measured=cell.measured[index : index + 1])
+
 
 def write_comparison(found: Sequence[Compared], *, folder: Path, command: str, machine: dict) -> str:
     """Write COMPARISON.md, comparison.json and images/comparison.png below `folder`; returns the text."""
     text = (Path(__file__).with_suffix(".md")).read_text()
     text = text.format(
         answer="\n".join(_answer(one) for one in found),
+        claims=_claims(found),
         sections="\n\n".join(_section(one) for one in found),
         command=command,
         machine=f"{machine['cpu']} ({machine['instructions']}), PyTorch {machine['torch']}",
@@ -82,12 +117,6 @@ def difference(a: Cell, b: Cell, clusters: np.ndarray | None) -> Estimate:
     return Estimate(float(values.mean()), half_width)
 
 
-def _at(cells: Sequence[Cell], budget: float) -> list[Cell]:
-    """The cells of a budget that meet it, best first."""
-    own = [cell for cell in cells if cell.method is not None and cell.budget == budget and cell.in_reach]
-    return sorted(own, key=lambda cell: -cell.values.mean())
-
-
 def _best(cells: Sequence[Cell], kind: str) -> Cell | None:
     return next((cell for cell in cells if getattr(cell.method, kind)), None)
 
@@ -95,66 +124,88 @@ def _best(cells: Sequence[Cell], kind: str) -> Cell | None:
 def _answer(one: Compared) -> str:
     """Ours against the best rival, budget by budget."""
     lines, never_behind = [], []
-    for label, cells in (("off the shelf", one.cells), ("fine-tuned", one.tuned)):
-        if any(cell.method is not None for cell in cells):
-            names = [METHODS[id].name for id in _never_behind(cells, one.subject.clusters)]
-            never_behind.append(f"Never behind the best, {label}: {', '.join(names) or 'none'}.")
-        for budget in sorted({cell.budget for cell in cells if cell.method is not None}, reverse=True):
-            own = _at(cells, budget)
+    for view in one.views:
+        names = [METHODS[id].name for id in _never_behind(view, one.subject.clusters)]
+        never_behind.append(f"Never behind the best, {view.heading}: {', '.join(names) or 'none'}.")
+        for budget in view.budgets:
+            own = view.at(budget)
             ours, rival = _best(own, "ours"), _best(own, "rival")
             if ours is None or rival is None:
                 continue
             lead = difference(ours, rival, one.subject.clusters)
-            verdict = {"holds": "ahead", "does not hold": "behind"}.get(lead.verdict(), "equal within the interval")
+            verdict = {HOLDS: "ahead", FAILS: "behind"}.get(lead.verdict(), "equal within the interval")
             scores = (f"{ours.method.name} {ours.values.mean():.2f}", f"{rival.method.name} {rival.values.mean():.2f}")
-            lines.append([label, f"{budget:g}", *scores, str(lead), verdict])
+            lines.append([view.heading, f"{budget:g}", *scores, str(lead), verdict])
     headers = ["", "GFLOPs / dense", "best of ours", "best rival", "difference, 95 % interval", "ours is"]
     table = charts.markdown_table(headers, lines, left=1)
-    return f"**{one.subject.title}** ({one.subject.unit})\n\n{table}\n\n" + "\n".join(never_behind) + "\n"
+    return f"**{one.subject.title}** ({_unit(one)})\n\n{table}\n\n" + "\n".join(never_behind) + "\n"
 
 
-def _never_behind(cells: Sequence[Cell], clusters: np.ndarray | None) -> list[str]:
+def _unit(one: Compared) -> str:
+    """The unit of a subject's main number."""
+    return next(iter(one.subject.units.values()))
+
+
+def _never_behind(view: View, clusters: np.ndarray | None) -> list[str]:
     """Ids of the methods that meet every budget and are at none surely worse than the best there."""
-    columns = [_at(cells, budget) for budget in {cell.budget for cell in cells if cell.method is not None}]
+    columns = [view.at(budget) for budget in view.budgets]
     equal = Counter(
-        cell.method.id
-        for own in columns
-        for cell in own
-        if difference(cell, own[0], clusters).verdict() != "does not hold"
+        cell.method.id for own in columns for cell in own if difference(cell, own[0], clusters).verdict() != FAILS
     )
     return [id for id, times in equal.items() if times == len(columns)]
 
 
+def _claims(found: Sequence[Compared]) -> str:
+    """What each subject says of each claim, by its main number."""
+    lines = [[claim["text"], *(_claim(one, claim) for one in found)] for claim in CLAIMS]
+    return charts.markdown_table(["", *(one.subject.title for one in found)], lines, left=1 + len(found))
+
+
+def _claim(one: Compared, claim: dict) -> str:
+    cells = one.tuned if claim.get("tuned") else [_only(cell, 0) for cell in one.cells]
+    by_key = {(cell.method.id if cell.method else "dense", cell.budget): cell for cell in cells}
+    pairs = [
+        (own, by_key.get((claim["b"], 1.0 if claim["b"] == "dense" else budget)))
+        for (id, budget), own in by_key.items()
+        if id == claim["a"] and budget == claim.get("budget", budget)
+    ]
+    pairs = [(a, b) for a, b in pairs if b is not None and a.in_reach and b.in_reach]
+    if not pairs:
+        return "not measured"
+    a, b = (
+        replace(own[0], measured=np.mean([cell.measured for cell in own], axis=0)) for own in zip(*pairs, strict=True)
+    )
+    lead = difference(a, b, one.subject.clusters)
+    return f"{lead.verdict(at_least=claim.get('at_least', 0))}: {lead}"
+
+
 def _section(one: Compared) -> str:
-    text = f"## {one.subject.title}, off the shelf\n\n{_table(one, one.cells)}\n\n"
-    text += f"Milliseconds of an image, batches of 32, one thread; dense {one.cells[0].ms:.3g} ms:\n\n{_times(one)}"
-    if one.tuned:
-        text += f"\n\n## {one.subject.title}, fine-tuned for {one.size.tune_steps} steps\n\n{_table(one, one.tuned)}"
-    return text
+    text = ""
+    for place, view in enumerate(one.views):
+        steps = f" for {one.size.tune_steps} steps" * (view.heading == "fine-tuned")
+        text += f"## {one.subject.title}, {view.heading}{steps}\n\n{_table(one, view)}\n\n"
+        if place == 0:
+            text += f"Milliseconds of an image, batches of 32, one thread; dense {one.cells[0].ms:.3g} ms:\n\n"
+            text += f"{_times(one)}\n\n"
+    return text.rstrip()
 
 
-def _table(one: Compared, cells: Sequence[Cell]) -> str:
-    budgets = sorted({cell.budget for cell in cells if cell.method is not None}, reverse=True)
-    best = {budget: (_at(cells, budget) or [None])[0] for budget in budgets}
-    by_key = {(cell.method.id, cell.budget): cell for cell in cells if cell.method is not None}
+def _table(one: Compared, view: View) -> str:
+    best = {budget: next(iter(view.at(budget)), None) for budget in view.budgets}
+    by_key = {(cell.method.id, cell.budget): cell for cell in view.cells if cell.method is not None}
     lines = []
     for id in dict.fromkeys(id for id, _ in by_key):
         row = [METHODS[id].name]
-        for budget in budgets:
+        for budget in view.budgets:
             cell = by_key[id, budget]
             if not cell.in_reach:
                 row.append(f"({cell.values.mean():.2f} at {cell.cost:.2f})")
                 continue
-            text = f"{cell.values.mean():.2f}"
-            row.append(
-                f"**{text}**"
-                if difference(cell, best[budget], one.subject.clusters).verdict() != "does not hold"
-                else text
-            )
+            behind = difference(cell, best[budget], one.subject.clusters).verdict() == FAILS
+            row.append(f"{cell.values.mean():.2f}" if behind else f"**{cell.values.mean():.2f}**")
         lines.append(row)
-    dense = f"dense: {cells[0].values.mean():.2f}"
-    headers = [f"{one.subject.unit}; {dense}", *(f"{budget:g} of the GFLOPs" for budget in budgets)]
-    return charts.markdown_table(headers, lines)
+    dense = f"dense: {view.cells[0].values.mean():.2f}"
+    return charts.markdown_table([f"{view.unit}; {dense}", *(f"{own:g} of the GFLOPs" for own in view.budgets)], lines)
 
 
 def _times(one: Compared) -> str:
@@ -171,7 +222,7 @@ def _as_dict(cell: Cell) -> dict:
     return {
         "method": "dense" if cell.method is None else cell.method.name,
         "budget": cell.budget,
-        "mean": [round(float(seed.mean()), 4) for seed in cell.values],
+        "mean": [[round(float(seed.mean()), 4) for seed in seeds] for seeds in cell.measured],
         "gflops_over_dense": round(cell.cost, 4),
         "stages": cell.stages,
         "ms": None if cell.ms is None else round(cell.ms, 4),
@@ -193,5 +244,5 @@ def _draw(found: Sequence[Compared], path: Path) -> None:
                         charts.draw_curve(ax, list(map(x, own)), means, colour=colour, label=METHODS[id].name)
                 charts.finish_curves(
                     ax, x=label, title=f"{one.subject.title}, off the shelf", dense=one.cells[0].values.mean(),
-                    y=one.subject.unit,
+                    y=_unit(one),
                 )  # fmt: skip
