@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from ats import kernels
 from ats.compat import export_check
 from ats.errors import UserError
 from ats.lazy import cached
+
+if TYPE_CHECKING:
+    from ats.restore import Places
 
 LAYOUTS = ("packed", "padded", "static")
 SINGLE = "single"  # of adaptive exports: one packed sequence, whose length the graph learns from the image
@@ -161,6 +165,7 @@ class RaggedTokens:
     rotary: Tensor | None = None  # [N, h, 2D] sine and cosine of every original position; h is 1 or H
     size: Tensor | None = None  # [T] how many original tokens each stands for, once tokens were merged
     key_bias: Tensor | None = None  # [T] added to the logits of every key
+    places: Places | None = None  # what stands for each original position, if features are to be restored
     has_fused: bool = False  # some tokens are sums of others and have no position
     record: BlockRecord | None = None  # of the last ATS block; it leads to those before
 
@@ -279,7 +284,7 @@ class RaggedTokens:
             index = self.layout.sequence * columns + column
             grid = x.new_full((num_sequences * columns, *x.shape[1:]), value).index_copy(0, index, x)
             return grid.unflatten(0, (num_sequences, columns))[:, : self.num_positions]
-        if self.layout.total == size:
+        if self.layout.total == size and self.size is None:  # merging leaves tokens in another order
             grid = x
         elif x.requires_grad:  # backward this is a plain gather
             grid = x.new_full((size, *x.shape[1:]), value).index_copy(0, self.grid_index, x)
@@ -307,7 +312,9 @@ class RaggedTokens:
         dropped.
         """
         size = len(self.layout.lengths) * self.num_positions
-        index = torch.where(self.position < 0, size, self.grid_index) if self.has_fused else self.grid_index
+        index = self.grid_index
+        if self.has_fused or not self.layout.full:
+            index = torch.where((self.position < 0) | (self.position == self.num_positions), size, index)
         rows = index.new_full((size + 1,), self.layout.total)
         return rows.index_copy(0, index, torch.arange(self.layout.total, device=rows.device))[:size]
 

@@ -26,6 +26,7 @@ from ats.models.cost import BlockGrid, size, vit_block_multiply_adds
 from ats.reduction import REDUCTIONS, Reduction
 from ats.reduction.base import options_of
 from ats.reduction.plan import NEUTRAL, config_key, plan_reductions, refuse_unread
+from ats.restore import Places
 from ats.tokens import BlockRecord, KeptTokens, RaggedTokens, Trace
 
 Records = tuple[BlockRecord, ...]
@@ -181,10 +182,19 @@ class Backbone(HasBlocks, nn.Module):
                     f"Choose from {', '.join(others)}."
                 )
 
-    def run_blocks(self, x: Tensor, *, frames_per_clip: int = 1, blocks: nn.ModuleList | None = None) -> RaggedTokens:
-        """Dense tokens [S, N, C] through `blocks`, by default `self.blocks`: the kept tokens, with their trace."""
-        places = {"frames_per_clip": frames_per_clip, "layout": self.layout}
-        begin = partial(RaggedTokens.from_dense, num_prefix_tokens=self.num_prefix_tokens, **places)
+    def run_blocks(
+        self, x: Tensor, *, frames_per_clip: int = 1, blocks: nn.ModuleList | None = None, restore: str = "zero"
+    ) -> RaggedTokens:
+        """Dense tokens [S, N, C] through `blocks`, by default `self.blocks`: the kept tokens, with their trace.
+
+        Args:
+            restore: what `ats.restore.restored` shall give for tokens that are gone.
+        """
+
+        def begin(x: Tensor) -> RaggedTokens:
+            kwargs = {"frames_per_clip": frames_per_clip, "layout": self.layout}
+            return Places.begin(RaggedTokens.from_dense(x, self.num_prefix_tokens, **kwargs), restore)
+
         return run_blocks(self.blocks if blocks is None else blocks, x, begin)
 
 

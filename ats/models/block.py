@@ -60,6 +60,8 @@ class ATSBlock(nn.Module):
         """Run the whole block: its input tokens -> its kept tokens."""
         step, attended = self.attend(self.prepare(tokens))
         record = self._record(step, attended)
+        if tokens.places is not None:
+            attended.places = tokens.places.after(step, attended, self.reduction)
         del step  # its keys and values: memory that the MLP needs
         self._begin("rest")
         out = self.finish(attended)

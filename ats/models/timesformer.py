@@ -141,7 +141,14 @@ class TimeSformer(VisionTransformer):
             self.reduce_blocks(reductions)
 
     def run(self, x: Tensor) -> tuple[Tensor, Records]:
-        num_clips, _, num_frames = x.shape[:3]
+        tokens = self.encode(x)
+        cls = tokens.prefix().unflatten(0, (len(x), tokens.frames_per_clip))
+        # Divided: all frames have the same CLS. Space only: the mean over frames.
+        cls = cls.mean(dim=1) if self.attention_type == "space_only" else cls[:, 0]
+        return self.classify(self.norm(cls)), tokens.trace
+
+    def encode(self, x: Tensor, *, restore: str = "zero") -> RaggedTokens:
+        num_frames = x.shape[2]
         frames = self.embed(clip_to_frames(x))
         if self.attention_type != "space_only":
             frames = self.add_time(frames.unflatten(0, (-1, num_frames)))  # [B, T, N, C]
@@ -151,11 +158,7 @@ class TimeSformer(VisionTransformer):
                 num_frames = 1  # a clip is one sequence now
             else:
                 frames = frames.flatten(0, 1)
-        tokens = self.run_blocks(frames, frames_per_clip=num_frames)
-        cls = tokens.prefix().unflatten(0, (num_clips, num_frames))
-        # Divided: all frames have the same CLS. Space only: the mean over frames.
-        cls = cls.mean(dim=1) if self.attention_type == "space_only" else cls[:, 0]
-        return self.classify(self.norm(cls)), tokens.trace
+        return self.run_blocks(frames, frames_per_clip=num_frames, restore=restore)
 
     def add_time(self, frames: Tensor) -> Tensor:
         """Add the time embedding to the patches, not to CLS: [B, T, N, C] -> [B, T, N, C]."""

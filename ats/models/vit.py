@@ -24,7 +24,8 @@ from ats.errors import UserError
 from ats.models.backbone import Backbone, Records, init_linears, reductions_from_cfg, settings
 from ats.models.cost import BlockGrid, conv_multiply_adds, linear_multiply_adds
 from ats.reduction import Reduction
-from ats.tokens import LAYOUTS, KeptTokens
+from ats.restore import check_restore, restored
+from ats.tokens import LAYOUTS, KeptTokens, RaggedTokens
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +102,22 @@ class VisionTransformer(Backbone):
             init_linears(self)
 
     def run(self, x: Tensor) -> tuple[Tensor, Records]:
-        tokens = self.run_blocks(self.embed(x))
+        tokens = self.encode(x)
         return self.classify(self.norm(tokens.prefix())), tokens.trace
+
+    def encode(self, x: Tensor, *, restore: str = "zero") -> RaggedTokens:
+        """Images or clips -> the tokens that are left, before the final norm."""
+        return self.run_blocks(self.embed(x), restore=restore)
+
+    def forward_features(self, x: Tensor, *, restore: str = "zero") -> Tensor:
+        """[S, N, C] normalised features of all tokens; sequences are images, or the frames of clips in order.
+
+        Args:
+            restore: what tokens that are gone hold: zero, last or nearest, see `ats/restore.py`.
+        """
+        check_restore(restore)
+        with self.fastest_kernels(x):
+            return restored(self.encode(x, restore=restore), self.norm)
 
     def embed(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> tokens with positions [B, N, C]."""

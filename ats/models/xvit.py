@@ -143,17 +143,19 @@ class FrameTransformer(VisionTransformer):
         self.reduce_blocks(reductions, ShiftedATSBlock)
 
     def run(self, x: Tensor) -> tuple[Tensor, Records]:
-        """Clips [B, 3, T, H, W] -> [B*T, C], or the frames' logits. The frames must divide into segments and temporal
-        embeddings, else it raises a UserError.
-        """
+        """Clips [B, 3, T, H, W] -> [B*T, C], or the frames' logits."""
+        tokens = self.encode(x)
+        return self.classify(self.norm(tokens.prefix())), tokens.trace
+
+    def encode(self, x: Tensor, *, restore: str = "zero") -> RaggedTokens:
+        """The frames must divide into segments and temporal embeddings, else it raises a UserError."""
         frames = self.embed(clip_to_frames(x))
         lengths = {"XVIT.NUM_SEGMENTS": self.num_segments, "XVIT.TEMPORAL_EMBED_LEN": self.temp_embed.shape[1]}
         for name, length in lengths.items():
             if x.shape[2] % length:
                 raise UserError(f"Clips of {x.shape[2]} frames: DATA.NUM_FRAMES must be a multiple of {name} {length}.")
         frames = (frames.unflatten(0, (-1, self.temp_embed.shape[1])) + self.temp_embed).flatten(0, 1)
-        tokens = self.run_blocks(frames, frames_per_clip=self.num_segments)
-        return self.classify(self.norm(tokens.prefix())), tokens.trace
+        return self.run_blocks(frames, frames_per_clip=self.num_segments, restore=restore)
 
 
 class TemporalHead(nn.Module):
@@ -243,6 +245,11 @@ class XViT(Backbone):
             return self.consensus(frames), records
         logits = frames if self.new_fc is None else self.new_fc(frames)
         return (logits if self.before_softmax else logits.softmax(dim=-1)).mean(dim=1), records
+
+    def forward_features(self, x: Tensor, *, restore: str = "zero") -> Tensor:
+        """[B*T, N, C] features of the frames' tokens, see `VisionTransformer.forward_features`."""
+        with self.fastest_kernels(x):
+            return self.base_model.forward_features(x, restore=restore)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the release, or of an image ViT to start training from, for this model.

@@ -21,6 +21,7 @@ from ats.kernels.cpu import BACKENDS
 from ats.models.backbone import HasBlocks
 from ats.models.block import ATSBlock, unwrapped
 from ats.reduction import Reduction
+from ats.restore import check_restore
 from ats.tokens import LAYOUTS, KeptTokens
 
 
@@ -83,6 +84,7 @@ class State:
     trace: bool = False  # keep the trace of the last batch in `last`
     last: list[KeptTokens] | None = None
     cpu_backend: str = "auto"  # see `kernels/cpu.py`
+    restore: str = "zero"  # see `ats/restore.py`
     embedding_costs: dict = field(default_factory=dict)  # input shape -> measured multiply-adds of the patch embedding
 
 
@@ -90,7 +92,8 @@ class Handle:
     """`model.ats`: the settings of `ats.patch`, each of which can be read and set, and the trace.
 
     `trace` True records what the blocks keep. It is off by default, because a trace takes memory. `cpu_backend` is
-    ATS.CPU_BACKEND: auto (default), torch or onednn.
+    ATS.CPU_BACKEND: auto (default), torch or onednn. `restore` says what features hold for patches that are gone: zero
+    (default), last or nearest, see `ats/restore.py`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -123,22 +126,24 @@ class Handle:
         if name.startswith("_"):  # asked for while a handle is copied, before it has its model
             raise AttributeError(name)
         settings = self.settings
-        if name in ("trace", "cpu_backend"):
+        if name in ("trace", "cpu_backend", "restore"):
             return getattr(self._state, name)
         if name in settings:
             return settings[name]
-        raise AttributeError(f"model.ats has no {name}.{suggest(name, [*settings, 'trace', 'last', 'cpu_backend'])}")
+        raise AttributeError(
+            f"model.ats has no {name}.{suggest(name, [*settings, 'trace', 'last', 'cpu_backend', 'restore'])}"
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
         state, settings = self._state, self.settings
         if name == "trace":
             state.trace, state.last = bool(value), None
-        elif name == "cpu_backend":
-            self._model.cpu_backend = value
+        elif name in ("cpu_backend", "restore"):
+            setattr(self._model, name, value)
         elif name in settings:
             state.apply(self._model, settings | {name: value})
         else:
-            names = [*settings, "trace", "cpu_backend"]
+            names = [*settings, "trace", "cpu_backend", "restore"]
             raise UserError(f"model.ats has no setting {name}: choose from {', '.join(names)}.{suggest(name, names)}")
 
     def __repr__(self) -> str:
@@ -172,6 +177,16 @@ class Patched(HasBlocks):
         if value not in BACKENDS:
             raise UserError(f"cpu_backend {value!r}: choose from {', '.join(BACKENDS)}.{suggest(value, BACKENDS)}")
         self.ats_state.cpu_backend = value
+
+    @property
+    def restore(self) -> str:
+        """What features hold for patches that are gone, a name in `restore.RESTORES`."""
+        return self.ats_state.restore
+
+    @restore.setter
+    def restore(self, value: str) -> None:
+        check_restore(value)
+        self.ats_state.restore = value
 
     @property
     def ats(self) -> Handle:

@@ -103,6 +103,14 @@ class Step:
     mask: Tensor | None = None  # [S, M] bool over the queries, True where a token goes on; None: all do
     index: Tensor | None = None  # [T'] rows of `kept` among the queries; None: all
     kept_input: Tensor | None = None  # [T', C] what the attention reads of the kept tokens, once they are projected
+    # [T] int64, set by `merge`, at least where `follows`: the row of its result that took in each token of `tokens` (of
+    # `kept`, with `after_attention`); -1: none.
+    taken_by: Tensor | None = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether somebody wants to know where tokens go (`ats/restore.py`)."""
+        return self.tokens.places is not None
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,11 @@ class Reduction:
     def merges(self) -> bool:
         """Whether `merge` is."""
         return type(self).merge is not Reduction.merge
+
+    @property
+    def drops(self) -> bool:
+        """Whether some tokens go without a trace in those that stay."""
+        return not self.merges
 
     @property
     def merging_option(self) -> str:

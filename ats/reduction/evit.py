@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ats.lazy import torch
 from ats.options import SHARE, option
 from ats.reduction.base import Scheduled, Step, register
-from ats.reduction.merging import cls_row, only, repack, rows_of
+from ats.reduction.merging import cls_row, inverse, only, repack, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,10 @@ class EViT(Scheduled):
     @property
     def makes_fused(self) -> bool:
         return self.fuse_token
+
+    @property
+    def drops(self) -> bool:
+        return not self.fuse_token
 
     def num_kept(self, lengths: Tensor) -> Tensor:
         """Tokens that stay of `lengths`, prefix tokens counted in both, the fused token in neither."""
@@ -84,6 +88,7 @@ class EViT(Scheduled):
             lengths = torch.tensor(table, device=order.device)[layout.lengths]
         else:
             lengths = self.num_kept(layout.lengths)
+        num_kept = lengths
         if self.fuse_token:
             column = torch.arange(layout.longest, device=order.device)
             fuses = (column >= lengths[:, None]) & layout.mask
@@ -104,6 +109,10 @@ class EViT(Scheduled):
             size=None if size is None else size[:, :limit],
             key_bias=None if key_bias is None else key_bias[:, :limit],
         )
+        if step.follows:
+            place, start = inverse(order), kept.layout.start[:, None]
+            others = start + num_kept[:, None] if self.fuse_token else torch.full_like(start, -1)
+            step.taken_by = layout.unpad(torch.where(place < num_kept[:, None], start + place, others))
         return replace(kept, has_fused=tokens.has_fused or self.fuse_token)
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:

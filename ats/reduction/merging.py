@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ats.reduction.base import Step
-    from ats.tokens import RaggedTokens
+    from ats.tokens import Layout, RaggedTokens
 
 
 def sizes(tokens: RaggedTokens, dtype: torch.dtype) -> Tensor:
@@ -31,20 +31,34 @@ def size_bias(size: Tensor | None, factor: float) -> Tensor | None:
     return size.log() if factor == 1 else factor * size.log()
 
 
-def weighted_mean(x: Tensor, weight: Tensor, target: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:
-    """The mean of every group of rows, and each group's total weight.
+def weighted_mean(x: Tensor, weight: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of every group of rows, and each group's total weight. A row that is alone in its group stays exactly
+    what it is.
 
     Args:
         x: [T, C]. weight: [T], float32 or better. target: [T] int64, the group of each row; -1: in no group.
+        index: [T'] int64, for each group a row that is in it; of a group without rows, which is padding, any.
 
     Returns:
-        [num_targets, C] in the dtype of x, and [num_targets]; 0 and 1 where a group has no rows.
+        [T', C] in the dtype of x, and [T']; for padding anything finite that its sequence has, and 1.
     """
-    total = group_sums(weight, target, num_targets)
+    num_groups = index.shape[0]
+    total = group_sums(weight, target, num_groups)
     total = torch.where(total > 0, total, 1)
-    target = torch.where(target >= 0, target, num_targets)  # an extra row, cut off: NaN * 0 is NaN
-    summed = weight.new_zeros(num_targets + 1, x.shape[1]).index_add(0, target, x * weight[:, None])[:num_targets]
-    return (summed / total[:, None]).to(x.dtype), total
+    group = target.clamp_min(0)
+    share = weight / total.index_select(0, group)
+    own = torch.arange(x.shape[0], device=x.device)
+    joins = (target >= 0) & (index.index_select(0, group) != own)  # the others of each group
+    mean = x.index_select(0, index) * share.index_select(0, index)[:, None]
+    if x.is_cuda or torch.compiler.is_compiling():  # asking which would be a wait, or a shape that depends on the data
+        group = torch.where(joins, group, num_groups)  # an extra row, cut off: NaN * 0 is NaN
+        mean = torch.cat([mean, mean.new_zeros(1, mean.shape[1])])
+        mean = mean.index_add(0, group, x * share[:, None])[:num_groups]
+    else:
+        rows = joins.nonzero().squeeze(1)
+        joining = x.index_select(0, rows) * share.index_select(0, rows)[:, None]
+        mean.index_add_(0, group.index_select(0, rows), joining)
+    return mean.to(x.dtype), total
 
 
 def group_sums(x: Tensor, target: Tensor, num_targets: int) -> Tensor:
@@ -72,6 +86,18 @@ def nearest_kept(step: Step) -> Tensor:
         own = torch.where(kept.mask.flatten(), own, nearest.index_select(0, step.index))
     nearest = nearest.index_copy(0, step.index, own)
     return nearest if layout.full else nearest.masked_fill(~layout.mask.flatten(), -1)
+
+
+def nearest_among(k: Tensor, layout: Layout, takes: Tensor, num_prefix_tokens: int) -> Tensor:
+    """[T] int64: for every token the row of the nearest one, by the cosine of the keys, of its sequence's that `takes`
+    [S, M] marks; prefix tokens do not take part.
+    """
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    with torch.autocast(k.device.type, enabled=False):
+        unit = torch.nn.functional.normalize(layout.pad(k.detach().flatten(1).to(dtype)), dim=2)
+        takes = takes & (torch.arange(layout.longest, device=takes.device) >= num_prefix_tokens)
+        similarity = (unit @ unit.transpose(1, 2)).masked_fill(~takes[:, None], -torch.inf)
+    return layout.unpad(similarity.argmax(dim=2) + layout.start[:, None])
 
 
 def fuse_dropped(step: Step, weight: Tensor, *, limit: int) -> RaggedTokens:
@@ -112,6 +138,9 @@ def fuse_dropped(step: Step, weight: Tensor, *, limit: int) -> RaggedTokens:
         position=extended(kept.position, -1),
         size=extended(sizes(kept, weight.dtype), size[:, None]),
     )
+    if step.follows:
+        place = torch.where(goes, layout.lengths[:, None], step.mask.cumsum(dim=1) - 1)
+        step.taken_by = tokens.layout.unpad(place + fused.layout.start[:, None])
     return replace(fused, has_fused=True)
 
 
@@ -154,9 +183,10 @@ class Matching(NamedTuple):
             [S, N', C] and the new sizes [S, N'].
         """
         num_sequences, length = self.order.shape
-        first = torch.arange(num_sequences, device=x.device)[:, None] * length
-        target = torch.where(self.target >= 0, first + self.target, -1).flatten()
-        x, size = weighted_mean(x.flatten(0, 1), size.flatten(), target, num_sequences * length)
+        sequence = torch.arange(num_sequences, device=x.device)[:, None]
+        target = torch.where(self.target >= 0, sequence * length + self.target, -1).flatten()
+        index = (sequence * x.shape[1] + self.order).flatten()
+        x, size = weighted_mean(x.flatten(0, 1), size.flatten(), target, index)
         return x.unflatten(0, (num_sequences, length)), size.unflatten(0, (num_sequences, length))
 
 
@@ -195,7 +225,7 @@ def bipartite_soft_matching(
     num_merged = ((lengths - num_prefix_tokens) // 2).clamp_max(r).clamp_min(0)
     if above is not None:
         num_merged = num_merged.minimum((best.clamp_max(1) > above(best)).sum(dim=1))  # 1 + round-off is 1
-    rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = inverse(best.argsort(dim=1, descending=True, stable=True))
     merged = rank < num_merged[:, None]  # [S, A]
 
     # The new order: prefix 0, rest of A 1, rest of B 2, padding and merged tokens behind.
@@ -204,13 +234,19 @@ def bipartite_soft_matching(
     gone[:, ::2] = merged
     place = place.masked_fill(gone | (position >= lengths[:, None]), 3)
     order = place.argsort(dim=1, stable=True)
-    new_index = order.argsort(dim=1)
+    new_index = inverse(order)
     target = new_index.masked_fill(position >= lengths[:, None], -1)
     target[:, ::2] = torch.where(merged, new_index.gather(1, 2 * partner + 1), target[:, ::2])
     longest = num_tokens
     if isinstance(r, int):  # in an exported graph the number of tokens may follow the image
         longest -= torch.sym_max(torch.sym_min(r, (num_tokens - num_prefix_tokens) // 2), 0)
     return Matching(order[:, :longest], target, lengths - num_merged)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The inverse of permutations [S, N]."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, places)
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
@@ -220,17 +256,17 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
 
 
 def repack_matched(
-    tokens: RaggedTokens, matching: Matching, size: Tensor, *, max_tokens: int, size_factor: float, uniform: bool
+    step: Step, matching: Matching, size: Tensor, *, max_tokens: int, size_factor: float, uniform: bool
 ) -> RaggedTokens:
-    """The tokens that a matching leaves.
+    """What a matching leaves of the tokens `step.kept`.
 
     Args:
-        size: [S, N], float32 or better, how many original tokens each of `tokens` stands for.
+        size: [S, N], float32 or better, how many original tokens each of them stands for.
         size_factor: see `Reduction.size_factor`. uniform: all sequences keep the same number.
     """
-    layout = tokens.layout
+    tokens, layout = step.kept, step.kept.layout
     x, size = matching.merge(layout.pad(tokens.x), size)
-    return repack(
+    merged = repack(
         tokens,
         None if uniform else matching.lengths,
         max_tokens=max_tokens,
@@ -239,6 +275,10 @@ def repack_matched(
         size=size,
         key_bias=size_bias(size, size_factor),
     )
+    if step.follows:
+        taken_by = torch.where(matching.target >= 0, matching.target + merged.layout.start[:, None], -1)
+        step.taken_by = layout.unpad(taken_by)
+    return merged
 
 
 def repack(

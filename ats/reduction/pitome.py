@@ -124,7 +124,9 @@ def merge_redundant(
         metric = layout.pad(step.k.detach().to(dtype).mean(dim=1))[:, num_prefix:]
         metric = torch.nn.functional.normalize(metric, dim=2)
         valid, num = layout.mask[:, num_prefix:], layout.lengths - num_prefix
-        energies = energy(metric, valid, margin=margin)
+        if not layout.full:
+            metric = metric.masked_fill(~valid[:, :, None], 0)  # some dropped token
+        energies = energy(metric, num, margin=margin)
         order = energies.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
         r = (num - num.double() * ratio).floor().to(num.dtype).minimum(num // 2)
         matching = bipartite_soft_matching(
@@ -139,7 +141,7 @@ def merge_redundant(
             n - (num_merged(n - num_prefix, ratio) if above is None else 0) for n in (layout.longest, tokens.max_tokens)
         ]
         return repack_matched(
-            tokens,
+            step,
             behind_prefix(matching, order, num_prefix, limit=left[0]),
             layout.pad(sizes(tokens, dtype)),
             max_tokens=left[1],
@@ -148,14 +150,17 @@ def merge_redundant(
         )
 
 
-def energy(unit: Tensor, valid: Tensor, *, margin: float) -> Tensor:
+def energy(unit: Tensor, num: Tensor, *, margin: float) -> Tensor:
     """[S, M] how redundant each token is: the mean of ELU(cosine - margin) over all tokens of its sequence.
 
     Args:
-        unit: [S, M, D], rows of norm 1. valid: [S, M], where there is a token.
+        unit: [S, M, D], rows of norm 1; zeros for padding. num: [S] tokens of each sequence. margin: 0 or more.
     """
-    redundancy = torch.nn.functional.elu(unit @ unit.transpose(1, 2) - margin)
-    return (redundancy * valid[:, None]).sum(dim=2) / valid.sum(dim=1, keepdim=True)
+    # ELU(z) = exp(min(z, 0)) - 1 + z - min(z, 0). With padding the cosine is 0, and exp(min(0, margin)) is 1.
+    low = (unit @ unit.transpose(1, 2)).clamp_max_(margin)
+    total = (unit * unit.sum(dim=1, keepdim=True)).sum(dim=2) - low.sum(dim=2)
+    total = total + math.exp(-margin) * (low.exp_().sum(dim=2) - (unit.shape[1] - num)[:, None])
+    return total / num[:, None] - 1
 
 
 def behind_prefix(matching: Matching, order: Tensor, num_prefix: int, *, limit: int) -> Matching:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ats.lazy import torch
 from ats.options import FROM_0, option
 from ats.reduction.base import Scheduled, Step, register
-from ats.reduction.merging import Matching, bipartite_soft_matching, cls_row, repack_matched, sizes
+from ats.reduction.merging import Matching, bipartite_soft_matching, cls_row, inverse, repack_matched, sizes
 from ats.reduction.scores import significance_score, usable
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class PPT(Scheduled):
     title = "PPT"
     amount = "r"
     after_attention = True
-    needs_cls = True
+    needs_cls = drops = True
 
     r: int = option(
         50,
@@ -89,7 +89,7 @@ class PPT(Scheduled):
             )
             size = sizes(tokens if self.prop_attn else replace(tokens, size=None), dtype)
             return repack_matched(
-                tokens,
+                step,
                 matching,
                 layout.pad(size),
                 max_tokens=self.limit(tokens.max_tokens),
@@ -126,9 +126,8 @@ def keep_highest(scores: Tensor, like: Matching, *, num_prefix_tokens: int) -> M
     Args:
         scores: [S, M] without prefix tokens, below 0 for padding.
     """
-    num_tokens = scores.shape[1] + num_prefix_tokens
     order = scores.sort(dim=1, descending=True, stable=True).indices + num_prefix_tokens
     prefix = torch.arange(num_prefix_tokens, device=order.device).expand(order.shape[0], -1)
     order = torch.cat([prefix, order], dim=1)
-    rank = torch.empty_like(order).scatter(1, order, torch.arange(num_tokens, device=order.device).expand_as(order))
+    rank = inverse(order)
     return Matching(order[:, : like.order.shape[1]], rank.masked_fill(rank >= like.lengths[:, None], -1), like.lengths)

@@ -112,10 +112,10 @@ class Sampler(Reduction):
         if self.dropped == "fuse":
             kept = fuse_dropped(step, weight, limit=self.limit(tokens.max_tokens))
         else:
-            target, num_kept = nearest_kept(step), step.kept.layout.total
-            x, total = weighted_mean(tokens.x, weight, target, num_kept)
+            step.taken_by = nearest_kept(step)
+            x, total = weighted_mean(tokens.x, weight, step.taken_by, step.index)
             if weight is not size:
-                total = group_sums(size, target, num_kept)
+                total = group_sums(size, step.taken_by, step.kept.layout.total)
             kept = replace(step.kept, x=x, size=total)
         kept.key_bias = size_bias(kept.size, self.size_factor)
         return kept

@@ -66,7 +66,7 @@ class ToMe(Scheduled):
                 metric, self.r, num_prefix_tokens=self.num_prefix_tokens, lengths=lengths
             )
             return repack_matched(
-                tokens,
+                step,
                 matching,
                 layout.pad(sizes(tokens, dtype)),
                 max_tokens=self.limit(tokens.max_tokens),

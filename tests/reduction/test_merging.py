@@ -302,7 +302,7 @@ def test_every_token_goes_to_one_that_stays(lengths, num_prefix, layout, seed):
         assert others[goes_to] == pytest.approx(max(others.values()), abs=1e-6)
     size = torch.randint(1, 5, (len(target),), generator=generator).double() * torch.tensor(is_token)
     x = tokens.x.double()
-    merged, total = weighted_mean(x, size, target, kept.layout.total)
+    merged, total = weighted_mean(x, size, target, index)
     for i in range(num):
         own, left = (t.layout.sequence == i for t in (tokens, kept))
         left = left if kept.layout.full else left & kept.layout.mask.flatten()

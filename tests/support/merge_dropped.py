@@ -21,7 +21,8 @@ class MergeDropped(InverseTransform):
     def merge(self, step: Step) -> RaggedTokens:
         """Kept tokens become the size-weighted mean of their group; behind, a key counts as often as its size says."""
         size = sizes(step.tokens, torch.promote_types(step.tokens.x.dtype, torch.float32))
-        x, size = weighted_mean(step.tokens.x, size, nearest_kept(step), step.kept.layout.total)
+        step.taken_by = nearest_kept(step)
+        x, size = weighted_mean(step.tokens.x, size, step.taken_by, step.index)
         return replace(step.kept, x=x, size=size, key_bias=size.log())
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:

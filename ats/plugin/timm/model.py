@@ -1,8 +1,9 @@
 """timm's vision transformers on ragged tokens: a subclass with ATS of every supported model class.
 
 Tokens are packed from the first ATS block on. `forward_features` and `forward_intermediates` return the usual dense
-shape [B, N, C], with exact zeros for dropped tokens. Pooling (average, maximum, attention) reads present tokens only:
-`forward_head` takes tokens that are zero in every channel for absent, so it needs no mask.
+shape [B, N, C]; what dropped tokens hold is `model.ats.restore`, by default exact zeros. Pooling (average, maximum,
+attention) reads present tokens only: `forward_head` takes tokens that are zero in every channel for absent, so it needs
+no mask, and it pools restored tokens like any other.
 
 Shapes: B images, N = P + grid tokens, P prefix tokens, C channels.
 """
@@ -42,6 +43,7 @@ from ats.plugin.handle import (
 from ats.plugin.timm.blocks import NORMS, refusal_of_block
 from ats.plugin.timm.blocks import VERSIONS as BLOCK_VERSIONS
 from ats.reduction import Reduction
+from ats.restore import Places, restored
 from ats.tokens import SINGLE, KeptTokens, Layout, RaggedTokens, Trace
 
 
@@ -80,7 +82,7 @@ class TimmModel(Patched):
     # ---- timm's interface
 
     def forward_features(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """[B, 3, H, W] -> [B, N, C] after the final norm, zeros for dropped tokens."""
+        """[B, 3, H, W] -> [B, N, C] after the final norm; dropped tokens hold what `model.ats.restore` says."""
         self._refuse_masks(attn_mask, is_causal)
         return self._dense(self._run(x)[0])
 
@@ -97,7 +99,7 @@ class TimmModel(Patched):
         attn_mask: None = None,
         is_causal: bool = False,
     ) -> list | tuple | dict:
-        """As the original's: features after the blocks `indices`, with zeros for dropped tokens."""
+        """As the original's: features after the blocks `indices`; dropped tokens as in `forward_features`."""
         self._refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt {output_fmt}: choose from NCHW, NLC.")
@@ -226,9 +228,12 @@ class TimmModel(Patched):
 
         def after(index: int, tokens: RaggedTokens) -> None:
             if index in take:
-                taken.append(tokens.to_grid(self.norm(tokens.x) if norm else None))
+                taken.append(restored(tokens, self.norm) if norm else restored(tokens))
 
-        begin = partial(RaggedTokens.from_dense, num_prefix_tokens=self.num_prefix_tokens, layout=self.layout)
+        def begin(x: Tensor) -> RaggedTokens:
+            tokens = RaggedTokens.from_dense(x, self.num_prefix_tokens, layout=self.layout)
+            return Places.begin(tokens, self.restore)
+
         blocks = islice(self.blocks, num_blocks)
         tokens = run_blocks(blocks, x, begin, call=call, after=after if take else None)
         if self.ats_state.trace:
@@ -242,13 +247,13 @@ class TimmModel(Patched):
 
     def _dense(self, tokens: RaggedTokens) -> Tensor:
         """Kept tokens after the final norm, dense [B, N, C]; in an adaptive export without the dropped ones."""
-        x, layout = self.norm(tokens.x), tokens.layout
+        layout = tokens.layout
         if self._is_compact:
-            return x[None]
+            return self.norm(tokens.x)[None]
         is_whole = layout.full and layout.total == layout.num_sequences * tokens.num_positions
-        if is_whole and not tokens.has_fused:
-            return x.unflatten(0, (-1, tokens.num_positions))
-        return tokens.to_grid(x)
+        if is_whole and tokens.size is None and not tokens.has_fused:
+            return self.norm(tokens.x).unflatten(0, (-1, tokens.num_positions))
+        return restored(tokens, self.norm)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images -> input of the first block: tokens [B, N, C] and the rotary embedding, if any."""

@@ -25,6 +25,7 @@ from transformers.models.vit import modeling_vit as vit
 from ats.models.block import ATSBlock
 from ats.plugin.handle import State, original_class, version_of
 from ats.reduction import Step
+from ats.restore import Places, restored
 from ats.tokens import RaggedTokens, Trace
 
 # Classes whose forward pass is known, compared exactly: a subclass may compute something else.
@@ -60,7 +61,7 @@ class TransformersBlock(ATSBlock):
         """Dense [B, N, C] or packed tokens in, packed ones out."""
         # The other arguments: the model has refused those that matter; flex attention's mask, always passed, is empty.
         if not isinstance(tokens, RaggedTokens):
-            tokens = RaggedTokens.from_dense(tokens, num_prefix_of(self))
+            tokens = Places.begin(RaggedTokens.from_dense(tokens, num_prefix_of(self)), self.ats_state.restore)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(super().forward, tokens, use_reentrant=False)
         return super().forward(tokens)
@@ -113,21 +114,21 @@ VERSIONS: dict[type[nn.Module], type[TransformersBlock]] = {
 
 
 class FinalNorm(nn.LayerNorm):
-    """The model's final norm, of packed tokens too: [B, N, C] with zeros where a token was dropped."""
+    """The model's final norm, of packed tokens too: [B, N, C], see `ats/restore.py` for tokens that are gone."""
 
     original = nn.LayerNorm
     ats_state: State
 
     def forward(self, tokens: Tensor | RaggedTokens) -> Tensor:
-        """The normalised tokens. With FILL_DROPPED, dropped patches are the mean of the image's kept patches, so the
-        mean of all patches is the mean of the kept ones.
+        """The normalised tokens. With FILL_DROPPED, dropped patches that are not restored are the mean of the image's
+        kept patches, so the mean of all patches is the mean of the kept ones.
         """
         if not isinstance(tokens, RaggedTokens):
             return super().forward(tokens)
         if self.ats_state.trace:
             self.ats_state.last = Trace(tokens.trace)
-        x = tokens.to_grid(super().forward(tokens.x))
-        if not FILL_DROPPED.get():
+        x = restored(tokens, super().forward)
+        if not FILL_DROPPED.get() or tokens.places is not None:
             return x
         present = tokens.to_grid(tokens.x.new_ones(tokens.layout.total, 1, dtype=torch.bool))
         num_prefix = tokens.num_prefix_tokens

@@ -1,7 +1,8 @@
 """Hugging Face transformers' ViT, DeiT and DINOv2 with ATS: base models and image classifiers.
 
 A classifier and its base model change their class together (`handle.py`) and share one state. Hidden states keep their
-usual shape [B, N, C], with exact zeros for dropped tokens. DINOv2's classifiers average the kept patches.
+usual shape [B, N, C]; what dropped tokens hold is `model.ats.restore`, by default exact zeros. DINOv2's classifiers
+average the kept patches, or all that are restored.
 
 Shapes: B images, N = P + grid tokens, P prefix tokens, C channels.
 """
@@ -42,6 +43,7 @@ from ats.plugin.transformers.blocks import (
 )
 from ats.plugin.transformers.blocks import VERSIONS as BLOCK_VERSIONS
 from ats.reduction import Reduction
+from ats.restore import restored
 from ats.tokens import BlockRecord, KeptTokens, RaggedTokens
 
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
@@ -86,7 +88,7 @@ def over_kept_patches(forward: Callable) -> Callable:
 
 def _dense(out: object) -> object:
     if isinstance(out, RaggedTokens):
-        return out.to_grid()
+        return restored(out)
     if isinstance(out, tuple):
         return tuple(_dense(part) for part in out)
     if isinstance(out, dict):  # transformers' outputs
