@@ -371,6 +371,7 @@ class BlockRecord:
     idle: bool = False  # the reduction had nothing to merge, and computed nothing
     kept: KeptTokens | None = None  # None without a reduction
     candidates: object | None = None  # `ats.reduction.Candidates` with scores, if `ATSBlock.record_scores` is set
+    places: Places | None = None  # behind the block, if `ATSBlock.record_places` is set
     # During the forward pass the record before and the ATSBlock, whose index `RaggedTokens.trace` fills in. A tuple of
     # records or the number itself would make torch.compile compile every block anew.
     previous: BlockRecord | None = None

@@ -125,7 +125,7 @@ def draw_examples(cfg: CfgNode, batches: Sequence[Sample], output: Path, *, num_
 
     from ats.datasets.build import mean_std
     from ats.flops import gflops
-    from ats.visualize import animate, as_pictures, draw_kept_tokens, fade, look
+    from ats.visualize import animate, as_pictures, draw, draw_kept_tokens, look
 
     x, labels = (torch.cat(parts)[::3] for parts in zip(*((batch.x, batch.label) for batch in batches), strict=True))
     model = load_model(cfg)[0].cpu().eval()
@@ -140,7 +140,7 @@ def draw_examples(cfg: CfgNode, batches: Sequence[Sample], output: Path, *, num_
         for guess, label in zip(logits.argmax(1).tolist(), labels[chosen].tolist(), strict=True)
     ]
     strip = [view.sample(slice(None, None, 2)) for view in (views[0], views[-1])]
-    rows = [clips, *(fade(clips, view.kept) for view in (views[0], views[len(views) // 2], views[-1]))]
+    rows = [clips, *(draw(clips, view) for view in (views[0], views[len(views) // 2], views[-1]))]
     return [
         draw_kept_tokens(output / "kept_tokens.png", clips[::2], strip, captions=captions[::2]),
         animate(output / "kept_tokens.gif", torch.stack(rows)),

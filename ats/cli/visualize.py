@@ -148,11 +148,11 @@ def animate_view(path: Path, view: SampleView) -> Path:
     import torch
 
     from ats.visualize.figures import animate, first_middle_last
-    from ats.visualize.pictures import fade, heat
+    from ats.visualize.pictures import draw, heat
 
     blocks = first_middle_last(view.blocks)
     clips = [view.picture, heat(blocks[0].scores, view.picture.shape[1:])]
-    clips += [fade(view.picture, block.kept) for block in blocks]
+    clips += [draw(view.picture, block) for block in blocks]
     titles = ["clip", "significance", *(f"block {block.block}" for block in blocks)]
     scale = max(1, round(144 / view.picture.shape[-1]))
     return animate(path, torch.stack(clips)[None], titles=titles, scale=scale)

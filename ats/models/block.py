@@ -30,6 +30,7 @@ from ats.models.weights import linear_part
 from ats.reduction import Candidates, Reduction, Step
 from ats.reduction.merging import size_bias
 from ats.reduction.scores import average_over_frames, score_candidates
+from ats.restore import Places
 from ats.tokens import BlockRecord, KeptTokens, Layout, RaggedTokens
 
 Clock = Callable[[str], None]  # called with the name of the part of the block that starts
@@ -45,6 +46,7 @@ class ATSBlock(nn.Module):
     """
 
     record_scores: bool = False  # keep each pass's `Candidates` in its `BlockRecord`
+    record_places: bool = False  # and which token stands for each patch; to be set in the first block that has ATS
     # (candidates, reduction) -> mask that replaces the reduction's selection, which still runs.
     imposed: Callable[[Candidates, Reduction], Tensor] | None = None
     clock: Clock | None = None  # set by `benchmark/breakdown.py`
@@ -58,10 +60,13 @@ class ATSBlock(nn.Module):
 
     def forward(self, tokens: RaggedTokens) -> RaggedTokens:
         """Run the whole block: its input tokens -> its kept tokens."""
+        if self.record_places and tokens.places is None:
+            tokens = Places.begin(tokens.with_x(tokens.x), "nearest")
         step, attended = self.attend(self.prepare(tokens))
         record = self._record(step, attended)
         if tokens.places is not None:
             attended.places = tokens.places.after(step, attended, self.reduction)
+            record.places = attended.places if self.record_places else None
         del step  # its keys and values: memory that the MLP needs
         self._begin("rest")
         out = self.finish(attended)

@@ -9,7 +9,16 @@ page.py        a validation run as one HTML page
 
 from ats.visualize.figures import animate, draw_kept_tokens, draw_strip
 from ats.visualize.grids import BlockView, look
-from ats.visualize.pictures import as_pictures, draw_fixed_images, fade, heat
+from ats.visualize.pictures import as_pictures, blend, draw, draw_fixed_images, fade, heat
 
-__all__ = ["BlockView", "animate", "as_pictures", "draw_fixed_images", "draw_kept_tokens", "draw_strip", "fade", "heat"]
-__all__ += ["look"]
+__all__ = [
+    "BlockView",
+    "animate",
+    "as_pictures",
+    "blend",
+    "draw",
+    "draw_fixed_images",
+    "draw_kept_tokens",
+    "draw_strip",
+]
+__all__ += ["fade", "heat", "look"]

@@ -15,7 +15,7 @@ from ats.errors import UserError, printable_lines
 from ats.files import write_picture
 from ats.visualize.compare import Guess, SampleView
 from ats.visualize.grids import BlockView
-from ats.visualize.pictures import fade, heat
+from ats.visualize.pictures import draw, heat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 GREY, BLUE, ORANGE = "#667085", "#5b7fb5", "#e07b39"  # captions; dense network; network with ATS
 SPACE = {"wspace": 0.02, "hspace": 0.02}  # between pictures, as a share of their size
+LEAST_PIXELS = 192  # of a picture's side, where it has to be enlarged
 # Of animations: height of the line above, white pixels around each clip, time per frame.
 TITLE_PIXELS, MARGIN, FRAME_MILLISECONDS = 22, 4, 150
 
@@ -49,7 +50,7 @@ def _image_strip(view: SampleView, names: Sequence[str]) -> Figure:
     size, first = view.picture.shape[1:], view.blocks[0].block
     _show(axes[0, 0], view.picture[:, 0], above="input", below=f"{view.blocks[0].num_tokens} tokens")
     for column, block in zip(axes.T[1:], view.blocks, strict=False):
-        kept = fade(view.picture, block.kept)[:, 0]
+        kept = draw(view.picture, block)[:, 0]
         _show(column[0], kept, above=f"block {block.block}", below=f"{int(block.num_kept)} kept")
         _show(column[1], heat(block.scores, size)[:, 0], below="" if block.block > first else "significance")
     for axis in axes[:, len(view.blocks) + 1 :].flat:
@@ -62,7 +63,7 @@ def _clip_strip(view: SampleView, names: Sequence[str]) -> Figure:
     num_frames, size = view.picture.shape[1], view.picture.shape[1:]
     blocks = first_middle_last(view.blocks)
     lines = [("frames", view.picture), (f"significance\nblock {blocks[0].block}", heat(blocks[0].scores, size))]
-    lines += [(f"block {b.block}\n{int(b.num_kept)} of {b.num_tokens}", fade(view.picture, b.kept)) for b in blocks]
+    lines += [(f"block {b.block}\n{int(b.num_kept)} of {b.num_tokens}", draw(view.picture, b)) for b in blocks]
     height = 1.05 * len(lines)
     figure = _figure(0.98 * num_frames + 2.4, height + 0.4)
     left, right = figure.subfigures(1, 2, width_ratios=(1.4, 0.98 * num_frames + 1))
@@ -106,10 +107,12 @@ def draw_kept_tokens(
         views: of these samples, one per block, see `look`. captions: one text per sample.
     """
     num_frames, names = pictures.shape[2], [f"block {view.block}" for view in views]
-    faded = [fade(pictures, view.kept) for view in views]
+    scale = max(LEAST_PIXELS // pictures.shape[-1], 1)  # lines between groups are one pixel wide
+    pictures = pictures.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    drawn = [draw(pictures, view) for view in views]
     lines = []
     for i, picture in enumerate(pictures):
-        caption, kept = captions[i] if captions else "", [shown[i] for shown in faded]
+        caption, kept = captions[i] if captions else "", [shown[i] for shown in drawn]
         if num_frames == 1:
             below = [caption, *(int(view.num_kept[i]) for view in views)]
             lines.append(("", torch.cat([picture, *kept], dim=1), below))

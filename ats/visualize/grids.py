@@ -34,10 +34,17 @@ class BlockView(NamedTuple):
     # [B, T, h', w'] float32, the significance of the tokens it chose from: sums to 1 over a sequence, and is NaN where
     # an earlier block dropped the token, and everywhere in a block that does not score.
     scores: Tensor
+    # [B, T, h, w] int64, equal where one token stands for the cells; None where tokens were dropped, not merged.
+    groups: Tensor | None = None
 
     def sample(self, index: int | slice) -> BlockView:
         """The view of one sample of the batch, or of several."""
-        return self._replace(num_kept=self.num_kept[index], kept=self.kept[index], scores=self.scores[index])
+        return self._replace(
+            num_kept=self.num_kept[index],
+            kept=self.kept[index],
+            scores=self.scores[index],
+            groups=None if self.groups is None else self.groups[index],
+        )
 
 
 @torch.no_grad()
@@ -56,13 +63,14 @@ def look(model: nn.Module, x: Tensor) -> tuple[Tensor, Trace, list[BlockView]]:
             "ats.models.backbone.Backbone and give it block_grids (docs/EXTENDING.md)."
         )
     blocks = ats_blocks(model)
+    merges = all(block.reduction.merges and not block.reduction.drops for block in blocks)
     for block in blocks:
-        block.record_scores = True
+        block.record_scores, block.record_places = True, merges
     try:
         logits, trace = model.forward_tokens(x)
     finally:
         for block in blocks:
-            del block.record_scores
+            del block.record_scores, block.record_places
     grids, places = model.block_grids(tuple(x.shape)), model.token_places(tuple(x.shape))
     records = [record for record in trace.records if record.kept is not None]
     return logits, trace, [_view(record, grids[record.block], len(x), places) for record in records]
@@ -80,13 +88,18 @@ def _view(record: BlockRecord, grid: BlockGrid, batch_size: int, points: Tensor 
         # With ATS.SHARE_FRAMES the frames of a clip are scored as one.
         scores = shares.repeat_interleave(num_sequences // len(shares), dim=0)
 
+    groups = None
     if points is not None:
         kept, scores = draw_points(points, kept, False), draw_points(points, scores, torch.nan)
     else:
+        if record.places is not None:
+            groups = record.places.row.cpu().reshape(num_sequences, -1)[:, entry.num_prefix_tokens :]
+            groups = _on_grid(groups, grid.queries, grid)
+            groups = groups.reshape(batch_size, -1, *groups.shape[-2:])
         kept, scores = _on_grid(kept, grid.queries, grid), _on_grid(scores, grid.keys, grid)
         kept, scores = (t.reshape(batch_size, -1, *t.shape[-2:]) for t in (kept, scores))
     num_kept = (entry.num_tokens.cpu() - entry.num_prefix_tokens).reshape(batch_size, -1).sum(dim=1)
-    return BlockView(entry.block, num_kept, num_tokens * num_sequences // batch_size, kept, scores)
+    return BlockView(entry.block, num_kept, num_tokens * num_sequences // batch_size, kept, scores, groups)
 
 
 def _shares(candidates: Candidates, num_prefix_tokens: int, num_cells: int) -> Tensor:

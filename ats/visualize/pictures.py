@@ -1,4 +1,4 @@
-"""Pictures as tensors: kept patches with the rest faded, significance as colours, and sheets of both.
+"""Pictures as tensors: kept patches with the rest faded, merged ones as groups, significance as colours, and sheets.
 
 Shapes: T frames (1 for images), H x W pixels, h x w cells; values in 0..1.
 """
@@ -39,6 +39,28 @@ def fade(picture: Tensor, kept: Tensor) -> Tensor:
     return picture * visible + (1 - visible)
 
 
+def draw(picture: Tensor, view: BlockView) -> Tensor:
+    """What a block left of the picture [..., 3, T, H, W]: dropped cells are faded; where tokens merged, each group of
+    cells has its mean colour, between white lines.
+    """
+    return fade(picture, view.kept) if view.groups is None else blend(picture, view.groups)
+
+
+def blend(picture: Tensor, groups: Tensor) -> Tensor:
+    """The picture [..., 3, T, H, W] with each group of cells, equal in `groups` [..., T', h, w], in its mean colour."""
+    size = picture.shape[-3:]
+    cells = F.adaptive_avg_pool3d(picture.reshape(-1, 3, *size), groups.shape[-3:]).movedim(1, -1)
+    _, group = groups.unique(return_inverse=True)
+    flat = group.flatten()
+    total = torch.zeros(int(flat.max()) + 1, 3).index_add(0, flat, cells.flatten(0, -2))
+    colours = (total / flat.bincount()[:, None])[group].movedim(-1, -4)
+    blended, group = enlarge(colours, size), enlarge(group.float(), size)
+    line = torch.zeros_like(group, dtype=torch.bool)
+    line[..., :, 1:] |= group[..., :, 1:] != group[..., :, :-1]
+    line[..., 1:, :] |= group[..., 1:, :] != group[..., :-1, :]
+    return torch.where(line.unsqueeze(-4), 0.5 + 0.5 * blended, blended)
+
+
 def heat(scores: Tensor, size: Sequence[int]) -> Tensor:
     """Significance [T', h, w] as a picture [3, T, H, W] of `size` (T, H, W), in the colours of RAMP; NaN is grey."""
     position = relative_scores(scores).nan_to_num() * (len(RAMP) - 1)
@@ -69,7 +91,7 @@ def sample_sheet(picture: Tensor, blocks: Sequence[BlockView]) -> Tensor:
     """
     is_image = picture.shape[1] == 1
     shown = blocks if is_image else [blocks[0], *blocks[1:][-1:]]
-    parts = [picture, heat(blocks[0].scores, picture.shape[1:]), *(fade(picture, view.kept) for view in shown)]
+    parts = [picture, heat(blocks[0].scores, picture.shape[1:]), *(draw(picture, view) for view in shown)]
     rows = [part.transpose(1, 2).flatten(2) for part in parts]  # [3, H, T * W]
     return torch.cat(rows, dim=2 if is_image else 1).clamp(0, 1)
 

@@ -10,6 +10,7 @@ import test_timm_config
 import torch
 from helpers import clips, randomise, video_model
 from test_models import small_vit
+from test_rivals import pictures, tiny
 from torch import nn
 
 from ats.checkpoint import save_safetensors
@@ -19,7 +20,7 @@ from ats.errors import UserError
 from ats.models import build_model
 from ats.models.block import ats_blocks
 from ats.reduction.evit import EViT
-from ats.visualize import draw_fixed_images, fade, heat, look
+from ats.visualize import draw, draw_fixed_images, fade, heat, look
 from ats.visualize.compare import Networks
 from ats.visualize.figures import draw_strip
 from ats.visualize.pictures import FADED, GONE, RAMP
@@ -217,3 +218,26 @@ def test_networks_are_the_same_but_for_ats(tiny_config, tmp_path):
     torch.testing.assert_close(views[0].picture[:, 0], views[0].picture.clamp(0, 1)[:, 0])
     path = draw_strip(tmp_path / "a.png", views[0], title="a", names=["a very long name of a class, or two"] * 4)
     assert path.stat().st_size > 5000
+
+
+@torch.no_grad()
+def test_merged_patches_are_drawn_as_groups():
+    """Those that one token stands for have their mean colour; a network that drops has no groups."""
+    model, x = tiny("ATS.ENABLE", True, "ATS.SAMPLER", "tome", "TOME.R", 9), pictures(2)
+    _, _, views = look(model, x)
+    picture = x[:, :, None].float().sigmoid()
+    for view, left in zip(views, (55, 46, 37, 28), strict=True):  # of 64
+        assert view.num_kept.tolist() == [left, left]
+        assert [len(own.unique()) for own in view.groups] == [left, left]
+        blended = draw(picture, view)
+        own = view.groups[1, 0].repeat_interleave(4, 0).repeat_interleave(4, 1)  # cells of 4 pixels
+        largest = own == own.flatten().mode().values
+        inner = largest & (own == own.roll(1, 0)) & (own == own.roll(1, 1))  # no line
+        colour = blended[1, :, 0][:, inner]
+        assert torch.allclose(
+            colour, picture[1, :, 0][:, largest].mean(dim=1, keepdim=True).expand_as(colour), atol=1e-6
+        )
+    assert look(tiny("ATS.ENABLE", True, "ATS.NUM_TOKENS", 20), x)[2][0].groups is None
+    assert look(tiny("ATS.ENABLE", True, "ATS.SAMPLER", "ppt", "PPT.R", 9), x)[2][0].groups is None
+    pooled = look(tiny("ATS.ENABLE", True, "ATS.SAMPLER", "evit"), x)[2][0].groups  # the others are one group
+    assert pooled.flatten().bincount().max() > 10
