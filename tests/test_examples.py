@@ -10,8 +10,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import dense_maps
 from plug_into_timm import main
 
 TINY = ["--model", "vit_tiny_patch16_224", "--blocks", "4", "8"]
@@ -63,3 +65,45 @@ def test_plug_into_timm_with_a_checkpoint_and_an_image(tmp_path, capsys):
 def test_mistakes_are_explained(words, text, capsys):
     assert main(words) == 1
     assert text in capsys.readouterr().err
+
+
+def test_dense_maps(tmp_path, capsys):
+    """A table of all methods, and a picture of the maps that the weights' decoder makes."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    narrow = nn.BatchNorm2d(4)
+    decoder = {f"bn1.{key}": value for key, value in narrow.state_dict().items() if key != "num_batches_tracked"}
+    decoder |= {"upconv1.weight": torch.randn(192, 4, 4, 4), "upconv1.bias": torch.randn(4)}
+    decoder |= {"final_conv.weight": torch.randn(1, 4, 1, 1), "final_conv.bias": torch.randn(1)}
+    torch.save({"model": model.state_dict(), "decoder": decoder}, tmp_path / "weights.pth")
+    for i in range(4):
+        Image.effect_mandelbrot((300, 260), (-2 + i / 8, -1, 1, 1), 50).save(tmp_path / f"{i}.png")
+    words = ["--model", "vit_tiny_patch16_224", "--images", str(tmp_path), "--budgets", "0.6"]
+    words += ["--output", str(tmp_path / "maps" / "maps.png")]
+    assert dense_maps.main([*words, "--weights", str(tmp_path / "weights.pth")]) == 0
+    said = capsys.readouterr().out
+    found = re.findall(r"\| +(zero|last|nearest) +\| ([-0-9.]+)", said)
+    assert [mode for mode, _ in found] == ["zero", "last", "nearest", "nearest", "nearest", "nearest"]
+    assert all(-1 <= float(value) < 1 for _, value in found)
+    assert "mean of 4 images" in said
+    width, height = Image.open(tmp_path / "maps" / "maps.png").size
+    assert 300 < width < height
+
+
+def test_dense_maps_without_a_decoder():
+    """Principal components: what features vary most in comes first, all in 0..1."""
+    features = torch.randn(3, 4, 4, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 9, *[0.1] * 6])
+    shown = dense_maps.components(features)(features)
+    assert shown.shape == (3, 3, 4, 4)
+    assert (shown.min(), shown.max()) == (0, 1)
+    pairs = zip(shown[:, 0].flatten(), features[..., 1].flatten(), strict=True)
+    assert abs(torch.corrcoef(torch.tensor([[*map(float, pair)] for pair in pairs]).T)[0, 1]) > 0.95
+
+
+def test_dense_maps_explains_mistakes(tmp_path, capsys):
+    assert dense_maps.main(["--images", str(tmp_path), "--weights", "nowhere.pth"]) == 1
+    assert "--weights nowhere.pth: there is no such file" in capsys.readouterr().err
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "w.pth")
+    words = ["--images", str(tmp_path), "--model", "vit_tiny_patch16_224", "--weights", str(tmp_path / "w.pth")]
+    assert dense_maps.main(words) == 1
+    assert "it holds 0 images" in capsys.readouterr().err
