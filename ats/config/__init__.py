@@ -11,6 +11,7 @@ import logging
 import os
 from pathlib import Path
 
+from ats.config.preprocessing import adopt_preprocessing
 from ats.config.schema import CfgNode, flatten, get_cfg
 from ats.config.yaml_text import read_yaml
 from ats.errors import UserError, shown
@@ -27,7 +28,8 @@ __all__ = ["CfgNode", "find_shipped", "get_cfg", "load_config", "load_yaml"]
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> CfgNode:
-    """Defaults, then the YAML file (`find_shipped`), then the overrides `[KEY, VALUE, ...]`; returned frozen.
+    """Defaults, then the YAML file (`find_shipped`), then the overrides `[KEY, VALUE, ...]`; returned frozen. A network
+    of timm gets images as its weights want them, where neither says otherwise (`preprocessing.py`).
 
     Raises a UserError if the file is missing or not YAML, a key is unknown, or a value wrong.
     """
@@ -38,6 +40,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             [(key, value) for key, (value, _) in settings.items()], {k: f for k, (_, f) in settings.items()}
         )
     cfg.merge_from_list(list(overrides or []))
+    adopt_preprocessing(cfg, cfg.given)
     cfg.freeze()
     return cfg
 

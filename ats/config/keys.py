@@ -304,7 +304,9 @@ SECTIONS: tuple[Section, ...] = (
             machine=True),
         Key("DATA.ALLOW_PATHS_OUTSIDE_PREFIX", False, "Accept csv paths out of DATA.PATH_PREFIX (absolute or ..)."),
         Key("DATA.PATH_LABEL_SEPARATOR", " ", "What separates path and label in the csv files.", required=True),
-        Key("DATA.MEAN", [], "Mean of R, G, B (0 to 1); empty: ImageNet's [0.485, 0.456, 0.406], for clips 0.45 each.",
+        Key("DATA.MEAN", [],
+            "Mean of R, G, B (0 to 1); empty: ImageNet's [0.485, 0.456, 0.406], for clips 0.45 each. A network of timm "
+            "has its own, unless this key is set; likewise deviation, crop sizes and ratio, and interpolation.",
             PROBABILITY, lengths=(0, 3)),
         Key("DATA.STD", [], "Deviation of R, G, B; empty: ImageNet's [0.229, 0.224, 0.225], for clips 0.225 each.",
             POSITIVE, lengths=(0, 3)),

@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 class CfgNode(FvcoreCfgNode):
     """A configuration. Every way of changing it goes through `merge_pairs`, so every value is checked."""
 
+    @property
+    def given(self) -> set[str]:
+        """The dotted keys that were merged into it, whatever their values."""
+        return self.__dict__.setdefault("_given", set())
+
     def merge_from_list(self, cfg_list: list) -> None:
         """Merge `[KEY, VALUE, KEY, VALUE, ...]`; values may be strings as typed on a command line."""
         if len(cfg_list) % 2:
@@ -55,6 +60,7 @@ class CfgNode(FvcoreCfgNode):
                     if name not in known:
                         raise UserError(_unknown(name, known))
                     _set(self, name, known[name].convert(new))
+                    self.given.add(name)
             except UserError as error:
                 message = str(error) if shown(given) in str(error) else f"{shown(given)}: {error}"
                 raise UserError(f"{files[given]}: {message}" if given in files else message) from None

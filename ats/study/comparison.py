@@ -125,7 +125,8 @@ class Comparison:
 
     def _inputs(self, method: Method | None, **more: object) -> dict[str, object]:
         stage = None if method is None else method.stage(self.depth, self.num_patches)
-        return self.subject.inputs | {"stage": stage, "torch": torch.__version__, **more}
+        own = {"units": list(self.subject.units), "stage": stage, "torch": torch.__version__}
+        return self.subject.inputs | own | more
 
     def _at_budget(self, method: Method, budget: float, weights: Path | None = None) -> nn.Module:
         """The network with the amounts that meet a budget."""

@@ -10,7 +10,7 @@ import torch
 
 import ats
 from ats.checkpoint import load_weights, save_safetensors
-from ats.config import get_cfg
+from ats.config import get_cfg, load_config
 from ats.errors import UserError
 from ats.models import build_model
 
@@ -165,3 +165,25 @@ def test_trains_and_evaluates_by_run_net(name, tiny_config, tmp_path, capsys):
     again = json.loads((tmp_path / "again" / "result.json").read_text())
     assert again["top1"] == trained["top1"]
     capsys.readouterr()
+
+
+def test_images_as_the_model_wants_them(caplog):
+    """timm's mean, size, ratio and interpolation for that model, except those that are set; said in the log."""
+    caplog.set_level("INFO")
+    clip = ["MODEL.NAME", "timm/vit_base_patch16_clip_224"]
+    data = load_config(None, clip).DATA
+    own = timm.get_pretrained_cfg("vit_base_patch16_clip_224")
+    assert [data.MEAN, data.STD, data.TEST_CROP_RATIO] == [list(own.mean), list(own.std), own.crop_pct]
+    assert "As timm's vit_base_patch16_clip_224: DATA.MEAN [0.481" in caplog.text
+    data = load_config(None, [*clip, "DATA.MEAN", "[0.5,0.5,0.5]", "DATA.TEST_CROP_RATIO", "0.875"]).DATA
+    assert [data.MEAN, data.STD, data.TEST_CROP_RATIO] == [[0.5] * 3, list(own.std), 0.875]  # 0.875 is the default
+    dino = ["MODEL.NAME", "timm/vit_small_patch14_dinov2"]
+    assert load_config(None, dino).DATA.TEST_CROP_SIZE == 518
+    smaller = load_config(None, [*dino, "TIMM.KWARGS", "[[img_size, 224]]"]).DATA
+    assert (smaller.TRAIN_CROP_SIZE, smaller.TEST_CROP_SIZE, smaller.TEST_CROP_RATIO) == (224, 224, 1.0)
+    caplog.clear()
+    assert load_config(None, ["MODEL.NAME", "timm/deit_tiny_patch16_224", "DATA.TEST_CROP_RATIO", 0.9]).DATA.MEAN == []
+    assert load_config("ImageNet/timm_DeiT3_S.yaml").DATA.TEST_CROP_RATIO == 0.9
+    assert load_config("CIFAR10/ViT.yaml").DATA.TEST_CROP_SIZE == 32
+    assert load_config(None, ["MODEL.NAME", "timm/no_such_model"]).DATA.MEAN == []  # the network says what is wrong
+    assert "As timm's" not in caplog.text

@@ -1,0 +1,54 @@
+"""MODEL.NAME timm/<name>: images as the model's weights want them, where the configuration does not say otherwise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from ats.config.schema import CfgNode
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "timm/"
+IMAGENET = {"DATA.MEAN": [0.485, 0.456, 0.406], "DATA.STD": [0.229, 0.224, 0.225]}  # where the keys are empty
+
+
+def adopt_preprocessing(cfg: CfgNode, given: Collection[str]) -> None:
+    """Set mean, deviation, size, crop ratio and interpolation to those of timm's `pretrained_cfg`, except `given` keys.
+
+    With another mean than that of its training, a network loses points without any message.
+    """
+    if not cfg.MODEL.NAME.startswith(PREFIX):
+        return
+    from timm.models import get_pretrained_cfg
+
+    name = cfg.MODEL.NAME.removeprefix(PREFIX)
+    own = get_pretrained_cfg(name, allow_unregistered=False) if _is_model(name) else None
+    if own is None:
+        return
+    sizes = [value for key, value in _pairs(cfg.TIMM.KWARGS) if key == "img_size"] or [own.input_size[-1]]
+    side = sizes[-1][-1] if isinstance(sizes[-1], (list, tuple)) else sizes[-1]
+    values = {
+        "DATA.MEAN": list(own.mean),
+        "DATA.STD": list(own.std),
+        "DATA.TRAIN_CROP_SIZE": side,
+        "DATA.TEST_CROP_SIZE": side,
+        "DATA.TEST_CROP_RATIO": own.crop_pct,
+        "DATA.TEST_INTERPOLATION": own.interpolation,
+    }
+    now = {key: cfg.DATA[key.removeprefix("DATA.")] or IMAGENET.get(key) for key in values}
+    new = {key: value for key, value in values.items() if key not in given and value != now[key]}
+    if new:
+        cfg.merge_from_list([word for pair in new.items() for word in pair])
+        logger.info("As timm's %s: %s", name, ", ".join(f"{key} {value}" for key, value in new.items()))
+
+
+def _is_model(name: str) -> bool:
+    import timm
+
+    return timm.is_model(name)
+
+
+def _pairs(kwargs: list) -> list[tuple[str, object]]:
+    """TIMM.KWARGS as far as they are pairs; the network refuses others."""
+    return [tuple(pair) for pair in kwargs if isinstance(pair, (list, tuple)) and len(pair) == 2]
