@@ -173,13 +173,13 @@ def test_images_as_the_model_wants_them(caplog):
     clip = ["MODEL.NAME", "timm/vit_base_patch16_clip_224"]
     data = load_config(None, clip).DATA
     own = timm.get_pretrained_cfg("vit_base_patch16_clip_224")
-    assert data.MEAN == list(own.mean)
-    assert data.STD == list(own.std)
-    assert data.TEST_CROP_RATIO == own.crop_pct
+    assert list(own.mean) == data.MEAN
+    assert list(own.std) == data.STD
+    assert own.crop_pct == data.TEST_CROP_RATIO
     assert "As timm's vit_base_patch16_clip_224: DATA.MEAN [0.481" in caplog.text
     data = load_config(None, [*clip, "DATA.MEAN", "[0.5,0.5,0.5]", "DATA.TEST_CROP_RATIO", "0.875"]).DATA
     assert data.MEAN == [0.5] * 3
-    assert data.STD == list(own.std)
+    assert list(own.std) == data.STD
     assert data.TEST_CROP_RATIO == 0.875  # the default, but set
     dino = ["MODEL.NAME", "timm/vit_small_patch14_dinov2"]
     assert load_config(None, dino).DATA.TEST_CROP_SIZE == 518
