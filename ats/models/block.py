@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ats.attention import ragged_attention
 from ats.errors import UserError
 from ats.models.activation_checkpoint import run_block
-from ats.models.weights import linear_part
+from ats.models.weights import Projected, linear_part, projects_parts
 from ats.reduction import Candidates, Reduction, Step
 from ats.reduction.merging import size_bias
 from ats.reduction.scores import average_over_frames, score_candidates
@@ -93,7 +93,7 @@ class ATSBlock(nn.Module):
         if merges and not reduction.after_attention:
             self._begin("scoring and sampling")
             step.kept = reduction.merge(step)
-            step.kept_input = self.attention_input(step.kept.x)  # queries are those of the merged tokens
+            step.kept_input, step.q = self.attention_input(step.kept.x), None  # queries are those of the merged tokens
         self._begin("qkv")
         q = self.kept_queries(step)
         self._begin("attention")
@@ -162,9 +162,13 @@ class ATSBlock(nn.Module):
 
     def project(self, tokens: RaggedTokens) -> Step:
         """Normalise all tokens and project their keys and values."""
-        x = self.attention_input(tokens.x)
-        k, v = self.project_kv(x, tokens)
-        return Step(tokens, x, queries=tokens, keys=tokens, k=k, v=v, scale=self.attn.scale, kept=tokens)
+        x, q = self.attention_input(tokens.x), None
+        if projects_parts(self.attn):
+            k, v = self.project_kv(x, tokens)
+        else:
+            whole = Projected(self.joint_projection(x, slice(None)))
+            q, (k, v) = self.project_q(whole, tokens), self.project_kv(whole, tokens)
+        return Step(tokens, x, queries=tokens, keys=tokens, k=k, v=v, scale=self.attn.scale, kept=tokens, q=q)
 
     def scoring_queries(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Queries of CLS [S, H, D] (of all tokens for the score mean_attention) and the bias of their logits."""
@@ -223,16 +227,18 @@ class ATSBlock(nn.Module):
         """Queries [T, H, D] of tokens [T, C] (the first third of the joint projection). `tokens` gives their positions;
         None: of CLS.
         """
-        qkv, size = self.attn.qkv, self.attn.proj.in_features
-        q = linear_part(qkv, x, slice(size))
+        q = self.joint_projection(x, slice(self.attn.proj.in_features))
         return self.attn.q_norm(q.unflatten(-1, (self.attn.num_heads, -1)))
 
     def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
         """Keys and values, each [T, H, D], of tokens [T, C]. `tokens` gives their positions."""
-        qkv, size = self.attn.qkv, self.attn.proj.in_features
-        kv = linear_part(qkv, x, slice(size, None))
+        kv = self.joint_projection(x, slice(self.attn.proj.in_features, None))
         k, v = kv.unflatten(-1, (2, self.attn.num_heads, -1)).unbind(1)
         return self.attn.k_norm(k), v
+
+    def joint_projection(self, x: Tensor | Projected, part: slice) -> Tensor:
+        """The outputs `part` of the joint projection to queries, keys and values."""
+        return linear_part(self.attn.qkv, x, part)
 
     @staticmethod
     def drop_sequences(drop_path: nn.Module, x: Tensor, layout: Layout) -> Tensor:

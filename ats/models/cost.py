@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ats.models.weights import is_linear, projects_parts
 from ats.tokens import BlockRecord
 
 Grid = tuple[int, int, int]
@@ -52,14 +53,15 @@ def vit_block_multiply_adds(block: nn.Module, record: BlockRecord, *, paper: boo
     """
     attn, attn_dim = block.attn, block.attn.proj.in_features
     if getattr(attn, "qkv", None) is not None:
-        q, kv = attn.qkv.in_features * attn_dim, 2 * attn.qkv.in_features * attn_dim
+        whole = linear_multiply_adds(attn.qkv)
+        q, kv = whole / 3, 2 * whole / 3
     else:
         q, kv = linear_multiply_adds(attn.q_proj), linear_multiply_adds(attn.k_proj) + linear_multiply_adds(attn.v_proj)
     n, m, reduction = record.num_in.double(), record.num_out.double(), record.reduction
     gate = getattr(attn, "gate", None)
     project = linear_multiply_adds(attn.proj) + (0 if gate is None else linear_multiply_adds(gate))
     mlp = linears_multiply_adds(block.mlp)
-    extra = 0
+    extra, parts = 0, projects_parts(attn)
     if reduction is not None and not paper and not record.idle:
         extra = reduction.multiply_adds(n, m, head_dim=attn_dim // attn.num_heads, num_heads=attn.num_heads)
     if reduction is not None and reduction.after_attention:  # every token attends; fewer go on to the MLP
@@ -71,20 +73,29 @@ def vit_block_multiply_adds(block: nn.Module, record: BlockRecord, *, paper: boo
         scoring = 0
     elif reduction.score == "mean_attention":
         scored = n.unflatten(0, (-1, frames)).amax(dim=1).repeat_interleave(frames)
-        scoring = n * q + scored * scored * attn_dim
+        scoring = (n * q if parts else 0) + scored * scored * attn_dim
     else:
-        scoring = q + n * attn_dim
-    return n * kv + scoring + m * q + 2 * m * n * attn_dim + after
+        scoring = (q if parts else 0) + n * attn_dim
+    if parts:
+        projecting = n * kv + m * q
+    else:
+        projecting = (n + m * reduction.merges) * (q + kv)  # queries of merged tokens are projected anew
+    return projecting + scoring + 2 * m * n * attn_dim + after
 
 
-def linear_multiply_adds(layer: nn.Linear, num_tokens: int = 1) -> int:
-    """A linear layer on `num_tokens` tokens."""
-    return num_tokens * layer.in_features * layer.out_features
+def linear_multiply_adds(layer: nn.Module, num_tokens: int = 1) -> int:
+    """A linear layer on `num_tokens` tokens, its adapters included."""
+    return num_tokens * linears_multiply_adds(layer)
 
 
 def linears_multiply_adds(module: nn.Module) -> int:
-    """Every linear layer of a module, once, on one token."""
-    return sum(linear_multiply_adds(layer) for layer in module.modules() if isinstance(layer, nn.Linear))
+    """Every linear layer of a module, once, on one token; of one that wraps others (an adapter), those."""
+    total = 0
+    for layer in module.modules():
+        wraps = any(isinstance(own, nn.Linear) for own in layer.modules() if own is not layer)
+        if is_linear(layer) and not wraps:
+            total += layer.in_features * layer.out_features
+    return total
 
 
 def conv_multiply_adds(layer: nn.Conv2d | nn.Conv3d, num_outputs: int) -> int:

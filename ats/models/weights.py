@@ -1,10 +1,14 @@
 """Weights that blocks read themselves, without calling the layer, to compute only a part of its outputs.
 
+Only of a plain linear layer. Adapters, quantised and offloaded layers, and layers with hooks, are called as they are.
+
 What the older functions of torch.nn.utils (weight_norm, spectral_norm, prune) do to a weight happens when the layer is
 called, so it would never happen here. Parametrizations happen when the weight is read.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ats.errors import UserError
 
+OF_TORCH = ("torch.distributed.", "torch.nn.utils.parametrize")
 # Hook -> what to type instead of it.
 REMEDIES = {
     WeightNorm: "torch.nn.utils.remove_weight_norm(layer, {name!r}), or use {new}.weight_norm",
@@ -22,9 +27,45 @@ REMEDIES = {
 }
 
 
-def linear_part(layer: nn.Linear, x: Tensor, part: slice, bias: Tensor | None = None) -> Tensor:
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a call of the layer is the product with its weight and nothing else."""
+    of_torch = type(layer) is nn.Linear or (
+        isinstance(layer, nn.Linear)
+        and type(layer).__module__.startswith(OF_TORCH)  # classes made while a program runs
+    )
+    has_hooks = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    weight = layer._parameters.get("weight")  # of another class: quantised, distributed
+    return of_torch and not has_hooks and type(weight) in (nn.Parameter, type(None))
+
+
+def is_linear(layer: nn.Module | None) -> bool:
+    """Whether it maps features of every token by itself: a linear layer, with adapters or quantised too."""
+    sizes = [getattr(layer, name, None) for name in ("in_features", "out_features")]
+    return all(isinstance(size, int) for size in sizes)
+
+
+def projects_parts(attn: nn.Module) -> bool:
+    """Whether queries of some tokens, and keys and values of all, cost only that. A joint projection that has to be
+    called gives all of them.
+    """
+    qkv = getattr(attn, "qkv", None)
+    return qkv is None or is_plain(qkv)
+
+
+class Projected(NamedTuple):
+    """What a layer made of some rows when it was called as a whole; `linear_part` takes it for these rows."""
+
+    outputs: Tensor
+
+
+def linear_part(layer: nn.Module, x: Tensor | Projected, part: slice, bias: Tensor | None = None) -> Tensor:
     """The outputs `part` of a linear layer; `bias`: instead of the layer's."""
+    if isinstance(x, Projected):
+        return x.outputs[..., part]
     refuse_stale(layer)
+    if not is_plain(layer):
+        out = layer(x)[..., part]
+        return out if bias is None else out + bias[part]
     bias = layer.bias if bias is None else bias
     return F.linear(x, layer.weight[part], None if bias is None else bias[part])
 

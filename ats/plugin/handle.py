@@ -207,6 +207,11 @@ def refuse_merging(model: nn.Module, reductions: Iterable[Reduction], no_merge: 
 
 def refusal_of_blocks(model: nn.Module, blocks: nn.Module, refusal: Callable[[nn.Module], str]) -> str:
     """Why ATS cannot be put into these blocks of `model`; "" if it can."""
+    for name, module in (("it has", model), *((f"block {index} has", block) for index, block in enumerate(blocks))):
+        if "forward" in vars(module) and not isinstance(module, (Patched, ATSBlock)):
+            return (
+                f"{name} a forward of its own, which ATS would not run; add such hooks (accelerate's) after ats.patch"
+            )
     places: dict[nn.Module, int] = {}
     for index, block in enumerate(blocks):
         first = places.setdefault(block, index)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ats.errors import UserError
 from ats.models.block import ATSBlock
-from ats.models.weights import linear_part, refuse_stale, stale
+from ats.models.weights import Projected, is_linear, is_plain, linear_part, refuse_stale, stale
 from ats.plugin.handle import original_class, version_of
 from ats.reduction import Step
 from ats.tokens import RaggedTokens
@@ -61,7 +61,7 @@ class TimmBlock(ATSBlock):
     def project_q(self, x: Tensor, tokens: RaggedTokens | None = None) -> Tensor:
         """Queries [T, H, D]; `tokens` None: of CLS, which rotary embedding does not change."""
         attn = self.attn
-        q = attn.q_proj(x) if attn.qkv is None else self._joint_projection(x, slice(attn.proj.in_features))
+        q = attn.q_proj(x) if attn.qkv is None else self.joint_projection(x, slice(attn.proj.in_features))
         return self._place(getattr(attn, "q_norm", NO_NORM)(q.unflatten(-1, (attn.num_heads, -1))), tokens)
 
     def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class TimmBlock(ATSBlock):
             num_heads = getattr(attn, "num_kv_heads", attn.num_heads)
             k, v = (projection(x).unflatten(-1, (num_heads, -1)) for projection in (attn.k_proj, attn.v_proj))
         else:
-            kv = self._joint_projection(x, slice(attn.proj.in_features, None))
+            kv = self.joint_projection(x, slice(attn.proj.in_features, None))
             k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).unbind(1)
         k = self._place(getattr(attn, "k_norm", NO_NORM)(k), tokens)
         groups = getattr(attn, "num_kv_groups", 1)
@@ -88,8 +88,7 @@ class TimmBlock(ATSBlock):
         bias = table[:, row, column].transpose(0, 1)
         return bias if by_size is None else bias + by_size
 
-    def _joint_projection(self, x: Tensor, part: slice) -> Tensor:
-        """The outputs `part` of the projection to queries, keys and values."""
+    def joint_projection(self, x: Tensor | Projected, part: slice) -> Tensor:
         attn, bias = self.attn, None
         if getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
@@ -141,8 +140,13 @@ def refusal_of_block(block: nn.Module) -> str:
         return f"is a {type(block).__name__}; understood are {known}"
     if original_class(block.attn) not in ATTENTIONS:
         return f"has attention of class {type(block.attn).__name__}"
-    if block.attn.qkv is not None and original_class(block.attn.qkv) is not nn.Linear:
-        return f"has attn.qkv of class {type(block.attn.qkv).__name__} instead of Linear"
+    if "forward" in vars(block.attn):
+        return "has an attn whose forward was replaced"
+    qkv = block.attn.qkv
+    if qkv is not None and not is_linear(qkv):
+        return f"has attn.qkv of class {type(qkv).__name__}, which is no linear layer"
+    if qkv is not None and getattr(block.attn, "q_bias", None) is not None and not is_plain(qkv):
+        return f"has attn.qkv of class {type(qkv).__name__}, of which its attention reads the weight, not the output"
     for name, layer in (("attn", block.attn), ("attn.qkv", block.attn.qkv)):
         if layer is not None and (reason := stale(layer)):
             return f"has {name} {reason}"

@@ -31,6 +31,7 @@ from ats.compat import timm_feature_indices
 from ats.errors import UserError
 from ats.models.block import ATSBlock, ats_blocks, run_blocks, unwrapped
 from ats.models.cost import BlockGrid, conv_multiply_adds, linear_multiply_adds, linears_multiply_adds
+from ats.models.weights import is_linear
 from ats.plugin.handle import (
     Patched,
     attach_to,
@@ -185,7 +186,7 @@ class TimmModel(Patched):
             total = total + latents * per_latent + pooled * linear_multiply_adds(pool.kv)
             total = total + 2 * latents * pooled * pool.kv.in_features
         num_rows = num_positions if self.global_pool == "" and pool is None else 1  # zeros for dropped tokens, too
-        heads = [head for head in (self.head, getattr(self, "head_dist", None)) if isinstance(head, nn.Linear)]
+        heads = [head for head in (self.head, getattr(self, "head_dist", None)) if is_linear(head)]
         return total + num_rows * sum(map(linear_multiply_adds, heads))
 
     def _embedding_multiply_adds(self, input_shape: Sequence[int], num_patches: int) -> int:

@@ -23,6 +23,7 @@ from transformers.models.dinov2_with_registers import modeling_dinov2_with_regis
 from transformers.models.vit import modeling_vit as vit
 
 from ats.models.block import ATSBlock
+from ats.models.weights import is_linear
 from ats.plugin.handle import State, original_class, version_of
 from ats.reduction import Step
 from ats.restore import Places, restored
@@ -151,11 +152,13 @@ def refusal_of_block(layer: nn.Module) -> str:
     if original_class(layer) not in VERSIONS:
         return f"is a {type(layer).__name__}; understood are {', '.join(kind.__name__ for kind in VERSIONS)}"
     attention = layer.attention
+    if "forward" in vars(attention):
+        return "has an attention whose forward was replaced"
     if original_class(attention) not in ATTENTIONS:
         return f"has attention of class {type(attention).__name__}"
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         projection = getattr(attention, name, None)
-        if original_class(projection) is not nn.Linear:
+        if not is_linear(projection):
             return f"has attention.{name} of class {type(projection).__name__} instead of Linear"
     if original_class(layer.mlp) not in MLPS:
         return f"has an MLP of class {type(layer.mlp).__name__}"

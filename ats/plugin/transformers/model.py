@@ -25,6 +25,7 @@ from ats.compat import transformers_record_registry
 from ats.errors import UserError
 from ats.models.block import ATSBlock
 from ats.models.cost import BlockGrid, conv_multiply_adds, linear_multiply_adds, vit_block_multiply_adds
+from ats.models.weights import is_linear
 from ats.plugin.handle import (
     Patched,
     attach_to,
@@ -158,7 +159,7 @@ class HubModel(Patched):
         height, width = self._patch_grid(input_shape)
         pooler = getattr(_base(self), "pooler", None)
         heads = [getattr(self, name, None) for name in HEADS] + [getattr(pooler, "dense", None)]
-        heads = [head for head in heads if isinstance(head, nn.Linear)]
+        heads = [head for head in heads if is_linear(head)]
         return conv_multiply_adds(self._patch_projection, height * width) + sum(map(linear_multiply_adds, heads))
 
 
