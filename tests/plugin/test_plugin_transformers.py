@@ -83,7 +83,7 @@ def test_equals_its_host(name, keep_all):
         assert torch.equal(got == 0, state == 0)
     if base_of(model) is not model:
         logits = [head_on(model, image[left]) for image, left in zip(oracle, present, strict=True)]
-        torch.testing.assert_close(out.logits, torch.stack(logits), rtol=0, atol=10 * tolerance)
+        torch.testing.assert_close(out[0], torch.stack(logits), rtol=0, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("name", CONTRACT)
@@ -312,8 +312,15 @@ def test_half_precision_and_autocast(name, keep_all):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", [*LAWS, "vit", "deit classifier"])
-@pytest.mark.parametrize("score", ["cls_attention_value_norm", "mean_attention"])
+COUNTED = [
+    (name, score)
+    for name in [*LAWS, "vit", "deit classifier", "clip", "clip with projection", "siglip", "siglip, no head", "dinov3"]
+    for score in ("cls_attention_value_norm", "mean_attention")
+    if "siglip" not in name or score == "mean_attention"
+]
+
+
+@pytest.mark.parametrize(("name", "score"), COUNTED)
 @torch.no_grad()
 def test_multiply_adds_equal_the_counter(name, score):
     """The GFLOPs formula is torch's counter at batch size 1, dense and with ATS, from forward_tokens' trace."""
@@ -424,6 +431,78 @@ def with_other(name: str) -> nn.Module:
     return model
 
 
+def clip_pair() -> nn.Module:
+    """CLIP with both of its towers."""
+    own = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    vision = own | {"image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=own | {"vocab_size": 50}, projection_dim=8)
+    torch.manual_seed(0)
+    return transformers.CLIPModel(config).double().eval()
+
+
+@torch.no_grad()
+def test_the_tower_of_clip(keep_all):
+    """Patched inside the whole model: its features, and its logits of images and texts, are the host's."""
+    model = clip_pair()
+    batch = {"pixel_values": images(), "input_ids": torch.tensor([[1, 7, 49], [1, 9, 49]])}
+    want = model(**batch)
+    ats.patch(model.vision_model, blocks=[1, 2], sampler=keep_all)
+    torch.testing.assert_close(model(**batch).logits_per_image, want.logits_per_image, rtol=0, atol=1e-11)
+    ats.unpatch(model.vision_model)
+    ats.patch(model.vision_model, blocks=[1, 2], num_tokens=10)
+    assert (model(**batch).logits_per_image - want.logits_per_image).abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_the_tower_of_llava(keep_all):
+    """The projector gets features of all patches, restored; with every token kept it generates what the host does."""
+    own = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**own, image_size=32, patch_size=8),
+        text_config=transformers.LlamaConfig(**own, vocab_size=64, num_key_value_heads=2),
+        image_token_id=60,
+        image_seq_length=16,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    tower, x = model.model.vision_tower, images(1).float()
+    asked = {"input_ids": torch.tensor([[1, *[60] * 16, 5, 6]]), "pixel_values": x, "max_new_tokens": 4}
+    want = model.generate(**asked, do_sample=False, pad_token_id=0)
+    with pytest.raises(UserError, match=r"ats\.patch\(model\.model\.vision_tower, \.\.\.\)"):
+        ats.patch(model, blocks=[1])
+    ats.patch(tower, blocks=[1, 2], sampler=keep_all)
+    assert torch.equal(model.generate(**asked, do_sample=False, pad_token_id=0), want)
+    ats.unpatch(tower)
+    ats.patch(tower, blocks=[1, 2], num_tokens=9)
+    tower.ats.restore, tower.ats.trace = "nearest", True
+    states = tower(x, output_hidden_states=True).hidden_states[-2]
+    assert tower.ats.last[-1].num_tokens.max() <= 9
+    assert not (states == 0).all(dim=2).any()
+    assert model.generate(**asked, do_sample=False, pad_token_id=0).shape == want.shape
+
+
+@torch.no_grad()
+def test_siglip_pools_the_present_tokens():
+    """As its head does on what is left of each image; restored tokens are pooled like any other; nothing merges."""
+    model, x = patched("siglip"), images()
+    assert model.ats.score == "mean_attention"
+    out = model(x)
+    for features, pooled in zip(out.last_hidden_state, out.pooler_output, strict=True):
+        left = features[(features != 0).any(dim=1)]
+        assert len(left) < 16
+        torch.testing.assert_close(model.head(left[None])[0], pooled, rtol=0, atol=1e-11)
+    model.ats.restore = "nearest"
+    out = model(x)
+    assert not (out.last_hidden_state == 0).all(dim=2).any()
+    host = small_model("siglip")
+    torch.testing.assert_close(host.head(out.last_hidden_state), out.pooler_output, rtol=0, atol=1e-11)
+    for options in ({"dropped": "merge"}, {"sampler": "tome"}):
+        with pytest.raises(UserError, match="its head pools the patches, but a merged token counts for several"):
+            ats.patch(small_model("siglip"), blocks=[1], **options)
+    with pytest.raises(UserError, match="needs a CLS token and this network has none"):
+        patched("siglip", score="cls_attention")
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -438,6 +517,7 @@ def with_other(name: str) -> nn.Module:
         (lambda: with_other("attention"), "block 1 has attention of class Identity"),
         (lambda: with_other("layernorm_after"), "block 1 has layernorm_after of class Identity instead of LayerNorm"),
         (patched, "model.ats.num_tokens = ..."),
+        (clip_pair, "it holds a CLIPVisionModel; patch that one: ats.patch(model.vision_model, ...)"),
     ],
 )  # fmt: skip
 def test_refused_by_name(make, text):

@@ -36,6 +36,12 @@ CONTRACT: dict[str, tuple[str, dict]] = {
     "dinov2 giant": ("Dinov2ForImageClassification", DINO | {"use_swiglu_ffn": True}),
     "registers": ("Dinov2WithRegistersModel", DINO | {"num_register_tokens": 3}),
     "registers classifier": ("Dinov2WithRegistersForImageClassification", DINO | {"num_register_tokens": 3}),
+    "dinov3": ("DINOv3ViTModel", VIT | {"num_register_tokens": 3, "layerscale_value": 1.0}),
+    "dinov3, gated": ("DINOv3ViTModel", VIT | {"use_gated_mlp": True, "layerscale_value": 1.0}),
+    "clip": ("CLIPVisionModel", VIT),
+    "clip with projection": ("CLIPVisionModelWithProjection", VIT | {"projection_dim": 5}),
+    "siglip": ("SiglipVisionModel", VIT),
+    "siglip, no head": ("SiglipVisionModel", VIT | {"vision_use_head": False}),
 }
 # ViT's and DeiT's eager attention takes the softmax in float32, whatever the weights are in; ATS and the rest do not.
 TOLERANCE = {"vit classifier, eager, no bias": 1e-4}
@@ -68,13 +74,16 @@ def first_output(model: nn.Module, x: Tensor, **kwargs: object) -> Tensor:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The base model in a classifier, or the model itself."""
+    if hasattr(model, "rope_embeddings"):  # DINOv3, in which `model` is the encoder
+        return model
     return getattr(model, model.base_model_prefix, model)
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layers of the transformer."""
     base = base_of(model)
-    return base.encoder.layer if hasattr(base, "encoder") else base.layers
+    holder = base.model if hasattr(base, "rope_embeddings") else getattr(base, "encoder", base)
+    return holder.layer if hasattr(holder, "layer") else holder.layers
 
 
 def masked_host(host: nn.Module, x: Tensor, trace: list[KeptTokens]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -85,23 +94,29 @@ def masked_host(host: nn.Module, x: Tensor, trace: list[KeptTokens]) -> tuple[Te
         every layer.
     """
     base = base_of(host)
-    x = base.embeddings(x)
+    rope = {"position_embeddings": base.rope_embeddings(x)} if hasattr(base, "rope_embeddings") else {}
+    x = getattr(base, "pre_layrnorm", nn.Identity())(base.embeddings(x))  # CLIP's name
     present = torch.ones(x.shape[:2], dtype=torch.bool)
     kept, states = {entry.block: entry for entry in trace}, [x]
     for index, layer in enumerate(layers_of(host)):
         mask = torch.zeros(present.shape, dtype=x.dtype).masked_fill(~present, -torch.inf)[:, None, None]
-        x = layer(x, mask)
+        x = layer(x, mask, **rope)
         if index in kept:
             present = torch.zeros_like(present)
             positions = kept[index].position.split(kept[index].num_tokens.tolist())
             for row, columns in zip(present, positions, strict=True):
                 row[columns] = True
         states.append(x.masked_fill(~present[..., None], 0))
-    return base.layernorm(x), present, states
+    if hasattr(base, "pre_layrnorm"):  # its final norm is for CLS alone
+        return x, present, states
+    norm = next(getattr(base, name) for name in ("layernorm", "post_layernorm", "norm") if hasattr(base, name))
+    return norm(x), present, states
 
 
 def head_on(host: nn.Module, tokens: Tensor) -> Tensor:
     """The host's head on these tokens [N, C] of one image: logits [classes]."""
+    if hasattr(host, "visual_projection"):
+        return host.visual_projection(base_of(host).post_layernorm(tokens[0]))
     with pytest.MonkeyPatch.context() as patch:
         out = BaseModelOutputWithPooling(last_hidden_state=tokens[None])
         patch.setattr(base_of(host), "forward", lambda *args, **kwargs: out)

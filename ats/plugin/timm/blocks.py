@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from timm.layers import Attention, AttentionRope, GluMlp, LayerNormFp32, Mlp, RmsNorm, RmsNormFp32, SwiGLU
 from timm.layers import LayerNorm as TimmLayerNorm
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models import beit, eva
 from timm.models.vision_transformer import Block, ResPostBlock
 from timm.models.vitamin import GeGluMlp
@@ -23,6 +22,7 @@ from ats.errors import UserError
 from ats.models.block import ATSBlock
 from ats.models.weights import Projected, is_linear, is_plain, linear_part, refuse_stale, stale
 from ats.plugin.handle import original_class, version_of
+from ats.plugin.rotary import rotated
 from ats.reduction import Step
 from ats.tokens import RaggedTokens
 
@@ -95,11 +95,7 @@ class TimmBlock(ATSBlock):
         return linear_part(attn.qkv, x, part, bias)
 
     def _place(self, x: Tensor, tokens: RaggedTokens | None) -> Tensor:
-        """Queries or keys [T, h, D] after the rotary embedding."""
-        if tokens is None or tokens.rotary is None:
-            return x
-        embedding = tokens.rotary.index_select(0, tokens.lookup())
-        return apply_rot_embed_cat(x, embedding, half=getattr(self.attn, "rotate_half", False)).type_as(x)
+        return rotated(x, tokens, half=getattr(self.attn, "rotate_half", False))
 
 
 class GammaScale:

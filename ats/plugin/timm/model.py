@@ -41,6 +41,7 @@ from ats.plugin.handle import (
     refuse_merging,
     version_of,
 )
+from ats.plugin.rotary import NO_FUSE, rotary_table
 from ats.plugin.timm.blocks import NORMS, refusal_of_block
 from ats.plugin.timm.blocks import VERSIONS as BLOCK_VERSIONS
 from ats.reduction import Reduction
@@ -72,7 +73,7 @@ def no_merge(model: nn.Module) -> str:
 def no_fuse(model: nn.Module) -> str:
     """Why this model's tokens cannot be fused; "" if they can."""
     is_vit = isinstance(model, VisionTransformer)
-    return "" if is_vit else "its blocks look up positions, but a fused token has none"
+    return "" if is_vit else NO_FUSE
 
 
 class TimmModel(Patched):
@@ -317,16 +318,6 @@ def attach(model: nn.Module, reductions: dict[int, Reduction]) -> None:
     attach_to([model], model.blocks, reductions, VERSIONS | BLOCK_VERSIONS)
 
 
-def rotary_table(rope: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Rotary embedding of patches, [n, 2D] or [H, n, 2D], as [P + n, 1 or H, 2D]; it does not rotate prefix tokens
-    (sine 0, cosine 1).
-    """
-    table = rope[:, None] if rope.ndim == 2 else rope.transpose(0, 1)
-    prefix = torch.zeros_like(table[:1]).expand(num_prefix_tokens, -1, -1).clone()
-    prefix[..., table.shape[-1] // 2 :] = 1
-    return torch.cat([prefix, table])
-
-
 # Why ATS refuses these related classes. It refuses all other classes as unknown.
 REASONS = {
     "NaFlexVit": "packs images of several sizes and masks its attention itself",
@@ -353,7 +344,7 @@ def refusal(model: nn.Module) -> str:
         reason = REASONS.get(original_class(model).__name__)
         return (
             f"{reason + '; ' if reason else ''}ATS supports timm's {known} (no subclasses), "
-            "and transformers' ViT, DeiT, Dinov2 and Dinov2WithRegisters"
+            "and transformers' ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP"
         )
     if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
         return "patch_drop removes tokens of its own; build it with patch_drop_rate=0"

@@ -1,4 +1,4 @@
-"""Layers of Hugging Face transformers (ViT, DeiT, DINOv2) on ragged tokens, each a subclass of its original.
+"""Layers of Hugging Face transformers on ragged tokens, each a subclass of its original.
 
 The model's own forward pass runs its layers. The first ATS layer packs its input, later layers pass packed tokens on,
 and the final norm, a `FinalNorm`, makes them dense again. The versions change a layer in three ways:
@@ -11,44 +11,58 @@ and the final norm, a `FinalNorm`, makes them dense again. The versions change a
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import replace
 from operator import attrgetter
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.clip import modeling_clip as clip
 from transformers.models.deit import modeling_deit as deit
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
+from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
+from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.vit import modeling_vit as vit
 
 from ats.models.block import ATSBlock
 from ats.models.weights import is_linear
 from ats.plugin.handle import State, original_class, version_of
+from ats.plugin.rotary import rotary_table, rotated
 from ats.reduction import Step
 from ats.restore import Places, restored
 from ats.tokens import RaggedTokens, Trace
 
 # Classes whose forward pass is known, compared exactly: a subclass may compute something else.
 ATTENTIONS = (vit.ViTAttention, deit.DeiTAttention, dinov2.Dinov2Attention, registers.Dinov2WithRegistersAttention)
+ATTENTIONS += (clip.CLIPAttention, siglip.SiglipAttention, dinov3.DINOv3ViTAttention)
 MLPS = (vit.ViTMLP, deit.DeiTMLP, dinov2.Dinov2MLP, dinov2.Dinov2SwiGLUFFN)
 MLPS += (registers.Dinov2WithRegistersMLP, registers.Dinov2WithRegistersSwiGLUFFN)
+MLPS += (clip.CLIPMLP, siglip.SiglipMLP, dinov3.DINOv3ViTMLP, dinov3.DINOv3ViTGatedMLP)
 NO_DROP_PATH = nn.Identity()
 # Whether FinalNorm fills in dropped patches. A property of the call: a model may run in several threads.
 FILL_DROPPED: ContextVar[bool] = ContextVar("FILL_DROPPED", default=False)
 
 
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention of a layer, with ATS or without."""
+    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+
+
 def by_timms_names(attention: nn.Module) -> SimpleNamespace:
     """The parts of a transformers attention under timm's names, which `ATSBlock` and `cost.py` use."""
+    is_tower = isinstance(attention, (clip.CLIPAttention, siglip.SiglipAttention))
+    own_names = is_tower or isinstance(attention, dinov3.DINOv3ViTAttention)
     return SimpleNamespace(
         qkv=None,
         q_proj=attention.q_proj,
         k_proj=attention.k_proj,
         v_proj=attention.v_proj,
-        proj=attention.o_proj,
-        num_heads=attention.num_attention_heads,
-        scale=attention.scaling,
-        attn_drop=SimpleNamespace(p=attention.attention_dropout),
+        proj=attention.out_proj if is_tower else attention.o_proj,
+        num_heads=attention.num_heads if own_names else attention.num_attention_heads,
+        scale=attention.scale if is_tower else attention.scaling,
+        attn_drop=SimpleNamespace(p=attention.dropout if own_names else attention.attention_dropout),
     )
 
 
@@ -61,23 +75,27 @@ class TransformersBlock(ATSBlock):
     def forward(self, tokens: Tensor | RaggedTokens, attention_mask: object = None, **kwargs: object) -> RaggedTokens:
         """Dense [B, N, C] or packed tokens in, packed ones out."""
         # The other arguments: the model has refused those that matter; flex attention's mask, always passed, is empty.
+        rotary = kwargs.get("position_embeddings")
         if not isinstance(tokens, RaggedTokens):
             tokens = Places.begin(RaggedTokens.from_dense(tokens, num_prefix_of(self)), self.ats_state.restore)
+        if rotary is not None:
+            tokens = replace(tokens, rotary=rotary_table(torch.cat(rotary[::-1], dim=-1), tokens.num_prefix_tokens))
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(super().forward, tokens, use_reentrant=False)
         return super().forward(tokens)
 
     @property
     def attn(self) -> SimpleNamespace:
-        return by_timms_names(self.attention)
+        return by_timms_names(attention_of(self))
 
     def project_q(self, x: Tensor, tokens: RaggedTokens | None = None) -> Tensor:
-        return self.attention.q_proj(x).unflatten(-1, (self.attention.num_attention_heads, -1))
+        attn = self.attn
+        return attn.q_proj(x).unflatten(-1, (attn.num_heads, -1))
 
     def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
-        attention = self.attention
-        heads = (attention.num_attention_heads, -1)
-        return attention.k_proj(x).unflatten(-1, heads), attention.v_proj(x).unflatten(-1, heads)
+        attn = self.attn
+        heads = (attn.num_heads, -1)
+        return attn.k_proj(x).unflatten(-1, heads), attn.v_proj(x).unflatten(-1, heads)
 
 
 class DropoutBranches(TransformersBlock):
@@ -107,10 +125,38 @@ class ScaledBranches(TransformersBlock):
         return self.layer_scale2(self.mlp(self.norm2(x)))
 
 
+class RotaryBranches(ScaledBranches):
+    """DINOv3: as DINOv2, with rotary embedding of the patches."""
+
+    def project_q(self, x: Tensor, tokens: RaggedTokens | None = None) -> Tensor:
+        return rotated(super().project_q(x, tokens), tokens, half=True)
+
+    def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
+        k, v = super().project_kv(x, tokens)
+        return rotated(k, tokens, half=True), v
+
+
+class PlainBranches(TransformersBlock):
+    """The towers of CLIP and SigLIP: no dropout outside of the attention, no LayerScale, no stochastic depth."""
+
+    drop_path1 = drop_path2 = NO_DROP_PATH
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        return self.layer_norm1(x)
+
+    def attention_output(self, out: Tensor, step: Step) -> Tensor:
+        return self.self_attn.out_proj(out)
+
+    def mlp_output(self, x: Tensor) -> Tensor:
+        return self.mlp(self.layer_norm2(x))
+
+
 SCALED = (dinov2.Dinov2Layer, registers.Dinov2WithRegistersLayer)
 VERSIONS: dict[type[nn.Module], type[TransformersBlock]] = {
     **{kind: version_of(kind, DropoutBranches) for kind in (vit.ViTLayer, deit.DeiTLayer)},
     **{kind: version_of(kind, ScaledBranches) for kind in SCALED},
+    dinov3.DINOv3ViTLayer: version_of(dinov3.DINOv3ViTLayer, RotaryBranches),
+    **{kind: version_of(kind, PlainBranches) for kind in (clip.CLIPEncoderLayer, siglip.SiglipEncoderLayer)},
 }
 
 
@@ -138,11 +184,44 @@ class FinalNorm(nn.LayerNorm):
         return torch.where(present, x, mean.to(x.dtype))
 
 
+class DenseEncoder(nn.Module):
+    """CLIP's encoder: what follows it reads dense tokens, before any norm."""
+
+    ats_state: State
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """As the original's."""
+        out = super().forward(*args, **kwargs)
+        tokens = out.last_hidden_state
+        if isinstance(tokens, RaggedTokens):
+            if self.ats_state.trace:
+                self.ats_state.last = Trace(tokens.trace)
+            out.last_hidden_state = restored(tokens)
+        return out
+
+
+class PresentPoolingHead(nn.Module):
+    """SigLIP's attention pooling, over the tokens that are present: those that are not zero in every channel."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        """[B, N, C] -> [B, C]."""
+        gone = (hidden_state == 0).all(dim=2)
+        probe = self.probe.expand(hidden_state.shape[0], -1, -1)
+        x = self.attention(probe, hidden_state, hidden_state, key_padding_mask=gone, need_weights=False)[0]
+        return (x + self.mlp(self.layernorm(x)))[:, 0]
+
+
+ENCODER = version_of(clip.CLIPEncoder, DenseEncoder)
+POOLING_HEAD = version_of(siglip.SiglipMultiheadAttentionPoolingHead, PresentPoolingHead)
+
+
 def num_prefix_of(layer: nn.Module) -> int:
-    """CLS and, with it, DeiT's distillation token or DINOv2's registers."""
+    """CLS and, with it, DeiT's distillation token or DINOv2's and DINOv3's registers; SigLIP has none."""
     if isinstance(layer, deit.DeiTLayer):
         return 2
-    if isinstance(layer, registers.Dinov2WithRegistersLayer):
+    if isinstance(layer, siglip.SiglipEncoderLayer):
+        return 0
+    if isinstance(layer, (registers.Dinov2WithRegistersLayer, dinov3.DINOv3ViTLayer)):
         return 1 + layer.attention.config.num_register_tokens
     return 1
 
@@ -151,18 +230,18 @@ def refusal_of_block(layer: nn.Module) -> str:
     """What ATS does not support in this layer; "" if it supports everything."""
     if original_class(layer) not in VERSIONS:
         return f"is a {type(layer).__name__}; understood are {', '.join(kind.__name__ for kind in VERSIONS)}"
-    attention = layer.attention
+    attention = attention_of(layer)
     if "forward" in vars(attention):
         return "has an attention whose forward was replaced"
     if original_class(attention) not in ATTENTIONS:
         return f"has attention of class {type(attention).__name__}"
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj" if hasattr(attention, "out_proj") else "o_proj"):
         projection = getattr(attention, name, None)
         if not is_linear(projection):
             return f"has attention.{name} of class {type(projection).__name__} instead of Linear"
     if original_class(layer.mlp) not in MLPS:
         return f"has an MLP of class {type(layer.mlp).__name__}"
-    for name in ("norm1", "norm2", "layernorm_before", "layernorm_after"):
+    for name in ("norm1", "norm2", "layernorm_before", "layernorm_after", "layer_norm1", "layer_norm2"):
         norm = getattr(layer, name, None)
         if norm is not None and original_class(norm) is not nn.LayerNorm:
             return f"has {name} of class {type(norm).__name__} instead of LayerNorm"

@@ -1,4 +1,4 @@
-"""Hugging Face transformers' ViT, DeiT and DINOv2 with ATS: base models and image classifiers.
+"""Hugging Face transformers' ViT, DeiT, DINOv2, DINOv3 and the image towers of CLIP and SigLIP with ATS.
 
 A classifier and its base model change their class together (`handle.py`) and share one state. Hidden states keep their
 usual shape [B, N, C]; what dropped tokens hold is `model.ats.restore`, by default exact zeros. DINOv2's classifiers
@@ -16,15 +16,24 @@ from functools import wraps
 from types import SimpleNamespace
 
 from torch import Tensor, nn
+from transformers.models.clip import modeling_clip as clip
 from transformers.models.deit import modeling_deit as deit
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
+from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
+from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.vit import modeling_vit as vit
 
 from ats.compat import transformers_record_registry
 from ats.errors import UserError
 from ats.models.block import ATSBlock
-from ats.models.cost import BlockGrid, conv_multiply_adds, linear_multiply_adds, vit_block_multiply_adds
+from ats.models.cost import (
+    BlockGrid,
+    conv_multiply_adds,
+    linear_multiply_adds,
+    linears_multiply_adds,
+    vit_block_multiply_adds,
+)
 from ats.models.weights import is_linear
 from ats.plugin.handle import (
     Patched,
@@ -35,9 +44,13 @@ from ats.plugin.handle import (
     refuse_merging,
     version_of,
 )
+from ats.plugin.rotary import NO_FUSE
 from ats.plugin.transformers.blocks import (
+    ENCODER,
     FILL_DROPPED,
+    POOLING_HEAD,
     FinalNorm,
+    attention_of,
     by_timms_names,
     num_prefix_of,
     refusal_of_block,
@@ -47,7 +60,7 @@ from ats.reduction import Reduction
 from ats.restore import restored
 from ats.tokens import BlockRecord, KeptTokens, RaggedTokens
 
-HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+HEADS = ("classifier", "cls_classifier", "distillation_classifier", "visual_projection")
 
 
 def dense_outputs(forward: Callable) -> Callable:
@@ -100,23 +113,37 @@ def _dense(out: object) -> object:
 
 def _base(model: nn.Module) -> nn.Module:
     """The base model in a classifier, or the model itself."""
+    if isinstance(model, dinov3.DINOv3ViTModel):  # in which `model` is the encoder
+        return model
     return getattr(model, model.base_model_prefix, model)
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
     base = _base(model)
-    return base.encoder.layer if hasattr(base, "encoder") else base.layers
+    holder = base.model if isinstance(base, dinov3.DINOv3ViTModel) else getattr(base, "encoder", base)
+    return holder.layer if hasattr(holder, "layer") else holder.layers
+
+
+def _behind(model: nn.Module) -> list[nn.Module]:
+    """What reads the tokens behind the layers, and has an ATS version too."""
+    base = _base(model)
+    if isinstance(base, clip.CLIPVisionModel):
+        return [base.encoder]
+    if isinstance(base, siglip.SiglipVisionModel):
+        return [base.post_layernorm, *([base.head] if base.use_head else [])]
+    return [base.norm if isinstance(base, dinov3.DINOv3ViTModel) else base.layernorm]
 
 
 def network(model: nn.Module) -> dict[str, object]:
     """What `plan_reductions` needs to know about a model."""
     layers = _layers(model)
-    return {"depth": len(layers), "num_prefix_tokens": num_prefix_of(layers[0]), "has_cls": True}
+    num_prefix = num_prefix_of(layers[0])
+    return {"depth": len(layers), "num_prefix_tokens": num_prefix, "has_cls": num_prefix > 0}
 
 
 def default_score(model: nn.Module) -> str:
-    """The paper's: all heads read CLS."""
-    return "cls_attention_value_norm"
+    """The paper's if there is CLS, which all heads then read; else the mean attention."""
+    return "cls_attention_value_norm" if network(model)["has_cls"] else "mean_attention"
 
 
 class HubModel(Patched):
@@ -124,7 +151,15 @@ class HubModel(Patched):
 
     layouts = ("packed",)
     num_prefix_tokens = property(lambda self: num_prefix_of(_layers(self)[0]))
-    _patch_projection = property(lambda self: _base(self).embeddings.patch_embeddings.projection)
+
+    @property
+    def _patch_projection(self) -> nn.Conv2d:
+        embeddings = _base(self).embeddings
+        for name in ("patch_embedding", "patch_embeddings"):
+            found = getattr(embeddings, name, None)
+            if found is not None:
+                return getattr(found, "projection", found)
+        raise AttributeError(f"{type(embeddings).__name__} has no patch embedding")
 
     def forward_tokens(self, pixel_values: Tensor) -> tuple[Tensor, list[KeptTokens]]:
         """Images [B, 3, H, W] -> logits [B, classes] (of a base model: last hidden state [B, N, C]) and the tokens that
@@ -138,7 +173,8 @@ class HubModel(Patched):
             state.trace = trace
         if not trace:
             state.last = None
-        return out.last_hidden_state if _base(self) is self else out.logits, kept
+        result = out.last_hidden_state if _base(self) is self else out[0]
+        return result, kept
 
     def block_list(self) -> list[nn.Module]:
         return list(_layers(self))
@@ -152,7 +188,7 @@ class HubModel(Patched):
 
     def block_cost(self, block: nn.Module, record: BlockRecord, grid: BlockGrid, *, paper: bool, frames: int) -> Tensor:
         if not isinstance(block, ATSBlock):
-            block = SimpleNamespace(attn=by_timms_names(block.attention), mlp=block.mlp)
+            block = SimpleNamespace(attn=by_timms_names(attention_of(block)), mlp=block.mlp)
         return vit_block_multiply_adds(block, record, paper=paper)
 
     def stem_multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int]) -> float:
@@ -160,25 +196,37 @@ class HubModel(Patched):
         pooler = getattr(_base(self), "pooler", None)
         heads = [getattr(self, name, None) for name in HEADS] + [getattr(pooler, "dense", None)]
         heads = [head for head in heads if is_linear(head)]
-        return conv_multiply_adds(self._patch_projection, height * width) + sum(map(linear_multiply_adds, heads))
+        total = conv_multiply_adds(self._patch_projection, height * width) + sum(map(linear_multiply_adds, heads))
+        head = getattr(_base(self), "head", None)
+        if head is not None:  # SigLIP's attention pooling: a query, keys and values of all places
+            dim, num = head.probe.shape[-1], height * width
+            total += 2 * dim * dim + 2 * num * dim * dim + 2 * num * dim + linears_multiply_adds(head.mlp)
+        return total
 
 
-BASES = (vit.ViTModel, deit.DeiTModel, dinov2.Dinov2Model, registers.Dinov2WithRegistersModel)
+BASES = (vit.ViTModel, deit.DeiTModel, dinov2.Dinov2Model, registers.Dinov2WithRegistersModel, clip.CLIPVisionModel)
+BASES += (dinov3.DINOv3ViTModel,)
 READING_PREFIX = (  # classifiers of CLS, or of CLS and the distillation token
     vit.ViTForImageClassification,
     deit.DeiTForImageClassification,
     deit.DeiTForImageClassificationWithTeacher,
+    clip.CLIPVisionModelWithProjection,
 )
 AVERAGES = "its head averages the patches, but a merged token counts for several"
+POOLS = "its head pools the patches, but a merged token counts for several"
 AVERAGING = (dinov2.Dinov2ForImageClassification, registers.Dinov2WithRegistersForImageClassification)
 VERSIONS: dict[type[nn.Module], type[HubModel]] = {
     **{kind: version_of(kind, HubModel, forward=dense_outputs(kind.forward)) for kind in BASES},
+    siglip.SiglipVisionModel: version_of(
+        siglip.SiglipVisionModel, HubModel, forward=dense_outputs(siglip.SiglipVisionModel.forward), no_merge=POOLS
+    ),
     **{kind: version_of(kind, HubModel) for kind in READING_PREFIX},
     **{
         kind: version_of(kind, HubModel, forward=over_kept_patches(kind.forward), no_merge=AVERAGES)
         for kind in AVERAGING
     },
 }
+VERSIONS[dinov3.DINOv3ViTModel].no_fuse = NO_FUSE
 for _original, _version in VERSIONS.items():
     # save_pretrained writes the class's name into config.json, and pipelines look it up: keep the original's.
     _version.__name__ = _original.__name__
@@ -189,10 +237,22 @@ def attach(model: nn.Module, reductions: dict[int, Reduction]) -> None:
     """Make `model` its ATS version with these reductions. Raises a UserError if they merge tokens, but the model
     averages its patches.
     """
-    refuse_merging(model, reductions.values(), VERSIONS[original_class(model)].no_merge, "")
-    parts = dict.fromkeys([model, _base(model), _base(model).layernorm])  # a base model is its own base
-    attach_to(list(parts), _layers(model), reductions, VERSIONS | BLOCK_VERSIONS | {nn.LayerNorm: FinalNorm})
+    version = VERSIONS[original_class(model)]
+    refuse_merging(model, reductions.values(), version.no_merge, version.no_fuse)
+    parts = dict.fromkeys([model, _base(model), *_behind(model)])  # a base model is its own base
+    attach_to(list(parts), _layers(model), reductions, VERSIONS | BLOCK_VERSIONS | BEHIND_VERSIONS)
 
+
+NAMES = {
+    nn.LayerNorm: "final norm",
+    clip.CLIPEncoder: "encoder",
+    siglip.SiglipMultiheadAttentionPoolingHead: "pooling head",
+}
+BEHIND_VERSIONS = {
+    nn.LayerNorm: FinalNorm,
+    clip.CLIPEncoder: ENCODER,
+    siglip.SiglipMultiheadAttentionPoolingHead: POOLING_HEAD,
+}
 
 # Why ATS refuses these related classes. It refuses all other classes as unknown.
 REASONS = dict.fromkeys(
@@ -208,14 +268,19 @@ def refusal(model: nn.Module) -> str:
     if original_class(model) not in VERSIONS:
         known = ", ".join(kind.__name__ for kind in VERSIONS)
         reason = REASONS.get(original_class(model).__name__)
+        for path, part in model.named_modules() if reason is None else ():
+            if original_class(part) in VERSIONS:
+                return f"it holds a {original_class(part).__name__}; patch that one: ats.patch(model.{path}, ...)"
         return f"{reason + '; ' if reason else ''}ATS supports transformers' {known}, and no subclass"
     base, prefix = _base(model), model.base_model_prefix
     if isinstance(base, Patched) and not isinstance(model, Patched):
         return f"its {prefix} has ATS already; remove it first: ats.unpatch(model.{prefix})"
     if original_class(base) not in VERSIONS:
         return f"its {prefix} is a {type(base).__name__}"
-    if isinstance(base.layernorm, FinalNorm) and not isinstance(model, Patched):
-        return "it shares its final norm with another model, which has ATS; give it its own by copy.deepcopy"
-    if original_class(base.layernorm) is not nn.LayerNorm:
-        return f"its final norm is a {type(base.layernorm).__name__}"
+    for part in _behind(model):
+        if hasattr(part, "ats_state") and not isinstance(model, Patched):
+            name = NAMES[original_class(part)]
+            return f"it shares its {name} with another model, which has ATS; give it its own by copy.deepcopy"
+        if original_class(part) not in BEHIND_VERSIONS:
+            return f"its final norm is a {type(part).__name__}"
     return refusal_of_blocks(model, _layers(model), refusal_of_block)
