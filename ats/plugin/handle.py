@@ -267,10 +267,10 @@ def attach_to(
             change_class(block, versions[original_class(block)])
             block.reduction, block.index, block.ats_state = reductions.get(index), index, state
         else:
-            restore(block)
+            make_original(block)
 
 
-def restore(module: nn.Module) -> None:
+def make_original(module: nn.Module) -> None:
     """Make an ATS version its original again; other modules do not change."""
     if _version_in(type(module)):
         change_class(module, original_class(module))

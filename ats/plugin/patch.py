@@ -13,19 +13,26 @@ anything it does not know exactly, rather than compute something else.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 from collections.abc import Iterable, Mapping
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 from torch import nn
 
 from ats.errors import UserError, suggest
-from ats.plugin.handle import Patched, original_class, restore
+from ats.files import write
+from ats.plugin.handle import Patched, make_original, original_class
 from ats.plugin.timm import model as timm_models
 from ats.reduction import REDUCTIONS, Reduction
 from ats.reduction.base import options_of
 from ats.reduction.plan import plan_reductions, refuse_unread, value_of_each_block
+from ats.restore import check_restore
+
+SETTINGS_FILE = "ats.json"
 
 
 def patch(
@@ -34,6 +41,7 @@ def patch(
     blocks: Iterable[int] | None = None,
     sampler: str = "inverse_transform",
     stages: Iterable[Mapping[str, object]] | None = None,
+    restore: str = "zero",
     **options: object,
 ) -> nn.Module:
     """Put ATS into `blocks` of a vision transformer of timm or transformers, in place. Returns the same object, with a
@@ -43,6 +51,7 @@ def patch(
         blocks, sampler: as the config keys ATS.BLOCKS, ATS.SAMPLER.
         stages: instead, several groups of blocks, each with its own reduction, as ATS.STAGES:
             `[{"sampler": "tome", "blocks": range(6), "r": 20}, {"blocks": range(6, 12), "num_tokens": 257}]`.
+        restore: what features hold for patches that are gone, zero, last or nearest: see `ats/restore.py`.
         options: of the reduction, as its config keys: num_tokens, score, rule, min_tokens, seed (ATS.*), r, prop_attn
             (TOME.*), keep_rate, fuse_token (EVIT.*), and those of other registered reductions. `score` None (default):
             the paper's if the head reads CLS, else "mean_attention".
@@ -55,6 +64,7 @@ def patch(
             "This model has ATS already: change its settings by model.ats.num_tokens = ... (or .blocks, .sampler, "
             ".score), or call ats.unpatch(model) first."
         )
+    check_restore(restore)
     _refuse(model)
     if stages is not None:
         if blocks is not None or options or sampler != "inverse_transform":
@@ -72,6 +82,7 @@ def patch(
         if settings["score"] is None:
             settings["score"] = library_of(model).default_score(model)
     _apply(model, settings)
+    model.ats.restore = restore
     return model
 
 
@@ -89,6 +100,49 @@ _parameters += [inspect.Parameter(name, _parameters[-1].KEYWORD_ONLY, default=ow
 patch.__signature__ = inspect.Signature(_parameters)
 
 
+def settings(model: nn.Module) -> dict[str, object]:
+    """What `ats.patch` did to a model, as plain values: `ats.patch(other, **ats.settings(model))` does it again.
+    Raises a UserError if the model is not patched.
+    """
+    if not isinstance(model, Patched):
+        raise UserError(f"This {type(model).__name__} has no ATS, so no settings: ats.patch(model, ...) comes first.")
+    found = copy.deepcopy(model.ats.settings)
+    if "stages" not in found:
+        own = {option.name for option in options_of(REDUCTIONS[found["sampler"]])}
+        found = {name: value for name, value in found.items() if name in own | {"blocks", "sampler"}}
+    return found | {"restore": model.ats.restore}
+
+
+def save_settings(model: nn.Module, folder: str | Path) -> Path:
+    """Write `settings` of a patched model to `folder`/ats.json. Of transformers, `save_pretrained` does."""
+    path = Path(folder) / SETTINGS_FILE
+    write(path, json.dumps(settings(model), indent=1) + "\n")
+    return path
+
+
+def load(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Patch a model as the one whose settings lie in `folder`. Returns the same object.
+
+        model = ViTForImageClassification.from_pretrained(folder)
+        ats.load(model, folder)
+
+    Raises:
+        UserError: no settings are there, or they are those of another network.
+    """
+    path = Path(folder) / SETTINGS_FILE
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        hint = "It is written by save_pretrained of a patched model, and by ats.save_settings(model, folder)."
+        raise UserError(f"There is no {path}. {hint}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    try:
+        return patch(model, **found)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo `patch`, in place: the same model object, its class, blocks and attributes restored, with the weights it has
     now. Raises a UserError if it is not patched.
@@ -102,7 +156,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         )
         raise UserError(f"This {type(model).__name__} has no ATS to remove: {hint}.")
     for module in model.modules():
-        restore(module)
+        make_original(module)
     return model
 
 

@@ -44,6 +44,7 @@ from ats.plugin.handle import (
     refuse_merging,
     version_of,
 )
+from ats.plugin.patch import save_settings
 from ats.plugin.rotary import NO_FUSE
 from ats.plugin.transformers.blocks import (
     ENCODER,
@@ -175,6 +176,12 @@ class HubModel(Patched):
             state.last = None
         result = out.last_hidden_state if _base(self) is self else out[0]
         return result, kept
+
+    def save_pretrained(self, save_directory: str, *args: object, **kwargs: object) -> object:
+        """As the original's, with the settings of ATS in ats.json: `ats.load(model, folder)` brings them back."""
+        out = super().save_pretrained(save_directory, *args, **kwargs)
+        save_settings(self, save_directory)
+        return out
 
     def block_list(self) -> list[nn.Module]:
         return list(_layers(self))
