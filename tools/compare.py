@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         subjects.append((name, shipped(name, getattr(args, name), own)))
     if args.features:
         model, weights, photos = args.features
-        few = replace(size, calibration_images=min(size.calibration_images, 40), images=40, rounds=3, **few_of)
+        few = replace(size, calibration_images=min(size.calibration_images, 40), images=120, rounds=3, **few_of)
         subjects.append((model, Features(model, to_path(weights), to_path(photos), few)))
     found = []
     for name, subject in subjects:
