@@ -49,7 +49,7 @@ def projects_parts(attn: nn.Module) -> bool:
     called gives all of them.
     """
     qkv = getattr(attn, "qkv", None)
-    return qkv is None or is_plain(qkv)
+    return qkv is None or getattr(attn, "q_bias", None) is not None or is_plain(qkv)
 
 
 class Projected(NamedTuple):
@@ -59,13 +59,14 @@ class Projected(NamedTuple):
 
 
 def linear_part(layer: nn.Module, x: Tensor | Projected, part: slice, bias: Tensor | None = None) -> Tensor:
-    """The outputs `part` of a linear layer; `bias`: instead of the layer's."""
+    """The outputs `part` of a linear layer. With a `bias` instead of the layer's, as BEiT's attention has it, the host
+    reads the weight, too.
+    """
     if isinstance(x, Projected):
         return x.outputs[..., part]
     refuse_stale(layer)
-    if not is_plain(layer):
-        out = layer(x)[..., part]
-        return out if bias is None else out + bias[part]
+    if bias is None and not is_plain(layer):
+        return layer(x)[..., part]
     bias = layer.bias if bias is None else bias
     return F.linear(x, layer.weight[part], None if bias is None else bias[part])
 

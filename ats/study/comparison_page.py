@@ -202,7 +202,8 @@ def _table(one: Compared, view: View) -> str:
                 row.append(f"({cell.values.mean():.2f} at {cell.cost:.2f})")
                 continue
             behind = difference(cell, best[budget], one.subject.clusters).verdict() == FAILS
-            row.append(f"{cell.values.mean():.2f}" if behind else f"**{cell.values.mean():.2f}**")
+            text = f"{cell.values.mean():.2f}" if behind else f"**{cell.values.mean():.2f}**"
+            row.append(f"{text} at {cell.cost:.2f}" if cell.cost < 0.96 * budget else text)
         lines.append(row)
     dense = f"dense: {view.cells[0].values.mean():.2f}"
     return charts.markdown_table([f"{view.unit}; {dense}", *(f"{own:g} of the GFLOPs" for own in view.budgets)], lines)

@@ -34,7 +34,7 @@ from ats.attention import ragged_attention
 from ats.models.block import ATSBlock, rows
 from ats.models.dense_grid import Grid, coarsen, rescale, tokens_of_cells
 from ats.models.mvit.dense import MultiScaleBlock, pool_grid, relative_index, resize_table
-from ats.models.weights import refuse_stale
+from ats.models.weights import projects_parts, refuse_stale
 from ats.reduction import Step
 from ats.tokens import RaggedTokens
 
@@ -51,7 +51,7 @@ class MultiScaleATSBlock(ATSBlock):
     def projects_all_queries(self) -> bool:
         """Whether it needs the queries of all input tokens: to pool them, to add positions, or to score with them."""
         by_all = self.reduction is not None and self.reduction.score == "mean_attention"
-        return self.attn.pool_q is not None or self.attn.has_rel_pos or by_all
+        return self.attn.pool_q is not None or self.attn.has_rel_pos or by_all or not projects_parts(self.attn)
 
     def project(self, tokens: RaggedTokens) -> Step:
         """Queries (if all are needed), keys and values, pooled on the grid, with relative positions."""
