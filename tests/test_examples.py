@@ -67,6 +67,7 @@ def test_mistakes_are_explained(words, text, capsys):
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_dense_maps(tmp_path, capsys):
     """A table of all methods, and a picture of the maps that the weights' decoder makes."""
     torch.manual_seed(0)
