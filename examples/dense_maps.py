@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import ats
 from ats.checkpoint import load_weights
-from ats.errors import UserError, suggest
+from ats.errors import UserError, exit_status, suggest
 from ats.flops import dense_gflops
 
 SIDE, BATCH_SIZE, NUM_DRAWN = 224, 20, 5
@@ -175,12 +175,7 @@ def draw(args: argparse.Namespace, x: Tensor, maps: list[Tensor], data: dict) ->
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    try:
-        run(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: run(parse(argv)), debug=False)
 
 
 if __name__ == "__main__":

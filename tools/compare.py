@@ -24,7 +24,7 @@ from make_digits import make_digits  # noqa: E402 - beside this file
 from ats.cli.parser import Parser, to_path  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
 
-FEW = ("ats_drop", "ats_merge_score", "merge_sample", "evit", "tome", "pitome", "pitome_prop", "ppt")
+FEW_METHODS = ("ats_drop", "ats_merge_score", "merge_sample", "evit", "tome", "pitome", "pitome_prop", "ppt")
 # Data set -> what makes it.
 MAKERS = {
     "digits": "tools/make_digits.py",
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     size = QUICK if args.quick else ComparisonSize()
     if args.off_the_shelf:
         size = replace(size, tuned_budgets=())
-    few_of = {} if args.quick else {"budgets": (0.6, 0.45, 0.35), "methods": FEW}
+    few_of = {} if args.quick else {"budgets": (0.6, 0.45, 0.35), "methods": FEW_METHODS}
     subjects = []
     for name in on:
         if name == "digits":

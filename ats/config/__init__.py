@@ -40,7 +40,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             [(key, value) for key, (value, _) in settings.items()], {k: f for k, (_, f) in settings.items()}
         )
     cfg.merge_from_list(list(overrides or []))
-    adopt_preprocessing(cfg, cfg.given)
+    adopt_preprocessing(cfg)
     cfg.freeze()
     return cfg
 

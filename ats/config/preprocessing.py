@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 
 from ats.config.schema import CfgNode
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "timm/"
-IMAGENET = {"DATA.MEAN": [0.485, 0.456, 0.406], "DATA.STD": [0.229, 0.224, 0.225]}  # where the keys are empty
 
 
-def adopt_preprocessing(cfg: CfgNode, given: Collection[str]) -> None:
-    """Set mean, deviation, size, crop ratio and interpolation to those of timm's `pretrained_cfg`, except `given` keys.
+def adopt_preprocessing(cfg: CfgNode) -> None:
+    """Give keys of images that nobody set (mean, deviation, size, crop ratio, interpolation) the values of timm's
+    `pretrained_cfg`.
 
     With another mean than that of its training, a network loses points without any message.
     """
     if not cfg.MODEL.NAME.startswith(PREFIX):
         return
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.models import get_pretrained_cfg
 
     name = cfg.MODEL.NAME.removeprefix(PREFIX)
@@ -36,8 +36,9 @@ def adopt_preprocessing(cfg: CfgNode, given: Collection[str]) -> None:
         "DATA.TEST_CROP_RATIO": own.crop_pct,
         "DATA.TEST_INTERPOLATION": own.interpolation,
     }
-    now = {key: cfg.DATA[key.removeprefix("DATA.")] or IMAGENET.get(key) for key in values}
-    new = {key: value for key, value in values.items() if key not in given and value != now[key]}
+    empty = {"DATA.MEAN": list(IMAGENET_DEFAULT_MEAN), "DATA.STD": list(IMAGENET_DEFAULT_STD)}  # what it stands for
+    now = {key: cfg.DATA[key.removeprefix("DATA.")] or empty.get(key) for key in values}
+    new = {key: value for key, value in values.items() if key not in cfg.given and value != now[key]}
     if new:
         cfg.merge_from_list([word for pair in new.items() for word in pair])
         logger.info("As timm's %s: %s", name, ", ".join(f"{key} {value}" for key, value in new.items()))

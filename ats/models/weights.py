@@ -18,7 +18,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ats.errors import UserError
 
-OF_TORCH = ("torch.distributed.", "torch.nn.utils.parametrize")
+# Modules whose classes are made while a program runs, a subclass of the layer's own: FSDP2, replicate, parametrize.
+WRAPPERS = ("torch.distributed.", "torch.nn.utils.parametrize")
 # Hook -> what to type instead of it.
 REMEDIES = {
     WeightNorm: "torch.nn.utils.remove_weight_norm(layer, {name!r}), or use {new}.weight_norm",
@@ -30,8 +31,7 @@ REMEDIES = {
 def is_plain(layer: nn.Module) -> bool:
     """Whether a call of the layer is the product with its weight and nothing else."""
     of_torch = type(layer) is nn.Linear or (
-        isinstance(layer, nn.Linear)
-        and type(layer).__module__.startswith(OF_TORCH)  # classes made while a program runs
+        isinstance(layer, nn.Linear) and type(layer).__module__.startswith(WRAPPERS)
     )
     has_hooks = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     weight = layer._parameters.get("weight")  # of another class: quantised, distributed

@@ -20,6 +20,7 @@ from ats.errors import UserError, suggest
 from ats.kernels.cpu import BACKENDS
 from ats.models.backbone import HasBlocks
 from ats.models.block import ATSBlock, unwrapped
+from ats.models.weights import WRAPPERS
 from ats.reduction import Reduction
 from ats.restore import check_restore
 from ats.tokens import LAYOUTS, KeptTokens
@@ -34,10 +35,6 @@ def version_of(original: type[nn.Module], *bases: type, name: str = "", **attrib
     version = type(name, (*bases, original), attributes)
     setattr(sys.modules[module], name, version)
     return version
-
-
-# Modules whose classes are made while a program runs, a subclass of the module's own: FSDP2, replicate, parametrize.
-WRAPPERS = ("torch.distributed.", "torch.nn.utils.parametrize")
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -6,11 +6,10 @@ import timm
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from ats.config.preprocessing import PREFIX
 from ats.errors import UserError, suggest
 from ats.models.backbone import reductions_from_cfg
 from ats.plugin.timm.model import attach, network, refusal
-
-PREFIX = "timm/"
 
 
 def timm_from_cfg(cfg: CfgNode) -> nn.Module:

@@ -180,7 +180,8 @@ class HubModel(Patched):
     def save_pretrained(self, save_directory: str, *args: object, **kwargs: object) -> object:
         """As the original's, with the settings of ATS in ats.json: `ats.load(model, folder)` brings them back."""
         out = super().save_pretrained(save_directory, *args, **kwargs)
-        save_settings(self, save_directory)
+        if kwargs.get("is_main_process", True):
+            save_settings(self, save_directory)
         return out
 
     def block_list(self) -> list[nn.Module]:
