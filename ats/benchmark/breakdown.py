@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ats.interleave import interleave
 from ats.models.block import ats_blocks
@@ -69,11 +71,19 @@ def part_seconds(model: nn.Module, x: Tensor, *, rounds: int) -> dict[str, float
 
 
 class LinearCalls(TorchFunctionMode):
-    """Records every call of `F.linear`."""
+    """Records every call of `F.linear`, of PyTorch's own: where oneDNN takes them over, they don't pass here."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[torch.Size, Tensor, Tensor | None]] = []  # in order: shape of the input, weight, bias
+
+    @classmethod
+    def of(cls, model: nn.Module, x: Tensor) -> LinearCalls:
+        """Those of one forward pass of `x`."""
+        # Under a FLOP counter, PyTorch's own operations run (`kernels/cpu.py`).
+        with torch.inference_mode(), FlopCounterMode(display=False), cls() as linear:
+            model(x)
+        return linear
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is F.linear:
@@ -85,16 +95,17 @@ class LinearCalls(TorchFunctionMode):
         """Multiply-adds of all calls."""
         return sum(shape.numel() * len(weight) for shape, weight, _ in self.calls)
 
-    def replay(self) -> Callable[[], None]:
-        """A function that runs the same calls, in order, on random inputs."""
+    def replay(self, kernels: Callable[[], AbstractContextManager] = nullcontext) -> Callable[[], None]:
+        """A function that runs the same calls, in order, on random inputs, within `kernels()`."""
         inputs = {
             shape: torch.randn(shape, device=weight.device, dtype=weight.dtype) for shape, weight, _ in self.calls
         }
 
         @torch.inference_mode()
         def run() -> None:
-            for shape, weight, bias in self.calls:
-                F.linear(inputs[shape], weight, bias)
+            with kernels():
+                for shape, weight, bias in self.calls:
+                    F.linear(inputs[shape], weight, bias)
 
         return run
 
@@ -106,11 +117,9 @@ def linear_efficiencies(models: dict[str, nn.Module], x: Tensor, *, rounds: int)
     A matrix product with half the rows takes more than half the time when rows are few, because the weights are read in
     full either way. This bounds any network that computes the same products.
     """
-    calls = {}
-    for name, model in models.items():
-        with torch.inference_mode(), LinearCalls() as calls[name]:
-            model(x)
-    seconds, _ = interleave({name: linear.replay() for name, linear in calls.items()}, rounds=rounds)
+    calls = {name: LinearCalls.of(model, x) for name, model in models.items()}
+    runs = {name: linear.replay(partial(models[name].fastest_kernels, x)) for name, linear in calls.items()}
+    seconds, _ = interleave(runs, rounds=rounds)
     work = {name: linear.multiply_adds() for name, linear in calls.items()}
     return {
         name: statistics.median(dense / own for dense, own in zip(seconds["dense"], seconds[name], strict=True))

@@ -8,14 +8,21 @@ from tiny_vit import tiny
 
 from ats.benchmark.breakdown import LinearCalls
 from ats.flops import gflops
+from ats.kernels import cpu
 from ats.models import build_model
 
 
-def test_linear_layers_are_those_of_the_network():
-    """All of them, with the rows that remain: their FLOPs are the network's without embedding and attention."""
+@pytest.mark.parametrize("cpu_backend", ["auto", "onednn"])
+def test_linear_layers_are_those_of_the_network(cpu_backend, monkeypatch):
+    """All of them, with the rows that remain, and not those by which the kernels are chosen: their FLOPs are the
+    network's without embedding and attention.
+    """
+    monkeypatch.setattr(cpu, "_choices", {})
     torch.manual_seed(0)
     model, x = build_model(tiny("ATS.NUM_TOKENS", 0.5)).eval(), torch.randn(2, 3, 224, 224)
-    with torch.inference_mode(), LinearCalls() as linear:
+    model.cpu_backend = cpu_backend
+    linear = LinearCalls.of(model, x)
+    with torch.inference_mode():
         trace = model.forward_tokens(x)[1]
     kept = {entry.block: entry.num_tokens.double() for entry in trace}
     num_in = torch.full((2,), 197.0, dtype=torch.float64)
