@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from timm_models import LAWS, images, small_model
@@ -346,6 +347,7 @@ def with_adapter() -> nn.Module:
     ("make", "text"),
     [
         (lambda: Mine(depth=1), "Mine: ATS supports timm's VisionTransformer"),
+        (lambda: torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64), "torchvision's attention is nn.Multihead"),
         (lambda: small_model(PLAIN, patch_drop_rate=0.5), "patch_drop_rate=0"),
         (lambda: nn.DataParallel(small_model(PLAIN)), "ats.patch(model.module, ...)"),
         (lambda: small_model("deit_tiny_patch16_224", global_pool="prr"), "it pools by AttentionPoolPrr"),

@@ -21,6 +21,7 @@ from transformers_models import (  # noqa: E402
     LAWS,
     TOLERANCE,
     base_of,
+    batch,
     first_output,
     head_on,
     images,
@@ -58,16 +59,16 @@ def test_equals_its_host(name, keep_all):
     cannot see them, and its head on what is left of each image; zeros where a token was dropped.
     """
     model = small_model(name)
-    x = images()
-    want = model(x, output_hidden_states=True)
+    x = batch(model)
+    want = model(**x, output_hidden_states=True)
     assert ats.patch(model, blocks=[0, 2], sampler=keep_all) is model
     tolerance = TOLERANCE.get(name, 1e-11)
-    close(model(x, output_hidden_states=True), want, tolerance)
+    close(model(**x, output_hidden_states=True), want, tolerance)
     ats.unpatch(model)
 
     ats.patch(model, blocks=[1, 3], num_tokens=12)
     model.ats.trace = True
-    out, features, trace = model(x, output_hidden_states=True), base_of(model)(x).last_hidden_state, model.ats.last
+    out, features, trace = model(**x, output_hidden_states=True), base_of(model)(**x).last_hidden_state, model.ats.last
     assert [entry.block for entry in trace] == [1, 3]
     assert trace[0].num_tokens.max() <= 12
     assert trace[1].num_tokens.min() < 12
@@ -93,7 +94,7 @@ def test_changes_nothing_that_one_can_see_of_the_model(name):
     numbers, bit for bit.
     """
     model = small_model(name)
-    x = images()
+    x = batch(model)
     want = first_output(model, x)
     before = {key: id(parameter) for key, parameter in model.named_parameters()}
     classes, attributes = [type(m) for m in model.modules()], [set(vars(m)) for m in model.modules()]
@@ -120,14 +121,14 @@ def test_copies_pickles_and_is_retuned(name):
     start.
     """
     model = patched(name)
-    x = images()
+    x = batch(model)
     want = first_output(model, x)
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(first_output(clone, x), want)
         clone.ats.num_tokens = 9
         assert torch.equal(first_output(clone, x), first_output(patched(name, num_tokens=9), x))
         clone.ats.trace = True
-        clone(x)
+        clone(**x)
         assert len(clone.ats.last) == 2
         assert torch.equal(first_output(ats.unpatch(clone), x), first_output(small_model(name), x))
     assert torch.equal(first_output(model, x), want)
@@ -222,10 +223,11 @@ def test_every_attention_implementation_of_the_host():
 @torch.no_grad()
 def test_an_image_gets_the_same_in_any_batch(name):
     model = patched(name, blocks=[1, 2, 3], num_tokens=0.7)
-    x = images(4)
+    x = batch(model, 4)
     want = first_output(model, x)
     for i in range(4):
-        torch.testing.assert_close(first_output(model, x[i : i + 1]), want[i : i + 1], rtol=0, atol=1e-11)
+        alone = {key: value[i : i + 1] for key, value in x.items()}
+        torch.testing.assert_close(first_output(model, alone), want[i : i + 1], rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -238,7 +240,7 @@ def test_gradients_are_those_of_checkpointed_activations(name):
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
-        nn.functional.cross_entropy(model(images()).logits, labels).backward()
+        nn.functional.cross_entropy(first_output(model, batch(model)), labels).backward()
         return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
 
     want = gradients()
@@ -294,10 +296,10 @@ def test_stochastic_depth_drops_whole_images(keep_all):
 def test_half_precision_and_autocast(name, keep_all):
     """bfloat16 weights and autocast are near float32 with every token kept, and finite where some are dropped."""
     model = patched(name, sampler=keep_all).float()
-    x = images().float()
+    x, half_x = (batch(model, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     with torch.no_grad():
         want = first_output(model, x)
-        half = first_output(copy.deepcopy(model).bfloat16(), x.bfloat16())
+        half = first_output(copy.deepcopy(model).bfloat16(), half_x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             cast = first_output(model, x)
     assert half.dtype == torch.bfloat16
@@ -305,7 +307,7 @@ def test_half_precision_and_autocast(name, keep_all):
         assert (got - want).abs().max() < 0.1 * want.abs().max()
     model.ats.sampler = "inverse_transform"
     with torch.no_grad():
-        assert first_output(copy.deepcopy(model).bfloat16(), x.bfloat16()).isfinite().all()
+        assert first_output(copy.deepcopy(model).bfloat16(), half_x).isfinite().all()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = first_output(model.train(), x).float().square().sum()
     loss.backward()
@@ -314,9 +316,9 @@ def test_half_precision_and_autocast(name, keep_all):
 
 COUNTED = [
     (name, score)
-    for name in [*LAWS, "vit", "deit classifier", "clip", "clip with projection", "siglip", "siglip, no head", "dinov3"]
+    for name in [name for name in CONTRACT if name not in ("vit classifier, eager, no bias", "dinov3, gated")]
     for score in ("cls_attention_value_norm", "mean_attention")
-    if "siglip" not in name or score == "mean_attention"
+    if not name.startswith(("siglip", "videomae")) or score == "mean_attention"
 ]
 
 
@@ -325,16 +327,16 @@ COUNTED = [
 def test_multiply_adds_equal_the_counter(name, score):
     """The GFLOPs formula is torch's counter at batch size 1, dense and with ATS, from forward_tokens' trace."""
     model = small_model(name).requires_grad_(False)
-    x = images(1)
+    x = batch(model, 1)
     # PyTorch 2.11 does not count a CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(x)
+        model(**x)
     dense = counter.get_total_flops() / 2
     ats.patch(model, blocks=[1, 3], num_tokens=10, score=score)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        out, trace = model.forward_tokens(x)
+        out, trace = model.forward_tokens(**x)
     torch.testing.assert_close(out, first_output(model, x), rtol=0, atol=1e-11)
-    cost = gflops(model, trace, x.shape)
+    cost = gflops(model, trace, x["pixel_values"].shape)
     assert cost.as_run.item() * 1e9 == pytest.approx(counter.get_total_flops() / 2, abs=0.5)
     assert cost.dense * 1e9 == pytest.approx(dense, abs=0.5)
 
@@ -503,12 +505,62 @@ def test_siglip_pools_the_present_tokens():
         patched("siglip", score="cls_attention")
 
 
+@torch.no_grad()
+def test_siglip_2_takes_images_of_one_size():
+    """The same numbers as SigLIP with these weights, and no padding."""
+    model = small_model("siglip 2")
+    x = batch(model)
+    siglip = small_model("siglip")
+    names = {key: value for key, value in model.state_dict().items() if "patch_embedding" not in key}
+    kernel = model.state_dict()["embeddings.patch_embedding.weight"].unflatten(1, (3, 8, 8))
+    bias = model.state_dict()["embeddings.patch_embedding.bias"]
+    siglip.load_state_dict(
+        names | {"embeddings.patch_embedding.weight": kernel, "embeddings.patch_embedding.bias": bias}
+    )
+    for m in (model, siglip):
+        ats.patch(m, blocks=[1, 3], num_tokens=10)
+    want = siglip(images())
+    close(model(**x), want, 1e-5)  # it resizes position embeddings in float32
+    x["pixel_attention_mask"][1, 9:] = 0
+    with pytest.raises(UserError, match=r"pixel_attention_mask hides padding, which ATS does not support: give images"):
+        model(**x)
+
+
+@torch.no_grad()
+def test_videomae_averages_what_is_left_or_restored():
+    """As its head does on what is left of each video, or on all that is restored; as an average counts each patch once,
+    nothing merges.
+    """
+    model = patched("videomae classifier", num_tokens=10, restore="nearest")
+    x = batch(model)
+    features = model.videomae(**x).last_hidden_state
+    assert not (features == 0).all(dim=2).any()
+    want = torch.stack([head_on(model, one) for one in features])
+    torch.testing.assert_close(model(**x).logits, want, rtol=0, atol=1e-11)
+    with pytest.raises(UserError, match="its head averages the patches"):
+        patched("videomae classifier", sampler="tome")
+
+
+@torch.no_grad()
+def test_averaging_classifiers_of_towers_say_what_to_restore():
+    own = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = transformers.SiglipConfig(vision_config=own | {"image_size": 32, "patch_size": 8}, num_labels=5)
+    torch.manual_seed(0)
+    model = transformers.SiglipForImageClassification(config).eval()
+    with pytest.raises(UserError, match=r'averages all patches.*ats\.patch\(model\.vision_model, restore="nearest"'):
+        ats.patch(model, blocks=[1])
+    ats.patch(model.vision_model, blocks=[1], num_tokens=10, restore="nearest")
+    assert model(images().float()).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
         (lambda: Mine(small_model("vit").config), "Mine: ATS supports transformers' ViTModel, DeiTModel"),
         (lambda: small_model("ViTForMaskedImageModeling"), "reconstructs every patch"),
         (lambda: small_model("Dinov2Backbone", mlp_ratio=2), "gives feature maps to a head"),
+        (lambda: small_model("ViTMAEForPreTraining"), "reconstructs every patch"),
+        (lambda: small_model("VideoMAEForVideoClassification", use_mean_pooling=False), "reads the first patch as if"),
         (lambda: small_model("ViTMSNModel"), "ViTMSNModel: ATS supports transformers' ViTModel"),
         (lambda: nn.DataParallel(small_model("vit")), "it wraps a ViTModel; patch that one: ats.patch(model.module, "),
         (lambda: small_model("vit", num_hidden_layers=0), "it has no blocks"),

@@ -342,9 +342,11 @@ def refusal(model: nn.Module) -> str:
     if original_class(model) not in VERSIONS:
         known = ", ".join(kind.__name__ for kind in VERSIONS)
         reason = REASONS.get(original_class(model).__name__)
+        if original_class(model).__module__.startswith("torchvision."):
+            reason = "torchvision's attention is nn.MultiheadAttention; use timm's vit_base_patch16_224 and such"
         return (
             f"{reason + '; ' if reason else ''}ATS supports timm's {known} (no subclasses), "
-            "and transformers' ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP"
+            "and transformers' ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, VideoMAE and ViTMAE"
         )
     if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
         return "patch_drop removes tokens of its own; build it with patch_drop_rate=0"

@@ -10,6 +10,7 @@ and the final norm, a `FinalNorm`, makes them dense again. The versions change a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
 from operator import attrgetter
@@ -24,7 +25,10 @@ from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 from transformers.models.siglip import modeling_siglip as siglip
+from transformers.models.siglip2 import modeling_siglip2 as siglip2
+from transformers.models.videomae import modeling_videomae as videomae
 from transformers.models.vit import modeling_vit as vit
+from transformers.models.vit_mae import modeling_vit_mae as vit_mae
 
 from ats.models.block import ATSBlock
 from ats.models.weights import is_linear
@@ -36,10 +40,13 @@ from ats.tokens import RaggedTokens, Trace
 
 # Classes whose forward pass is known, compared exactly: a subclass may compute something else.
 ATTENTIONS = (vit.ViTAttention, deit.DeiTAttention, dinov2.Dinov2Attention, registers.Dinov2WithRegistersAttention)
-ATTENTIONS += (clip.CLIPAttention, siglip.SiglipAttention, dinov3.DINOv3ViTAttention)
+ATTENTIONS += (clip.CLIPAttention, siglip.SiglipAttention, siglip2.Siglip2Attention, dinov3.DINOv3ViTAttention)
+ATTENTIONS += (vit_mae.ViTMAEAttention, videomae.VideoMAEAttention)
 MLPS = (vit.ViTMLP, deit.DeiTMLP, dinov2.Dinov2MLP, dinov2.Dinov2SwiGLUFFN)
 MLPS += (registers.Dinov2WithRegistersMLP, registers.Dinov2WithRegistersSwiGLUFFN)
-MLPS += (clip.CLIPMLP, siglip.SiglipMLP, dinov3.DINOv3ViTMLP, dinov3.DINOv3ViTGatedMLP)
+MLPS += (clip.CLIPMLP, siglip.SiglipMLP, siglip2.Siglip2MLP, dinov3.DINOv3ViTMLP, dinov3.DINOv3ViTGatedMLP)
+MLPS += (vit_mae.ViTMAEMLP, videomae.VideoMAEIntermediate, videomae.VideoMAEOutput)
+SIGLIP_LAYERS = (siglip.SiglipEncoderLayer, siglip2.Siglip2EncoderLayer)
 NO_DROP_PATH = nn.Identity()
 # Whether FinalNorm fills in dropped patches. A property of the call: a model may run in several threads.
 FILL_DROPPED: ContextVar[bool] = ContextVar("FILL_DROPPED", default=False)
@@ -52,7 +59,19 @@ def attention_of(layer: nn.Module) -> nn.Module:
 
 def by_timms_names(attention: nn.Module) -> SimpleNamespace:
     """The parts of a transformers attention under timm's names, which `ATSBlock` and `cost.py` use."""
-    is_tower = isinstance(attention, (clip.CLIPAttention, siglip.SiglipAttention))
+    if isinstance(attention, videomae.VideoMAEAttention):
+        inner = attention.attention
+        return SimpleNamespace(
+            qkv=None,
+            q_proj=inner.query,
+            k_proj=inner.key,
+            v_proj=inner.value,
+            proj=attention.output.dense,
+            num_heads=inner.num_attention_heads,
+            scale=inner.scaling,
+            attn_drop=SimpleNamespace(p=inner.dropout_prob),
+        )
+    is_tower = isinstance(attention, (clip.CLIPAttention, siglip.SiglipAttention, siglip2.Siglip2Attention))
     own_names = is_tower or isinstance(attention, dinov3.DINOv3ViTAttention)
     return SimpleNamespace(
         qkv=None,
@@ -64,6 +83,13 @@ def by_timms_names(attention: nn.Module) -> SimpleNamespace:
         scale=attention.scale if is_tower else attention.scaling,
         attn_drop=SimpleNamespace(p=attention.dropout if own_names else attention.attention_dropout),
     )
+
+
+def mlp_of(layer: nn.Module) -> nn.ModuleList:
+    """The modules of a layer's MLP."""
+    if isinstance(layer, videomae.VideoMAELayer):
+        return nn.ModuleList([layer.intermediate, layer.output])
+    return nn.ModuleList([layer.mlp])
 
 
 class TransformersBlock(ATSBlock):
@@ -99,7 +125,7 @@ class TransformersBlock(ATSBlock):
 
 
 class DropoutBranches(TransformersBlock):
-    """ViT and DeiT: dropout after both branches, no LayerScale, no stochastic depth."""
+    """ViT, DeiT and ViTMAE: dropout after both branches, no LayerScale, no stochastic depth."""
 
     drop_path1 = drop_path2 = NO_DROP_PATH
 
@@ -151,13 +177,45 @@ class PlainBranches(TransformersBlock):
         return self.mlp(self.layer_norm2(x))
 
 
+class VideoBranches(TransformersBlock):
+    """VideoMAE: as ViT, with the MLP in two modules."""
+
+    drop_path1 = drop_path2 = NO_DROP_PATH
+    mlp = property(mlp_of)  # for its cost
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        return self.layernorm_before(x)
+
+    def attention_output(self, out: Tensor, step: Step) -> Tensor:
+        return self.attention.output(out, None)
+
+    def mlp_output(self, x: Tensor) -> Tensor:
+        return self.output.dropout(self.output.dense(self.intermediate(self.layernorm_after(x))))
+
+
+DROPOUT = (vit.ViTLayer, deit.DeiTLayer, vit_mae.ViTMAELayer)
 SCALED = (dinov2.Dinov2Layer, registers.Dinov2WithRegistersLayer)
 VERSIONS: dict[type[nn.Module], type[TransformersBlock]] = {
-    **{kind: version_of(kind, DropoutBranches) for kind in (vit.ViTLayer, deit.DeiTLayer)},
+    **{kind: version_of(kind, DropoutBranches) for kind in DROPOUT},
     **{kind: version_of(kind, ScaledBranches) for kind in SCALED},
     dinov3.DINOv3ViTLayer: version_of(dinov3.DINOv3ViTLayer, RotaryBranches),
-    **{kind: version_of(kind, PlainBranches) for kind in (clip.CLIPEncoderLayer, siglip.SiglipEncoderLayer)},
+    **{kind: version_of(kind, PlainBranches) for kind in (clip.CLIPEncoderLayer, *SIGLIP_LAYERS)},
+    videomae.VideoMAELayer: version_of(videomae.VideoMAELayer, VideoBranches),
 }
+
+
+def dense_tokens(tokens: RaggedTokens, norm: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """[B, N, C] behind the last layer. With FILL_DROPPED, dropped patches that are not restored are the mean of the
+    image's kept patches, so the mean of all patches is the mean of the kept ones.
+    """
+    x = restored(tokens, norm)
+    if not FILL_DROPPED.get() or tokens.places is not None:
+        return x
+    present = tokens.to_grid(tokens.x.new_ones(tokens.layout.total, 1, dtype=torch.bool))
+    num_prefix = tokens.num_prefix_tokens
+    count = present[:, num_prefix:].sum(dim=1, keepdim=True).clamp_min(1)
+    mean = x[:, num_prefix:].sum(dim=1, keepdim=True) / count
+    return torch.where(present, x, mean.to(x.dtype))
 
 
 class FinalNorm(nn.LayerNorm):
@@ -167,25 +225,16 @@ class FinalNorm(nn.LayerNorm):
     ats_state: State
 
     def forward(self, tokens: Tensor | RaggedTokens) -> Tensor:
-        """The normalised tokens. With FILL_DROPPED, dropped patches that are not restored are the mean of the image's
-        kept patches, so the mean of all patches is the mean of the kept ones.
-        """
+        """The normalised tokens, see `dense_tokens`."""
         if not isinstance(tokens, RaggedTokens):
             return super().forward(tokens)
         if self.ats_state.trace:
             self.ats_state.last = Trace(tokens.trace)
-        x = restored(tokens, super().forward)
-        if not FILL_DROPPED.get() or tokens.places is not None:
-            return x
-        present = tokens.to_grid(tokens.x.new_ones(tokens.layout.total, 1, dtype=torch.bool))
-        num_prefix = tokens.num_prefix_tokens
-        count = present[:, num_prefix:].sum(dim=1, keepdim=True).clamp_min(1)
-        mean = x[:, num_prefix:].sum(dim=1, keepdim=True) / count
-        return torch.where(present, x, mean.to(x.dtype))
+        return dense_tokens(tokens, super().forward)
 
 
 class DenseEncoder(nn.Module):
-    """CLIP's encoder: what follows it reads dense tokens, before any norm."""
+    """CLIP's encoder, and VideoMAE's without a final norm: what follows reads dense tokens, before any norm."""
 
     ats_state: State
 
@@ -196,30 +245,35 @@ class DenseEncoder(nn.Module):
         if isinstance(tokens, RaggedTokens):
             if self.ats_state.trace:
                 self.ats_state.last = Trace(tokens.trace)
-            out.last_hidden_state = restored(tokens)
+            out.last_hidden_state = dense_tokens(tokens)
         return out
 
 
 class PresentPoolingHead(nn.Module):
     """SigLIP's attention pooling, over the tokens that are present: those that are not zero in every channel."""
 
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        """[B, N, C] -> [B, C]."""
+    def forward(self, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> [B, C]. The mask, SigLIP 2's, has no padding: `model.refuse_masks` has seen to that."""
         gone = (hidden_state == 0).all(dim=2)
         probe = self.probe.expand(hidden_state.shape[0], -1, -1)
         x = self.attention(probe, hidden_state, hidden_state, key_padding_mask=gone, need_weights=False)[0]
         return (x + self.mlp(self.layernorm(x)))[:, 0]
 
 
-ENCODER = version_of(clip.CLIPEncoder, DenseEncoder)
-POOLING_HEAD = version_of(siglip.SiglipMultiheadAttentionPoolingHead, PresentPoolingHead)
+POOLING_HEADS = (siglip.SiglipMultiheadAttentionPoolingHead, siglip2.Siglip2MultiheadAttentionPoolingHead)
+# What reads the tokens behind the layers.
+BEHIND_VERSIONS = {
+    nn.LayerNorm: FinalNorm,
+    **{kind: version_of(kind, DenseEncoder) for kind in (clip.CLIPEncoder, videomae.VideoMAEEncoder)},
+    **{kind: version_of(kind, PresentPoolingHead) for kind in POOLING_HEADS},
+}
 
 
 def num_prefix_of(layer: nn.Module) -> int:
-    """CLS and, with it, DeiT's distillation token or DINOv2's and DINOv3's registers; SigLIP has none."""
+    """CLS and, with it, DeiT's distillation token or DINOv2's and DINOv3's registers; SigLIP and VideoMAE have none."""
     if isinstance(layer, deit.DeiTLayer):
         return 2
-    if isinstance(layer, siglip.SiglipEncoderLayer):
+    if isinstance(layer, (*SIGLIP_LAYERS, videomae.VideoMAELayer)):
         return 0
     if isinstance(layer, (registers.Dinov2WithRegistersLayer, dinov3.DINOv3ViTLayer)):
         return 1 + layer.attention.config.num_register_tokens
@@ -235,12 +289,14 @@ def refusal_of_block(layer: nn.Module) -> str:
         return "has an attention whose forward was replaced"
     if original_class(attention) not in ATTENTIONS:
         return f"has attention of class {type(attention).__name__}"
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj" if hasattr(attention, "out_proj") else "o_proj"):
-        projection = getattr(attention, name, None)
+    parts = by_timms_names(attention)
+    for projection in (parts.q_proj, parts.k_proj, parts.v_proj, parts.proj):
         if not is_linear(projection):
+            name = next(name for name, module in attention.named_modules() if module is projection)
             return f"has attention.{name} of class {type(projection).__name__} instead of Linear"
-    if original_class(layer.mlp) not in MLPS:
-        return f"has an MLP of class {type(layer.mlp).__name__}"
+    for mlp in mlp_of(layer):
+        if original_class(mlp) not in MLPS:
+            return f"has an MLP of class {type(mlp).__name__}"
     for name in ("norm1", "norm2", "layernorm_before", "layernorm_after", "layer_norm1", "layer_norm2"):
         norm = getattr(layer, name, None)
         if norm is not None and original_class(norm) is not nn.LayerNorm:

@@ -1,10 +1,12 @@
-"""Hugging Face transformers' ViT, DeiT, DINOv2, DINOv3 and the image towers of CLIP and SigLIP with ATS.
+"""Hugging Face transformers' ViT, DeiT, DINOv2, DINOv3, VideoMAE, the encoder of ViTMAE, and the image towers of CLIP
+and SigLIP with ATS.
 
 A classifier and its base model change their class together (`handle.py`) and share one state. Hidden states keep their
-usual shape [B, N, C]; what dropped tokens hold is `model.ats.restore`, by default exact zeros. DINOv2's classifiers
-average the kept patches, or all that are restored.
+usual shape [B, N, C]; what dropped tokens hold is `model.ats.restore`, by default exact zeros. Classifiers of DINOv2
+and VideoMAE average the kept patches, or all that are restored.
 
-Shapes: B images, N = P + grid tokens, P prefix tokens, C channels.
+Shapes: B images, N = P + grid tokens, P prefix tokens, C channels. Where patches are hidden from the model (ViTMAE,
+bool_masked_pos), N are those that it sees, in the order in which it sees them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 from transformers.models.siglip import modeling_siglip as siglip
+from transformers.models.siglip2 import modeling_siglip2 as siglip2
+from transformers.models.videomae import modeling_videomae as videomae
 from transformers.models.vit import modeling_vit as vit
+from transformers.models.vit_mae import modeling_vit_mae as vit_mae
 
 from ats.compat import transformers_record_registry
 from ats.errors import UserError
@@ -32,6 +37,7 @@ from ats.models.cost import (
     conv_multiply_adds,
     linear_multiply_adds,
     linears_multiply_adds,
+    size,
     vit_block_multiply_adds,
 )
 from ats.models.weights import is_linear
@@ -47,12 +53,12 @@ from ats.plugin.handle import (
 from ats.plugin.patch import save_settings
 from ats.plugin.rotary import NO_FUSE
 from ats.plugin.transformers.blocks import (
-    ENCODER,
+    BEHIND_VERSIONS,
     FILL_DROPPED,
-    POOLING_HEAD,
-    FinalNorm,
+    POOLING_HEADS,
     attention_of,
     by_timms_names,
+    mlp_of,
     num_prefix_of,
     refusal_of_block,
 )
@@ -74,6 +80,12 @@ def dense_outputs(forward: Callable) -> Callable:
         asked |= asked.get("kwargs", {})
         if asked.get("attention_mask") is not None or asked.get("is_causal", getattr(config, "is_causal", False)):
             raise UserError("attention_mask, is_causal: not supported with ATS. Call without, or ats.unpatch(model).")
+        mask = asked.get("pixel_attention_mask")
+        if isinstance(mask, Tensor) and not mask.all():
+            raise UserError(
+                "pixel_attention_mask hides padding, which ATS does not support: give images that fill it (processor("
+                "..., max_num_patches=N) with N the patches of every image), one size at a time, or ats.unpatch(model)."
+            )
         if asked.get("output_attentions", getattr(config, "output_attentions", False)):
             raise UserError(
                 "output_attentions: ATS never computes the whole attention matrix. Call without it, or "
@@ -130,8 +142,10 @@ def _behind(model: nn.Module) -> list[nn.Module]:
     base = _base(model)
     if isinstance(base, clip.CLIPVisionModel):
         return [base.encoder]
-    if isinstance(base, siglip.SiglipVisionModel):
+    if isinstance(base, (siglip.SiglipVisionModel, siglip2.Siglip2VisionModel)):
         return [base.post_layernorm, *([base.head] if base.use_head else [])]
+    if isinstance(base, videomae.VideoMAEModel):
+        return [base.encoder if base.layernorm is None else base.layernorm]
     return [base.norm if isinstance(base, dinov3.DINOv3ViTModel) else base.layernorm]
 
 
@@ -154,7 +168,7 @@ class HubModel(Patched):
     num_prefix_tokens = property(lambda self: num_prefix_of(_layers(self)[0]))
 
     @property
-    def _patch_projection(self) -> nn.Conv2d:
+    def _patch_projection(self) -> nn.Conv2d | nn.Conv3d | nn.Linear:
         embeddings = _base(self).embeddings
         for name in ("patch_embedding", "patch_embeddings"):
             found = getattr(embeddings, name, None)
@@ -162,14 +176,14 @@ class HubModel(Patched):
                 return getattr(found, "projection", found)
         raise AttributeError(f"{type(embeddings).__name__} has no patch embedding")
 
-    def forward_tokens(self, pixel_values: Tensor) -> tuple[Tensor, list[KeptTokens]]:
-        """Images [B, 3, H, W] -> logits [B, classes] (of a base model: last hidden state [B, N, C]) and the tokens that
-        every block with a reduction kept, in order.
+    def forward_tokens(self, pixel_values: Tensor, **inputs: object) -> tuple[Tensor, list[KeptTokens]]:
+        """What the model takes -> logits [B, classes] (of a base model: last hidden state [B, N, C]) and the tokens
+        that every block with a reduction kept, in order.
         """
         state = self.ats_state
         trace, state.trace, state.last = state.trace, True, []
         try:
-            out, kept = self(pixel_values, return_dict=True), state.last
+            out, kept = self(pixel_values, **inputs, return_dict=True), state.last
         finally:
             state.trace = trace
         if not trace:
@@ -188,32 +202,43 @@ class HubModel(Patched):
         return list(_layers(self))
 
     def block_grids(self, input_shape: Sequence[int]) -> list[BlockGrid]:
-        return [BlockGrid.of(1, *self._patch_grid(input_shape))] * len(_layers(self))
+        grid = self._patch_grid(input_shape)
+        if isinstance(_base(self), vit_mae.ViTMAEModel):  # a random part of it, in random order
+            grid = 1, 1, int(size(grid) * (1 - self.config.mask_ratio))
+        return [BlockGrid.of(*grid)] * len(_layers(self))
 
-    def _patch_grid(self, input_shape: Sequence[int]) -> tuple[int, int]:
-        sides = zip(input_shape[2:], self._patch_projection.kernel_size, strict=True)
-        return tuple(side // patch for side, patch in sides)
+    def _patch_grid(self, input_shape: Sequence[int]) -> tuple[int, int, int]:
+        """(T, H, W) of all patches."""
+        projection = self._patch_projection
+        if isinstance(projection, nn.Linear):  # SigLIP 2: [B, N, values of a patch]
+            return 1, 1, input_shape[1]
+        if isinstance(projection, nn.Conv3d):  # VideoMAE: [B, T, 3, H, W]
+            sides, patch = (input_shape[1], *input_shape[3:]), projection.kernel_size
+        else:
+            sides, patch = (1, *input_shape[2:]), (1, *projection.kernel_size)
+        return tuple(side // own for side, own in zip(sides, patch, strict=True))
 
     def block_cost(self, block: nn.Module, record: BlockRecord, grid: BlockGrid, *, paper: bool, frames: int) -> Tensor:
         if not isinstance(block, ATSBlock):
-            block = SimpleNamespace(attn=by_timms_names(attention_of(block)), mlp=block.mlp)
+            block = SimpleNamespace(attn=by_timms_names(attention_of(block)), mlp=mlp_of(block))
         return vit_block_multiply_adds(block, record, paper=paper)
 
     def stem_multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int]) -> float:
-        height, width = self._patch_grid(input_shape)
+        num = size(self._patch_grid(input_shape))
         pooler = getattr(_base(self), "pooler", None)
         heads = [getattr(self, name, None) for name in HEADS] + [getattr(pooler, "dense", None)]
         heads = [head for head in heads if is_linear(head)]
-        total = conv_multiply_adds(self._patch_projection, height * width) + sum(map(linear_multiply_adds, heads))
+        total = conv_multiply_adds(self._patch_projection, num) + sum(map(linear_multiply_adds, heads))
         head = getattr(_base(self), "head", None)
         if head is not None:  # SigLIP's attention pooling: a query, keys and values of all places
-            dim, num = head.probe.shape[-1], height * width
+            dim = head.probe.shape[-1]
             total += 2 * dim * dim + 2 * num * dim * dim + 2 * num * dim + linears_multiply_adds(head.mlp)
         return total
 
 
 BASES = (vit.ViTModel, deit.DeiTModel, dinov2.Dinov2Model, registers.Dinov2WithRegistersModel, clip.CLIPVisionModel)
-BASES += (dinov3.DINOv3ViTModel,)
+BASES += (dinov3.DINOv3ViTModel, vit_mae.ViTMAEModel, videomae.VideoMAEModel)
+POOLING = (siglip.SiglipVisionModel, siglip2.Siglip2VisionModel)
 READING_PREFIX = (  # classifiers of CLS, or of CLS and the distillation token
     vit.ViTForImageClassification,
     deit.DeiTForImageClassification,
@@ -223,11 +248,10 @@ READING_PREFIX = (  # classifiers of CLS, or of CLS and the distillation token
 AVERAGES = "its head averages the patches, but a merged token counts for several"
 POOLS = "its head pools the patches, but a merged token counts for several"
 AVERAGING = (dinov2.Dinov2ForImageClassification, registers.Dinov2WithRegistersForImageClassification)
+AVERAGING += (videomae.VideoMAEForVideoClassification,)
 VERSIONS: dict[type[nn.Module], type[HubModel]] = {
     **{kind: version_of(kind, HubModel, forward=dense_outputs(kind.forward)) for kind in BASES},
-    siglip.SiglipVisionModel: version_of(
-        siglip.SiglipVisionModel, HubModel, forward=dense_outputs(siglip.SiglipVisionModel.forward), no_merge=POOLS
-    ),
+    **{kind: version_of(kind, HubModel, forward=dense_outputs(kind.forward), no_merge=POOLS) for kind in POOLING},
     **{kind: version_of(kind, HubModel) for kind in READING_PREFIX},
     **{
         kind: version_of(kind, HubModel, forward=over_kept_patches(kind.forward), no_merge=AVERAGES)
@@ -251,24 +275,23 @@ def attach(model: nn.Module, reductions: dict[int, Reduction]) -> None:
     attach_to(list(parts), _layers(model), reductions, VERSIONS | BLOCK_VERSIONS | BEHIND_VERSIONS)
 
 
-NAMES = {
-    nn.LayerNorm: "final norm",
-    clip.CLIPEncoder: "encoder",
-    siglip.SiglipMultiheadAttentionPoolingHead: "pooling head",
-}
-BEHIND_VERSIONS = {
-    nn.LayerNorm: FinalNorm,
-    clip.CLIPEncoder: ENCODER,
-    siglip.SiglipMultiheadAttentionPoolingHead: POOLING_HEAD,
-}
+NAMES = {nn.LayerNorm: "final norm", **dict.fromkeys(POOLING_HEADS, "pooling head")}
 
 # Why ATS refuses these related classes. It refuses all other classes as unknown.
-REASONS = dict.fromkeys(
-    ("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"),
-    "reconstructs every patch, also those that ATS would drop",
-) | dict.fromkeys(
-    ("Dinov2Backbone", "Dinov2WithRegistersBackbone"), "gives feature maps to a head that needs every patch"
-)
+RECONSTRUCTING = ("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling", "ViTMAEForPreTraining")
+RECONSTRUCTING += ("VideoMAEForPreTraining",)
+AVERAGING_TOWERS = ("CLIPForImageClassification", "SiglipForImageClassification", "Siglip2ForImageClassification")
+REASONS = {
+    **dict.fromkeys(RECONSTRUCTING, "reconstructs every patch, also those that ATS would drop"),
+    **dict.fromkeys(
+        ("Dinov2Backbone", "Dinov2WithRegistersBackbone"), "gives feature maps to a head that needs every patch"
+    ),
+    **dict.fromkeys(
+        AVERAGING_TOWERS,
+        "its head averages all patches, so those that are gone have to be restored: "
+        'ats.patch(model.vision_model, restore="nearest", ...)',
+    ),
+}
 
 
 def refusal(model: nn.Module) -> str:
@@ -285,9 +308,11 @@ def refusal(model: nn.Module) -> str:
         return f"its {prefix} has ATS already; remove it first: ats.unpatch(model.{prefix})"
     if original_class(base) not in VERSIONS:
         return f"its {prefix} is a {type(base).__name__}"
+    if isinstance(model, videomae.VideoMAEForVideoClassification) and model.fc_norm is None:
+        return "its head reads the first patch as if it was CLS (use_mean_pooling=False), and ATS may drop it"
     for part in _behind(model):
         if hasattr(part, "ats_state") and not isinstance(model, Patched):
-            name = NAMES[original_class(part)]
+            name = NAMES.get(original_class(part), "encoder")
             return f"it shares its {name} with another model, which has ATS; give it its own by copy.deepcopy"
         if original_class(part) not in BEHIND_VERSIONS:
             return f"its final norm is a {type(part).__name__}"
