@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ats import kernels
 from ats.compat import export_check
@@ -144,7 +145,7 @@ class Layout:
         return flat if self.uniform else flat.index_select(0, self.padded_index)
 
 
-@dataclass
+@dataclass(repr=False)
 class RaggedTokens:
     """Sequences of tokens with their positions in the sequences that the network began with.
 
@@ -185,6 +186,13 @@ class RaggedTokens:
         places = Layout(lengths, total=num_sequences * length, longest=length, kind=layout)
         position = torch.arange(length, device=x.device).repeat(num_sequences)
         return cls(x.flatten(0, 1), places, position, num_prefix_tokens, length, length, frames_per_clip, grid)
+
+    def __repr__(self) -> str:
+        layout = self.layout
+        return (
+            f"RaggedTokens({list(self.x.shape)}, {layout.num_sequences} sequences of at most {layout.longest} of "
+            f"{self.num_positions} tokens, {layout.kind})"
+        )
 
     @classmethod
     def __torch_function__(cls, function: object, *_: object, **__: object) -> None:
@@ -319,7 +327,7 @@ class RaggedTokens:
         return rows.index_copy(0, index, torch.arange(self.layout.total, device=rows.device))[:size]
 
 
-@dataclass
+@dataclass(repr=False)
 class KeptTokens:
     """What one ATS block kept: an entry of the trace."""
 
@@ -334,6 +342,12 @@ class KeptTokens:
         layout = tokens.layout
         rows = tokens.position if layout.full else layout.pad(tokens.position)
         return cls(block, layout.lengths, rows, tokens.num_prefix_tokens)
+
+    def __repr__(self) -> str:
+        """Short: how many tokens, not which."""
+        counts = self.num_tokens.tolist()
+        shown = ", ".join(map(str, counts[:8])) + (f", ... ({len(counts)} in all)" if len(counts) > 8 else "")
+        return f"KeptTokens(block={self.block}, num_tokens=[{shown}])"
 
     @property
     def position(self) -> Tensor:
@@ -350,6 +364,25 @@ class KeptTokens:
         num_prefix = self.num_prefix_tokens
         positions = self.position.split(self.num_tokens.tolist())
         return [p[p >= num_prefix].sort().values - num_prefix for p in positions]
+
+    def compact(self, features: Tensor) -> CompactTokens:
+        """These tokens alone, out of dense features [S, N, C] (a video's [B, T, N, C]): fewer for what comes next, a
+        language model for example. Fused tokens have no place in dense features, so none here.
+        """
+        positions = [own[own >= 0].sort().values for own in self.position.split(self.num_tokens.tolist())]
+        position = pad_sequence(positions, batch_first=True, padding_value=-1)
+        mask = position >= 0
+        features = features.flatten(0, -3) if features.ndim > 3 else features
+        index = position.clamp_min(0)[..., None].expand(-1, -1, features.shape[-1])
+        return CompactTokens(features.gather(1, index).masked_fill(~mask[..., None], 0), position, mask)
+
+
+class CompactTokens(NamedTuple):
+    """Kept tokens of every sequence by ascending position, padded to the longest sequence, M."""
+
+    x: Tensor  # [S, M, C]; zeros for padding
+    position: Tensor  # [S, M] int64, in the dense sequence, where prefix tokens are 0 .. P - 1; -1 for padding
+    mask: Tensor  # [S, M] bool, False for padding
 
 
 @dataclass

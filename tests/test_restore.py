@@ -161,6 +161,38 @@ def test_intermediate_features_are_restored_too():
     assert not any((own == 0).all(dim=2).any() for own in (*out.hidden_states, out.last_hidden_state))
 
 
+@pytest.mark.parametrize("sampler", ["inverse_transform", "tome", "evit"])
+@torch.no_grad()
+def test_compact_features_are_those_of_the_kept_tokens(sampler):
+    """By a loop over images: ascending positions, then padding; EViT's fused token has no place."""
+    model = timm_models.small_model("deit_tiny_patch16_224")
+    x = timm_models.images(model)
+    ats.patch(model, blocks=[1, 2], sampler=sampler, **({"num_tokens": 0.6} if sampler == "inverse_transform" else {}))
+    model.ats.trace = True
+    dense = model.forward_features(x)
+    for kept in model.ats.last[-1:]:
+        compact = kept.compact(dense)
+        assert compact.mask.shape == compact.position.shape == compact.x.shape[:2]
+        for image in range(len(x)):
+            own = torch.cat([torch.zeros(1, dtype=torch.int64), kept.patches[image] + 1])
+            mask = compact.mask[image]
+            assert mask.tolist() == [True] * len(own) + [False] * (len(mask) - len(own))
+            assert torch.equal(compact.position[image, mask], own)
+            assert torch.equal(compact.x[image, mask], dense[image, own])
+            assert (compact.x[image, ~mask] == 0).all()
+
+
+def test_results_have_a_short_repr():
+    model = timm_models.small_model("deit_tiny_patch16_224")
+    ats.patch(model, blocks=[1, 2], num_tokens=0.6)
+    model.ats.trace, seen = True, []
+    model.blocks[3].register_forward_hook(lambda module, args, out: seen.append(repr(out)))
+    model(timm_models.images(model))
+    counts = model.ats.last[0].num_tokens.tolist()
+    assert repr(model.ats.last).startswith(f"[KeptTokens(block=1, num_tokens={counts}), KeptTokens(block=2")
+    assert seen[0].startswith(f"RaggedTokens([{model.ats.last[1].num_tokens.sum()}, ")
+
+
 def test_a_reduction_that_does_not_say_where_tokens_went(merge_dropped, monkeypatch):
     monkeypatch.setattr(REDUCTIONS[merge_dropped], "merge", lambda self, step: step.kept)
     model = timm_models.small_model("deit_tiny_patch16_224")

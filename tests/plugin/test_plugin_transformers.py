@@ -482,6 +482,19 @@ def test_the_tower_of_llava(keep_all):
     assert not (states == 0).all(dim=2).any()
     assert model.generate(**asked, do_sample=False, pad_token_id=0).shape == want.shape
 
+    # Compact: the kept patches alone, in a shorter prompt. With every token kept, the same answer.
+    for sampler in ("inverse_transform", keep_all):
+        tower.ats.sampler = sampler
+        states = tower(x, output_hidden_states=True).hidden_states[-2]
+        kept = tower.ats.last[-1].compact(states)
+        image = model.model.multi_modal_projector(kept.x[kept.position > 0])
+        prompt = torch.tensor([[1, *[60] * len(image), 5, 6]])
+        embeds = model.get_input_embeddings()(prompt)
+        embeds[prompt == 60] = image
+        got = model.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert (len(image) == 16) == (sampler == keep_all)
+    assert torch.equal(got, want[:, -got.shape[1] :])
+
 
 @torch.no_grad()
 def test_siglip_pools_the_present_tokens():
