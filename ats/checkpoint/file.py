@@ -13,6 +13,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -93,14 +94,25 @@ def save_checkpoint(path: str | Path, contents: dict) -> None:
         torch.save(contents, file)
 
 
-def save_safetensors(path: str | Path, state_dict: dict[str, Tensor]) -> None:
-    """Write weights as safetensors with a check sum, also atomically."""
+def save_safetensors(
+    path: str | Path, state_dict: dict[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write weights as safetensors with a check sum, also atomically; `metadata`: more to say in the header."""
     # Copies, because safetensors refuses tensors that share memory, such as tied weights.
     tensors = {
         key: torch.clone(tensor.detach().cpu(), memory_format=torch.contiguous_format)
         for key, tensor in state_dict.items()
     }
-    write(path, safetensors.torch.save(tensors, {CHECKSUM: _checksum(tensors)}))
+    write(path, safetensors.torch.save(tensors, {**(metadata or {}), CHECKSUM: _checksum(tensors)}))
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside the weights; of other files {}."""
+    try:
+        with safe_open(find_shipped(path), "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _read(file: IO[bytes], path: Path) -> object:

@@ -9,8 +9,10 @@ size, nor on the order of the samples, nor on the number of processes.
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
+import shlex
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -25,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import ats
-from ats.checkpoint import load_weights, to_fine_tune
+from ats.checkpoint import load_weights, read_metadata, to_fine_tune
 from ats.config import CfgNode
 from ats.config.schema import titles
 from ats.datasets import Draw, Loader, Sample, build_loader, input_shape
@@ -208,6 +210,10 @@ def build_trained(cfg: CfgNode, weights: str, *, advice: str = "") -> nn.Module:
     model = build_model(cfg)
     if weights:
         load_weights(model, weights, advice=advice)
+        settings = {} if cfg.ATS.ENABLE else json.loads(read_metadata(weights).get("ats", "{}"))
+        if settings:
+            keys = " ".join(f"{name} {shlex.quote(str(value).replace(' ', ''))}" for name, value in settings.items())
+            logger.warning("%s was trained with ATS, and this network keeps all tokens. To sample: %s", weights, keys)
     return model
 
 

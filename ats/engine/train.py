@@ -11,6 +11,7 @@ takes its share of every batch, and the result is the same up to round-off. SIGT
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ from torch.utils.data import Dataset
 
 from ats.checkpoint import load_weights, save_safetensors
 from ats.config import CfgNode
+from ats.config.schema import changed
 from ats.datasets import Loader, Sample, build_loader
 from ats.datasets.base import Split
 from ats.engine.checkpointing import Checkpoints, TrainState, list_checkpoints, newest_checkpoint, resume
@@ -84,7 +86,9 @@ def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Pat
             raise UserError(f"Out of GPU memory: {advice}. {error}") from error
     weights = output_dir / "model.safetensors"
     if is_main():
-        save_safetensors(weights, trainer.state.eval_model.state_dict())
+        settings = {name: value for name, value in changed(cfg).items() if name.startswith("ATS.")}
+        metadata = {"ats": json.dumps(settings | {"ATS.BLOCKS": cfg.ATS.BLOCKS})} if cfg.ATS.ENABLE else {}
+        save_safetensors(weights, trainer.state.eval_model.state_dict(), metadata)
     wait_for_all()
     logger.info("Trained weights%s: %s", "" if trainer.state.ema is None else " (EMA)", weights)
     return weights

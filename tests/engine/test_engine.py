@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -260,6 +262,22 @@ def test_checkpoint_contents(make_cfg):
     lines = (Path(cfg.OUTPUT_DIR) / "log.txt").read_text()
     assert "EMA weights reach top-1" in lines
     assert "tokens" in lines
+
+
+def test_weights_say_how_they_were_trained(make_cfg, caplog):
+    """A dense network that gets weights of a training with ATS says so, with the keys that sample; no other does."""
+    cfg = make_cfg("SOLVER.MAX_EPOCH", "1")
+    weights = str(train.train(cfg))
+    evaluate.build_trained(cfg, weights)
+    dense = make_cfg("ATS.ENABLE", "False")
+    assert "was trained with ATS" not in caplog.text
+    evaluate.build_trained(dense, weights)
+    keys = re.search(r"was trained with ATS, and this network keeps all tokens\. To sample: (.*)", caplog.text)[1]
+    assert make_cfg("ATS.ENABLE", "False", *shlex.split(keys)).ATS == cfg.ATS
+    caplog.clear()
+    save_safetensors(weights, build_model(dense).state_dict())
+    evaluate.build_trained(dense, weights)
+    assert not caplog.text
 
 
 def test_ema_follows_the_weights(make_cfg):
