@@ -43,6 +43,16 @@ def mean_std(cfg: CfgNode, *, clips: bool | None = None) -> tuple[Sequence[float
     return cfg.DATA.MEAN or mean, cfg.DATA.STD or std
 
 
+def preprocessing(cfg: CfgNode) -> dict[str, object]:
+    """What is done to a test image or clip, for those who use the weights elsewhere; plain values."""
+    mean, std = mean_std(cfg)
+    shape = input_shape(cfg)
+    facts = {"input_size": list(shape), "mean": list(mean), "std": list(std)}
+    if len(shape) == 3:
+        facts |= {"crop_ratio": cfg.DATA.TEST_CROP_RATIO, "interpolation": cfg.DATA.TEST_INTERPOLATION}
+    return facts
+
+
 def _augmentation(cfg: CfgNode) -> transforms.Augmentation:
     data, aug = cfg.DATA, cfg.AUG
     ratio = data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3)

@@ -32,6 +32,7 @@ from ats.config import CfgNode
 from ats.config.schema import titles
 from ats.datasets import Draw, Loader, Sample, build_loader, input_shape
 from ats.datasets.base import Split
+from ats.datasets.build import preprocessing
 from ats.engine.device import autocast, device_name, explain_lost_process, is_main, rank, select_device, world_size
 from ats.engine.output import config_sha256, log_plan, open_output_dir
 from ats.engine.tally import Ensemble, Result, Tally, build_ensemble
@@ -218,11 +219,14 @@ def build_trained(cfg: CfgNode, weights: str, *, advice: str = "") -> nn.Module:
 
 
 def write_result(cfg: CfgNode, result: Result, path: Path) -> None:
-    """Write result.json atomically: the fields of `Result`, the versions and device, and a hash of the config."""
+    """Write result.json atomically: the fields of `Result`, the versions and device, what is done to images, and a
+    hash of the config.
+    """
     contents = asdict(result)
     contents |= contents.pop("video") or {}
     del contents["token_counts"]
     contents["versions"] = versions() | {"device": contents.pop("device")}
+    contents["preprocessing"] = preprocessing(cfg)
     contents["config_sha256"] = config_sha256(cfg)
     write(path, simplejson.dumps(contents, indent=2, ignore_nan=True) + "\n")
 

@@ -33,7 +33,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ats.datasets import input_shape
-from ats.datasets.build import mean_std
+from ats.datasets.build import preprocessing
 from ats.engine.evaluate import build_trained, check_weights
 from ats.errors import UserError
 from ats.export.runner import FACTS, Difference, Runner, check_engine, compare, format_of, load
@@ -94,15 +94,11 @@ def export(cfg: CfgNode, *, adaptive: bool = False) -> Exported:
     check_weights(cfg, cfg.TEST.CHECKPOINT_FILE_PATH)
     eager = build_trained(cfg, cfg.TEST.CHECKPOINT_FILE_PATH).eval()
     exported = export_adaptive(eager, input_shape(cfg)) if adaptive else _export_static(cfg, eager)
-    mean, std = mean_std(cfg, clips=False)
     exported.facts |= _as_text(
         model=cfg.MODEL.NAME,
         num_classes=cfg.MODEL.NUM_CLASSES,
         channels="RGB, 0 to 1, then minus mean, over std",
-        mean=list(mean),
-        std=list(std),
-        crop_ratio=cfg.DATA.TEST_CROP_RATIO,
-        interpolation=cfg.DATA.TEST_INTERPOLATION,
+        **preprocessing(cfg),
     )
     return exported
 

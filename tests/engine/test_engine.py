@@ -19,7 +19,7 @@ from torch import nn
 from ats.checkpoint import load_checkpoint, save_safetensors
 from ats.cli.run_net import run
 from ats.config import CfgNode, get_cfg, load_config
-from ats.datasets import Sample, build_loader
+from ats.datasets import Sample, build_loader, input_shape
 from ats.engine import checkpointing, evaluate, train
 from ats.engine.device import data_parallel, seed_everything, select_device
 from ats.engine.output import config_sha256, log_to_file, setup_logging
@@ -506,6 +506,10 @@ def test_result_file(make_cfg, tmp_path, capsys):
     assert set(result["gflops"]) == {"mean", "std", "min", "p5", "p50", "p95", "max", "paper_mean", "dense"}
     assert set(result["tokens_per_block"]) == {"1", "2"}
     assert set(result["versions"]) == {"python", "torch", "torchvision", "timm", "ats", "device"}
+    assert result["preprocessing"] == {
+        "input_size": list(input_shape(cfg)), "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+        "crop_ratio": cfg.DATA.TEST_CROP_RATIO, "interpolation": cfg.DATA.TEST_INTERPOLATION,
+    }  # fmt: skip
     assert result["params_m"] == pytest.approx(0.04506)
     table = capsys.readouterr().out
     assert f"{result['top1']:.2f}" in table
