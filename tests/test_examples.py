@@ -34,6 +34,19 @@ def test_plug_into_timm(tmp_path, capsys):
     assert width > height > 100
 
 
+def test_plug_into_timm_shows_the_point(tmp_path, capsys):
+    """As typed, it runs a trained network, on which two photographs keep different numbers of tokens."""
+    assert main(["--output", str(tmp_path / "kept.png")]) == 0
+    said = capsys.readouterr().out
+    assert "weights of configs/CIFAR10/weights/vit_dense.safetensors" in said
+    kept = [eval(counts) for counts in re.findall(r"kept by block +\d+: (\[.*\])", said)]
+    assert sum(abs(one - other) for one, other in kept) >= 20
+    as_run, dense = re.search(r"GFLOPs: (.*) instead of (.*)", said).groups()
+    one, other = (float(value) for value in as_run.split(", "))
+    assert other - one > 0.05 * float(dense)
+    assert Image.open(tmp_path / "kept.png").size[0] > 1000
+
+
 def test_plug_into_timm_with_a_checkpoint_and_an_image(tmp_path, capsys):
     """With given weights and pictures, the classes are those of the weights."""
     torch.manual_seed(1)

@@ -21,7 +21,8 @@ from ats.kernels.cpu import BACKENDS
 from ats.models.backbone import HasBlocks
 from ats.models.block import ATSBlock, unwrapped
 from ats.models.weights import WRAPPERS
-from ats.reduction import Reduction
+from ats.reduction import REDUCTIONS, Reduction
+from ats.reduction.base import options_of
 from ats.restore import check_restore
 from ats.tokens import LAYOUTS, KeptTokens
 
@@ -144,7 +145,16 @@ class Handle:
             raise UserError(f"model.ats has no setting {name}: choose from {', '.join(names)}.{suggest(name, names)}")
 
     def __repr__(self) -> str:
-        return f"ats({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
+        """Short: what is not at its default, and K."""
+        settings = self.settings
+        kind = REDUCTIONS.get(settings.get("sampler"))
+        defaults = {option.name: option.default for option in options_of(kind)} if kind else {}
+        shown = {
+            name: value
+            for name, value in settings.items()
+            if name in ("blocks", "sampler", "stages", "num_tokens") or value != defaults.get(name, value)
+        }
+        return f"ats({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 def _cut(settings: dict, depth: int) -> dict:
