@@ -30,7 +30,7 @@ from tqdm import tqdm
 import ats
 from ats.checkpoint import load_weights
 from ats.errors import UserError, exit_status, suggest
-from ats.flops import dense_gflops
+from ats.flops import dense_gflops, gflops
 
 SIDE, BATCH_SIZE, NUM_DRAWN = 224, 20, 5
 # Name -> the arguments of `ats.patch`, and the ways to restore that are compared.
@@ -118,6 +118,12 @@ def patches(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat(parts).unflatten(1, grid)
 
 
+def mean_gflops(model: nn.Module, x: Tensor) -> float:
+    """GFLOPs of an image."""
+    costs = [gflops(model, model.forward_tokens(part)[1], part.shape).as_run for part in x.split(BATCH_SIZE)]
+    return torch.cat(costs).mean().item()
+
+
 def correlation(a: Tensor, b: Tensor) -> Tensor:
     """[N] Pearson's, of the maps of each image."""
     a, b = (own.flatten(1) - own.flatten(1).mean(dim=1, keepdim=True) for own in (a, b))
@@ -146,10 +152,12 @@ def run(args: argparse.Namespace) -> None:
             lines.setdefault((name, mode), []).append(f"{correlation(own, dense).mean():.3f}")
             if (name, mode) == DRAWN:
                 drawn.append(own)
+        lines[name, modes[-1]][-1] += f" at {mean_gflops(model, x) / cost:.3g}"
         ats.unpatch(model)
     headers = ["", "restore", *(f"{budget:g} of the GFLOPs" for budget in args.budgets)]
     print(
-        f"Correlation with the dense network's maps, mean of {len(x)} images; {args.model}, dense {cost:.2f} GFLOPs\n"
+        f"Correlation with the dense network's maps, mean of {len(x)} images, and their GFLOPs / dense after K was "
+        f"found on some 40 of them; {args.model}, dense {cost:.2f} GFLOPs\n"
     )
     print(tabulate([[*key, *own] for key, own in lines.items()], headers, "github", disable_numparse=True))
     draw(args, x, drawn, resolve_model_data_config(model))

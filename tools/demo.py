@@ -3,7 +3,7 @@
     make demo          # or: python tools/demo.py [--output DIR] [--data DIR]
 
 Makes the Digits data set if it is not there, evaluates the weights in configs/Digits/weights, prints one table and
-writes output/demo/{table.md, results.json, kept_tokens.png}. README.md says how the weights were trained.
+writes output/demo/{table.md, results.json, kept_tokens.png}. docs/DEMOS.md says how the weights were trained.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Makes the moving Digits data set if it is not there, evaluates the weights in co
 they are and with the frames of every clip shuffled, prints one table and writes output/demo_video/{table.md,
 results.json, kept_tokens.png, kept_tokens.gif}. A class is a digit and the direction it moves in. Shuffled frames still
 show the digit and the axis, so a network that uses time drops to half its accuracy or less, and one that ignores time
-does not change. README.md says how the weights were trained.
+does not change. docs/DEMOS.md says how the weights were trained.
 """
 
 from __future__ import annotations

@@ -208,10 +208,10 @@ def test_words(tmp_path, monkeypatch):
         split_words(["ATS.BLOCKS"])
 
 
-def test_readme_commands_parse():
-    """Every option, key and value in the README's commands is accepted."""
+def test_documented_commands_parse():
+    """Every option, key and value in the commands of docs/VISUALIZE.md is accepted."""
     root = Path(__file__).parents[2]
-    blocks = re.findall(r"```bash\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", (root / "docs" / "VISUALIZE.md").read_text(), re.DOTALL)
     lines = [
         line.split("  #")[0]
         for block in blocks

@@ -200,9 +200,9 @@ def build_empty(*overrides: object) -> nn.Module:
     return model.to_empty(device="cpu")
 
 
-def readme_table(heading: str, names: list[str]) -> dict[str, list[str]]:
-    """Name -> the other cells of a table in the section of README.md that begins with the line `heading`."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def demo_table(heading: str, names: list[str]) -> dict[str, list[str]]:
+    """Name -> the other cells of a table in the section of docs/DEMOS.md that begins with the line `heading`."""
+    text = (Path(__file__).parents[2] / "docs" / "DEMOS.md").read_text()
     section = text.split(f"\n{heading}\n", 1)[1]
     section = section.split("\n## ", 1)[0].split("\n### ", 1)[0]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()]

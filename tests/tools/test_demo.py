@@ -1,4 +1,4 @@
-"""The shipped Digits weights do what the README's table says, and the claims made of them hold."""
+"""The shipped Digits weights do what the table of docs/DEMOS.md says, and the claims made of them hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import demo
 import pytest
-from helpers import readme_table
+from helpers import demo_table
 from make_digits import make_digits
 
 pytestmark = pytest.mark.long
@@ -41,9 +41,9 @@ def results(folder):
     return {row.name: evaluate_config(demo.row_config(row, data=folder / "digits", output=folder)) for row in demo.ROWS}
 
 
-def test_readme_table(results):
+def test_table_of_the_page(results):
     """Top-1 within 0.2 points (on another CPU a few of 1,795 images may turn), cost and tokens within 1 or 2 %."""
-    table = readme_table("## Measured here: Digits", [row.name for row in demo.ROWS])
+    table = demo_table("## Digits", [row.name for row in demo.ROWS])
     assert set(table) == set(results)
     for name, (top1, _, as_run, paper, dense, _, tokens) in table.items():
         result = results[name]
@@ -56,7 +56,7 @@ def test_readme_table(results):
 
 def test_table_of_other_methods(folder, results):
     """The row at 0.53 of the dense GFLOPs, by the settings that docs/BENCHMARKS.md gives."""
-    cells = readme_table("### Beside other methods without parameters", ["0.0243 (0.53)"])["0.0243 (0.53)"]
+    cells = demo_table("### Beside other methods without parameters", ["0.0243 (0.53)"])["0.0243 (0.53)"]
     row = next(row for row in demo.ROWS if row.name == "ATS untouched, blocks 5-11")
     settings = {
         "tome": ["ATS.BLOCKS", list(range(12)), "TOME.R", [4, 5, 5, 5, 5, 5, 5, 5, 5, 5, 4, 5], "ATS.NUM_TOKENS", 1],

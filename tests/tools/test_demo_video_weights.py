@@ -1,4 +1,4 @@
-"""The shipped weights of the small XViT do what README.md says."""
+"""The shipped weights of the small XViT do what docs/DEMOS.md says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import demo
 import demo_video
 import make_moving_digits
 import pytest
-from helpers import readme_table
+from helpers import demo_table
 
 from ats.datasets import build_loader
 
@@ -14,14 +14,14 @@ pytestmark = pytest.mark.long
 
 
 def test_shipped_weights(tmp_path, monkeypatch):
-    """Half of the videos: near the README's table, and with shuffled frames far below, as a network that uses time is;
-    the test set does not depend on the training set, of which little is made.
+    """Half of the videos: near the table of docs/DEMOS.md, and with shuffled frames far below, as a network that uses
+    time is; the test set does not depend on the training set, of which little is made.
     """
     splits = make_moving_digits.split_digits(seed=0)
     few = splits | {"train": make_moving_digits.Digits(*(a[:10] for a in splits["train"]))}
     monkeypatch.setattr(make_moving_digits, "split_digits", lambda seed: few)
     make_moving_digits.make_moving_digits(tmp_path / "data", train_per_digit=1, val_per_digit=1, num_workers=2)
-    table = readme_table("### Digits in motion", [row.name for row in demo_video.ROWS])
+    table = demo_table("## Digits in motion", [row.name for row in demo_video.ROWS])
     assert len(table) == len(demo_video.ROWS)
     rows = {row.name: row for row in demo_video.ROWS}
     loader = build_loader(demo.row_config(demo_video.ROWS[0], data=tmp_path / "data", output=tmp_path), "test")
