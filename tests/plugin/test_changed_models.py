@@ -8,6 +8,7 @@ import pytest
 import timm_models
 import torch
 import transformers_models
+from test_adapters import adapt
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -226,10 +227,12 @@ def one_process(tmp_path):
 
 
 @pytest.mark.parametrize("patch_first", [True, False])
-@pytest.mark.parametrize("name", [NAMES[0], NAMES[3]])
-def test_fully_sharded(name, patch_first, one_process):
-    """FSDP2 changes classes too: patched before or after it, the model samples, trains, is re-tuned and restored."""
-    model, plain = small_model(name).train(), small_model(name).train()
+@pytest.mark.parametrize(("name", "adapted"), [(NAMES[0], ()), (NAMES[0], ("qkv", "fc1")), (NAMES[3], ())])
+def test_fully_sharded(name, adapted, patch_first, one_process):
+    """FSDP2 changes classes too: patched before or after it, the model samples, trains, is re-tuned and restored, also
+    with adapters in it.
+    """
+    model, plain = (adapt(small_model(name).train(), *adapted) for _ in range(2))
     if patch_first:
         ats.patch(model, blocks=[1, 3], num_tokens=12)
     classes = {True: [], False: [type(model), *map(type, blocks_of(model))]}[patch_first]
@@ -250,7 +253,7 @@ def test_fully_sharded(name, patch_first, one_process):
             setattr(each.ats, *next(iter(change.items())))
         assert torch.equal(run(name, model), run(name, plain))
     assert ats.unpatch(model) is model
-    assert torch.equal(run(name, model), run(name, small_model(name).train()))
+    assert torch.equal(run(name, model), run(name, adapt(small_model(name).train(), *adapted)))
     for module in (model, *blocks_of(model)):
         assert isinstance(module, FSDPModule)
         assert not any(kind.__module__.startswith("ats.") for kind in type(module).__mro__)
