@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import randomise
 
+import ats
 from ats.cli import COMMANDS, as_typed
 from ats.config import SHIPPED, load_config
 from ats.errors import UserError
@@ -34,7 +35,10 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path, str]:
-    """(wheel, sdist, setuptools' output), built offline from a copy of the files that git tracks."""
+    """(wheel, sdist, setuptools' output), built offline from a copy of the files that git tracks.
+
+    The copy has a test file without its fixtures, as setuptools would add by itself.
+    """
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
         "\n"
@@ -47,6 +51,8 @@ def built(tmp_path_factory) -> tuple[Path, Path, str]:
         if name and not name.startswith(("tests/", "data/", "output/")) and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
+    (source / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "test_tokens.py", source / "tests")
     said = run(sys.executable, "setup.py", "-q", "sdist", "-d", dist, "bdist_wheel", "-d", dist, cwd=source)
     return *dist.glob("*.whl"), *dist.glob("*.tar.gz"), said
 
@@ -74,13 +80,27 @@ def test_wheel_and_sdist_hold_everything_and_nothing_else(built):
     assert configs
     assert modules | {"ats/py.typed"} | {f"ats/{name}" for name in configs} <= inside
     assert modules | configs | {"ats/py.typed", "hubconf.py", "LICENSE", "README.md", "tools/run_net.py"} <= source
+    examples = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*.py")}
+    assert examples | {"docs/PLUGIN.md", "docs/images/kept_tokens.png", "pyproject.toml", "setup.py"} <= source
+    assert not {name for name in source if name.startswith("tests")}  # they need 17 MB of fixtures
     other = {name for name in inside if not name.startswith("ats/") and ".dist-info/" not in name}
     assert not other
     assert not {name for name in inside | source if "__pycache__" in name or name.endswith(".pyc")}
     assert "configs/Digits/weights/deit_dense.safetensors" in configs
-    assert {name for name in inside if name.endswith(".safetensors")} == {
-        f"ats/{name}" for name in configs if name.endswith(".safetensors")
-    }
+    weights = {name for name in configs if name.endswith(".safetensors")}
+    assert {name for name in inside if name.endswith(".safetensors")} == {f"ats/{name}" for name in weights}
+    assert {name for name in source if name.endswith(".safetensors")} == weights
+
+
+def test_the_metadata_say_who_and_what(built):
+    """setuptools takes them from pyproject.toml, the version from `ats`."""
+    with zipfile.ZipFile(built[0]) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        lines = archive.read(name).decode().split("\n\n")[0].splitlines()
+    found = {line.partition(": ")[0]: line.partition(": ")[2] for line in lines}
+    assert (found["Name"], found["Version"]) == ("adaptive-token-sampling", ats.__version__)
+    assert (found["Author"], found["License-Expression"]) == ("The ATS maintainers", "Apache-2.0")
+    assert {"Requires-Python: >=3.11", "Project-URL: Paper, https://arxiv.org/abs/2111.15667"} <= set(lines)
 
 
 @pytest.mark.long
