@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from ats import __version__
 from ats.cli import as_typed
 from ats.config.keys import keys
 from ats.engine.output import process_prefix
@@ -90,9 +91,11 @@ def check_file(path: Path, *, name: str) -> Path:
 
 
 def command_parser(about: str, **options: object) -> Parser:
-    """A parser with the option --debug; `about` is the module's docstring, `options` are argparse's."""
+    """A parser with --version and --debug; `about` is the module's docstring, `options` are argparse's."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=as_typed(about), formatter_class=raw, allow_abbrev=False, **options)
+    version = f"adaptive-token-sampling {__version__}"
+    parser.add_argument("--version", action="version", version=version, help="show the version and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

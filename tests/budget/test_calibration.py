@@ -13,7 +13,6 @@ import torch
 import transformers_models
 import yaml
 from helpers import VIDEO_MODELS, clips, randomise, video_model
-from make_digits import make_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 import ats
@@ -21,6 +20,7 @@ from ats.budget import nearest
 from ats.budget.calibration import Network
 from ats.checkpoint import load_weights
 from ats.cli import calibrate as tool
+from ats.cli.make_digits import make_digits
 from ats.config import get_cfg, load_config
 from ats.datasets.build import build_sample_loader
 from ats.errors import UserError

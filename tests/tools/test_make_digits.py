@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import generated_folder
-import make_digits as tool
 import numpy as np
 import pytest
 from PIL import Image
 
+from ats.cli import generated_folder
+from ats.cli import make_digits as tool
 from ats.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_digits.py"
