@@ -15,8 +15,8 @@ import re
 import reprlib
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,15 @@ def exit_status(
         logger.info("%s", stop)
         return stop.status
     return 0
+
+
+@contextmanager
+def needing(package: str, *, what: str) -> Iterator[None]:
+    """Around the import of a package that is in no plain installation: if it is missing, say `what` needs it."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what} {package}, which is not installed: pip install {package}") from error
 
 
 def flush_stdout() -> None:

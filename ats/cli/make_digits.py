@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from ats.cli.generated_folder import Kind, make_folder, map_in_processes, run_tool
 from ats.cli.parser import command_parser, in_range, to_path
-from ats.errors import UserError
+from ats.errors import UserError, needing
 from ats.options import SEED, Range
 
 KIND = Kind("Digits", "digits.json")
@@ -95,7 +95,8 @@ def split_digits(*, seed: int) -> dict[str, Digits]:
     Returns:
         `{"train": Digits, "val": Digits}`, about 80 % and 20 % of every class.
     """
-    from sklearn.datasets import load_digits  # takes a second to import, and "up to date" does not need it
+    with needing("scikit-learn", what="These digits need"):
+        from sklearn.datasets import load_digits  # takes a second to import, and "up to date" does not need it
 
     source = load_digits()
     rng = np.random.default_rng(seed)

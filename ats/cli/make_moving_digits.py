@@ -51,7 +51,7 @@ from ats.cli.make_digits import (
     to_pixels,
 )
 from ats.cli.parser import command_parser, in_range, to_path
-from ats.errors import UserError
+from ats.errors import UserError, needing
 from ats.options import SEED, Range
 
 KIND = Kind("moving Digits", "moving_digits.json")
@@ -129,8 +129,9 @@ def draw_clip(
 
 def encode(path: Path, frames: np.ndarray) -> None:
     """Write frames [T, H, W, 3] as h264."""
-    import av  # "up to date" does not need it
-    from av.video.reformatter import VideoReformatter
+    with needing("av", what="Videos need"):
+        import av  # "up to date" does not need it
+        from av.video.reformatter import VideoReformatter
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast"})

@@ -28,7 +28,7 @@ from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from ats.cli.parser import command, command_parser, to_path
-from ats.errors import UserError
+from ats.errors import UserError, needing
 from ats.files import write
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -52,7 +52,8 @@ def read_devkit(path: Path) -> Devkit:
     Raises:
         UserError: the archive is missing or damaged, or is another file.
     """
-    from scipy.io import loadmat  # slow to import
+    with needing("scipy", what="The devkit needs"):
+        from scipy.io import loadmat  # slow to import
 
     names = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
     with _open(path) as archive, _damage(path):

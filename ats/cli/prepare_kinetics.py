@@ -29,11 +29,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 from tqdm import tqdm
 
 from ats.cli.parser import command, command_parser, in_range, to_path
-from ats.datasets.decode import VIDEO_EXTENSIONS, Video
+from ats.datasets.decode import VIDEO_EXTENSIONS, Video, import_av
 from ats.datasets.folders import advise_nfc, class_folders, files_below, warn_about_numbers
 from ats.errors import UserError, counted, printable
 from ats.files import atomic_write, write
@@ -115,7 +114,7 @@ def prepare(
                 else:
                     shrink(video, temporary, short_side=short_side)
         return str(target), ""
-    except (UserError, av.FFmpegError) as error:
+    except (UserError, import_av().FFmpegError) as error:
         return str(path), " ".join(str(error).split())
 
 
@@ -124,7 +123,7 @@ def shrink(video: Video, target: Path, *, short_side: int) -> None:
 
     Where these do not ascend (AVI), a frame comes one period after the one before: mp4 cannot hold it otherwise.
     """
-    with av.open(str(target), "w", format="mp4") as container:
+    with import_av().open(str(target), "w", format="mp4") as container:
         stream = None
         for frame in video.frames():
             scale = short_side / min(frame.width, frame.height)
@@ -164,6 +163,7 @@ def prepare_kinetics(
         raise UserError("--short-side writes new videos: type --output FOLDER, with another folder than --videos.")
     if short_side < 0 or short_side % 2:
         raise UserError(f"--short-side {short_side} must be an even number of pixels.")
+    import_av()
     items = find_videos(videos)
     output.mkdir(parents=True, exist_ok=True)
     known = _read_known(output / KNOWN)

@@ -22,7 +22,7 @@ from ats.config import CfgNode
 from ats.engine.device import is_main
 from ats.engine.step import StepStats
 from ats.engine.tally import Result
-from ats.errors import UserError, counted, printable
+from ats.errors import UserError, counted, needing, printable
 from ats.files import naming, write
 
 logger = logging.getLogger(__name__)
@@ -69,10 +69,8 @@ class TrainLog:
         self.window = Window(**window)
         self._writer = None
         if is_main() and cfg.TENSORBOARD.ENABLE:
-            try:
+            with needing("tensorboard", what="TENSORBOARD.ENABLE True needs"):
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError("TENSORBOARD.ENABLE True needs TensorBoard: pip install tensorboard") from error
             threading.excepthook = _let_the_main_thread_report
             with naming(self._tensorboard):
                 self._writer = SummaryWriter(str(self._tensorboard), purge_step=steps_done + 1)

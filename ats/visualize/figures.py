@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ats.errors import UserError, printable_lines
+from ats.errors import needing, printable_lines
 from ats.files import write_picture
 from ats.visualize.compare import Guess, SampleView
 from ats.visualize.grids import BlockView
@@ -157,10 +157,8 @@ def plain(text: str) -> str:
 
 def _figure(width: float, height: float) -> Figure:
     """An empty figure of this size in inches."""
-    try:
+    with needing("matplotlib", what="Figures need"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("Figures need matplotlib, which is not installed: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
