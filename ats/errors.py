@@ -150,6 +150,12 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
+def rounded(value: float, digits: int = 4) -> str:
+    """`value` to so many significant digits, large numbers in full: 0.04543, 4.608, 13150 rather than 1.315e+04."""
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e+" in text else text
+
+
 def printable(name: str) -> str:
     """A file name, or any other text from outside, as messages show it: with escapes for what could clear the terminal,
     fake a line of the log, or not be written as UTF-8.

@@ -338,7 +338,8 @@ def _write_split(
         seed=seed,
     )
     num_distractors: dict[str, int] = {}
-    with tqdm(total=len(digits.ids) * per_digit, desc=f"digits {folder.name}", unit="image", mininterval=0.5) as bar:
+    shown = {"desc": f"digits {folder.name}", "unit": "image", "mininterval": 0.5, "disable": None}
+    with tqdm(total=len(digits.ids) * per_digit, **shown) as bar:
         for written in map_in_processes(write, len(digits.ids), num_workers=num_workers):
             num_distractors.update(written)
             bar.update(len(written))

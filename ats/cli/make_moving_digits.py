@@ -198,7 +198,8 @@ def _write_split(
         num_frames=num_frames,
     )
     frames: dict[str, str] = {}
-    with tqdm(total=len(digits.ids) * per_digit, desc=f"clips {folder.name}", unit="clip", mininterval=0.5) as bar:
+    shown = {"desc": f"clips {folder.name}", "unit": "clip", "mininterval": 0.5, "disable": None}
+    with tqdm(total=len(digits.ids) * per_digit, **shown) as bar:
         for written in map_in_processes(write, len(digits.ids), num_workers=num_workers):
             frames.update(written)
             bar.update(len(written))

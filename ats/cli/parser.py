@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from ats import __version__
 from ats.cli import as_typed
+from ats.config import CfgNode
 from ats.config.keys import keys
 from ats.engine.output import process_prefix
 from ats.errors import UserError, exit_status, flush_stdout, shown, suggest
@@ -108,6 +109,13 @@ def command(run: Callable[[list[str]], None], **options: str) -> Callable[[list[
         return exit_status(lambda: run(argv), debug="--debug" in argv, prefix=process_prefix(), **options)
 
     return main
+
+
+def say_weights(cfg: CfgNode) -> None:
+    """Print to stderr which weights a command uses."""
+    from ats.engine.evaluate import describe_weights
+
+    print(f"Weights: {describe_weights(cfg, cfg.TEST.CHECKPOINT_FILE_PATH)}", file=sys.stderr)
 
 
 def looks_like_key(word: str) -> bool:

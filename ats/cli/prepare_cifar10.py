@@ -145,7 +145,7 @@ def _fill(folder: Path, files: Iterable[File]) -> dict:
         for label in CLASSES:
             (folder / split / label).mkdir(parents=True)
     count = Counter()
-    with tqdm(total=sum(NUM_IMAGES.values()), unit="image") as bar:
+    with tqdm(total=sum(NUM_IMAGES.values()), unit="image", disable=None) as bar:
         for split, name, content in files:
             path = folder / split / name
             if path.exists():

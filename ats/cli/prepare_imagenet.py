@@ -95,7 +95,7 @@ def arrange_val(archive: Path, output: Path, *, devkit: Devkit) -> int:
             )
         return f"{devkit.val_wnids[number - 1]}/{match[1]}"
 
-    with _open(archive) as tar, tqdm(total=len(devkit.val_wnids), desc="val", unit="image") as bar:
+    with _open(archive) as tar, tqdm(total=len(devkit.val_wnids), desc="val", unit="image", disable=None) as bar:
         num_found, num_written = _extract(tar, output / "val", archive=archive, target=target, bar=bar)
     if not num_found == len(devkit.val_wnids) > 0:
         raise UserError(
@@ -115,7 +115,10 @@ def arrange_train(archive: Path, output: Path, *, devkit: Devkit | None = None) 
         UserError: the archive is damaged, or classes or images are missing (checked if the devkit is given).
     """
     found, num_written = set(), 0
-    with _open(archive) as outer, tqdm(total=archive.stat().st_size, desc="train", unit="B", unit_scale=True) as bar:
+    with (
+        _open(archive) as outer,
+        tqdm(total=archive.stat().st_size, desc="train", unit="B", unit_scale=True, disable=None) as bar,
+    ):
         for member in _files(outer, archive):
             match = re.fullmatch(rf"(?:.*/)?({WNID})\.tar", member.name)
             if not match or (devkit and match[1] not in devkit.wnids):

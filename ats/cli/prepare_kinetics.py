@@ -174,7 +174,7 @@ def prepare_kinetics(
     work = partial(prepare, videos=videos, output=output, short_side=short_side, ambiguous=ambiguous)
     num_workers = min(num_workers or os.cpu_count() or 1, len(todo) or 1)
     try:
-        with tqdm(total=len(todo), desc="videos", unit="video", mininterval=0.5) as bar:
+        with tqdm(total=len(todo), desc="videos", unit="video", mininterval=0.5, disable=None) as bar:
             for name, result in zip(todo, _map(work, list(todo), num_workers=num_workers), strict=True):
                 known[name] = [todo[name], *result]
                 bar.update()

@@ -235,5 +235,7 @@ def test_command_line(digits_dir, tmp_path):
         == f"error: {TOOL} is a file; --output needs a folder that does not exist yet, or an older "
         + ("Digits folder.\n")
     )
+    done = run("--output", tmp_path / "new")  # a redirected log gets no bar
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}/new: made\n", "")
     with pytest.raises(UserError):  # which Python prints with its traceback
         tool.main([*settings, "--output", str(TOOL), "--debug"])
