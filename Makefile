@@ -8,28 +8,34 @@
 # make lint          ruff
 # make gpu           on a machine with a GPU, 9 minutes at most: the tests that need one, then the suite `gpu` of
 #                    docs/BENCHMARKS.md; it installs nothing, and `make gpu PYTHON=python3.12` says whose packages it uses
-# Each of the others creates .venv and installs on first use, and works offline from then on.
+# Each of the others creates .venv and installs on first use, and works offline from then on. Where a virtual environment
+# is active they use that instead, as it is, and install only if it lacks a package of requirements.txt.
 
 PYTHON ?= python3
-VENV := .venv
+ACTIVE := $(if $(filter command line,$(origin VENV)),,$(VIRTUAL_ENV))
+VENV := $(or $(ACTIVE),.venv)
 BIN := $(VENV)/bin
 KILLS ?= 30
-INSTALLED := $(VENV)/.installed
+comma := ,
+INSTALLED := $(if $(ACTIVE),active,$(VENV)/.installed)
+PIP_INSTALL = set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar off \
+	-r requirements.txt | sed -u -n 's/^ *\(Collecting [^ ]*\).*/  \1/p; s/^\(Installing\) collected.*/  \1 .../p'
+HAS_ALL = from importlib.metadata import version; [version(l.split("==")[0]) for l in open("requirements.txt") if "==" in l]
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	--ignore tests/benchmark/test_peers.py
 
-.PHONY: demo demo-video demo-photos study test test-all test-faults gpu lint format clean
+.PHONY: active environment demo demo-video demo-photos study test test-all test-faults gpu lint format clean
 
-demo: $(INSTALLED)
+demo: environment
 	@$(BIN)/python tools/demo.py
 
-demo-video: $(INSTALLED)
+demo-video: environment
 	@$(BIN)/python tools/demo_video.py
 
-demo-photos: $(INSTALLED)
+demo-photos: environment
 	@$(BIN)/python tools/demo_photos.py
 
-study: $(INSTALLED)
+study: environment
 	@$(BIN)/python tools/study.py
 	@$(BIN)/python tools/compare.py
 
@@ -37,14 +43,14 @@ study: $(INSTALLED)
 # Files are begun in the order of tests/conftest.py, not by their number of tests: some of the longest have few. A process
 # that ends is a failure at once: replaced, it leaves the run waiting for ever. The engines of test_peers.py (OpenVINO,
 # ONNX Runtime, inductor) have ended one that had run many other files, so they have a process of their own.
-test: $(INSTALLED)
+test: environment
 	@$(PYTEST) -m "not long"
 
-test-all: $(INSTALLED)
+test-all: environment
 	@$(PYTEST)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmark/test_peers.py
 
-test-faults: $(INSTALLED)
+test-faults: environment
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine/test_faults.py -k any_moment --kills $(KILLS) -s
 
 # The suite begins nothing after its 6 minutes (ats/benchmark/suites/gpu.yaml).
@@ -59,11 +65,11 @@ gpu:
 	echo "$$(date +%T) end"; \
 	[ -z "$$failed" ] || { echo "error: make gpu: $$failed failed, see above" >&2; exit 1; }
 
-lint: $(INSTALLED)
+lint: environment
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-format: $(INSTALLED)
+format: environment
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
@@ -72,11 +78,17 @@ $(INSTALLED): requirements.txt
 		{ echo "error: Python 3.11 or newer is needed; say which with: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Installing into $(VENV), once: 2 to 3 minutes and 6 GB (PyPI's torch comes with CUDA)"
 	@$(PYTHON) -m venv $(VENV)
-	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar off \
-		-r requirements.txt | sed -u -n 's/^ *\(Collecting [^ ]*\).*/  \1/p; s/^\(Installing\) collected.*/  \1 .../p'
+	@$(PIP_INSTALL)
 	@touch $@
 
+active:
+	@$(BIN)/python -c '$(HAS_ALL)' 2>/dev/null || \
+		{ echo "Installing requirements.txt into $(VENV): it lacks some of these packages" >&2; $(PIP_INSTALL); }
+
+environment: $(INSTALLED)
+	@echo "Using $(VENV)$(if $(ACTIVE),$(comma) the environment that is active)" >&2
+
 clean:
-	rm -rf $(VENV) data output build dist *.egg-info
+	rm -rf .venv .venv-lowest data output build dist *.egg-info
 
 SHELL := /bin/bash
