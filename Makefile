@@ -5,6 +5,7 @@
 # make test          the tests, without the long ones
 # make test-all      all of them: also compiled graphs, exported files, several processes, the demos
 # make test-faults   a training killed at 30 moments, each resumed, compared with an undisturbed one
+# make test-lowest   a selection of the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make lint          ruff
 # make gpu           on a machine with a GPU, 9 minutes at most: the tests that need one, then the suite `gpu` of
 #                    docs/BENCHMARKS.md; it installs nothing, and `make gpu PYTHON=python3.12` says whose packages it uses
@@ -24,7 +25,7 @@ HAS_ALL = from importlib.metadata import version; [version(l.split("==")[0]) for
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	--ignore tests/benchmark/test_peers.py
 
-.PHONY: active environment demo demo-video demo-photos study test test-all test-faults gpu lint format clean
+.PHONY: active environment lowest-versions demo demo-video demo-photos study test test-all test-lowest test-faults gpu lint format clean
 
 demo: environment
 	@$(BIN)/python tools/demo.py
@@ -52,6 +53,26 @@ test-all: environment
 
 test-faults: environment
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine/test_faults.py -k any_moment --kills $(KILLS) -s
+
+# The lower bounds of pyproject.toml, also of the extras that these tests need, as pip wants them.
+LOWEST = import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	extras = project["optional-dependencies"]; bounds = [*project["dependencies"], *extras["video"], *extras["hf"]]; \
+	print(*(bound.replace(">=", "==") for bound in bounds))
+LOWEST_TESTS = tests/config tests/reduction tests/models/test_models.py tests/models/test_xvit.py tests/test_parity.py \
+	tests/plugin/test_plugin.py tests/plugin/test_plugin_transformers.py tests/datasets/test_decode.py \
+	tests/checkpoint tests/cli/test_run_net.py
+
+lowest-versions:
+	@$(PYTHON) -c '$(LOWEST)'
+
+test-lowest: .venv-lowest/.installed
+	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m "not long" $(LOWEST_TESTS)
+
+.venv-lowest/.installed: pyproject.toml
+	@$(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --disable-pip-version-check --no-compile --progress-bar off -q \
+		$$($(MAKE) -s lowest-versions) pytest hypothesis scipy scikit-learn
+	@touch $@
 
 # The suite begins nothing after its 6 minutes (ats/benchmark/suites/gpu.yaml).
 gpu:

@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import randomise
 
 import ats
@@ -82,6 +84,7 @@ def test_wheel_and_sdist_hold_everything_and_nothing_else(built):
     assert modules | configs | {"ats/py.typed", "hubconf.py", "LICENSE", "README.md", "tools/run_net.py"} <= source
     examples = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*.py")}
     assert examples | {"docs/PLUGIN.md", "docs/images/kept_tokens.png", "pyproject.toml", "setup.py"} <= source
+    assert {"CITATION.cff", "CONTRIBUTING.md"} <= source
     assert not {name for name in source if name.startswith("tests")}  # they need 17 MB of fixtures
     other = {name for name in inside if not name.startswith("ats/") and ".dist-info/" not in name}
     assert not other
@@ -154,6 +157,44 @@ def test_help_names_the_command_that_was_typed(monkeypatch):
     assert as_typed(text) == text
     monkeypatch.setattr(sys, "argv", ["/usr/bin/ats-run"])
     assert as_typed(text) == "ats-run --cfg X, then ats-benchmark"
+
+
+# ---- what else a repository has
+
+
+def test_one_ruff_for_commits_and_make():
+    [repo] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert f"ruff=={repo['rev'].removeprefix('v')}\n" in (ROOT / "requirements.txt").read_text()
+
+
+def test_the_citation_names_the_paper():
+    """All its authors, in the order of the paper."""
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    assert paper["title"] == "Adaptive Token Sampling for Efficient Vision Transformers"
+    assert [author["family-names"] for author in paper["authors"]] == [
+        *("Fayyaz", "Abbasi Koohpayegani", "Rezaei Jafari", "Sengupta", "Vaezi Joze", "Sommerlade", "Pirsiavash"),
+        "Gall",
+    ]
+
+
+def test_workflows_call_what_is_there_and_forms_have_fields():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert commands == [".ci/run", "make test-lowest"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    for name in ("bug", "question"):
+        form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+        assert all(field["attributes"]["label"] for field in form["body"])
+
+
+def test_the_lowest_versions_are_those_of_pyproject():
+    """`make -n test-lowest` pins every dependency to its bound, also those of videos and Hugging Face models."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    bounds = [*project["dependencies"], *extras["video"], *extras["hf"]]
+    assert all(re.fullmatch(r"[\w-]+>=[\w.]+", bound) for bound in bounds)
+    said = run("make", "-s", "lowest-versions", f"PYTHON={sys.executable}", cwd=ROOT).split()
+    assert said == [bound.replace(">=", "==") for bound in bounds]
 
 
 # ---- torch.hub
