@@ -15,8 +15,8 @@ import re
 import reprlib
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,15 @@ def exit_status(
     return 0
 
 
+@contextmanager
+def needing(package: str, *, what: str) -> Iterator[None]:
+    """Around the import of a package that is in no plain installation: if it is missing, say `what` needs it."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what} {package}, which is not installed: pip install {package}") from error
+
+
 def flush_stdout() -> None:
     """What cannot be written is then an error of the command, not of the interpreter while it exits."""
     if sys.stdout is not None:
@@ -139,6 +148,12 @@ def environment_number(name: str, default: int) -> int:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """`"1 epoch"`, `"2 epochs"`; give `plural` for irregular nouns."""
     return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def rounded(value: float, digits: int = 4) -> str:
+    """`value` to so many significant digits, large numbers in full: 0.04543, 4.608, 13150 rather than 1.315e+04."""
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e+" in text else text
 
 
 def printable(name: str) -> str:

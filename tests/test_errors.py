@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from ats.engine.output import ROOT, log_to_file, setup_logging
-from ats.errors import UserError, environment_number, exit_status, printable
+from ats.errors import UserError, environment_number, exit_status, printable, rounded
 
 ODD = {
     "a\udcff.png": r"a\udcff.png",  # a byte that is not UTF-8
@@ -26,6 +26,12 @@ def test_odd_names_are_escaped():
         assert printable(name) == shown
     for name in ("a b.png", "é ü 日本 \u3000.png", "a\\b", "👩\u200d🔬", "نیم\u200cفاصله"):
         assert printable(name) == name
+
+
+def test_large_numbers_have_no_exponent():
+    shown = [rounded(value) for value in (0.045431, 4.6084, 999.96, 1315.4, 13150.3, 99999.6, 0.0)]
+    assert shown == ["0.04543", "4.608", "1000", "1315", "13150", "100000", "0"]
+    assert [rounded(value, 3) for value in (1234.4, 4.608)] == ["1234", "4.61"]
 
 
 @pytest.fixture

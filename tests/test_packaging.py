@@ -9,13 +9,16 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import randomise
 
+import ats
 from ats.cli import COMMANDS, as_typed
 from ats.config import SHIPPED, load_config
 from ats.errors import UserError
@@ -34,7 +37,10 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path, str]:
-    """(wheel, sdist, setuptools' output), built offline from a copy of the files that git tracks."""
+    """(wheel, sdist, setuptools' output), built offline from a copy of the files that git tracks.
+
+    The copy has a test file without its fixtures, as setuptools would add by itself.
+    """
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
         "\n"
@@ -47,6 +53,8 @@ def built(tmp_path_factory) -> tuple[Path, Path, str]:
         if name and not name.startswith(("tests/", "data/", "output/")) and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
+    (source / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "test_tokens.py", source / "tests")
     said = run(sys.executable, "setup.py", "-q", "sdist", "-d", dist, "bdist_wheel", "-d", dist, cwd=source)
     return *dist.glob("*.whl"), *dist.glob("*.tar.gz"), said
 
@@ -74,13 +82,28 @@ def test_wheel_and_sdist_hold_everything_and_nothing_else(built):
     assert configs
     assert modules | {"ats/py.typed"} | {f"ats/{name}" for name in configs} <= inside
     assert modules | configs | {"ats/py.typed", "hubconf.py", "LICENSE", "README.md", "tools/run_net.py"} <= source
+    examples = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*.py")}
+    assert examples | {"docs/PLUGIN.md", "docs/images/kept_tokens.png", "pyproject.toml", "setup.py"} <= source
+    assert {"CITATION.cff", "CONTRIBUTING.md"} <= source
+    assert not {name for name in source if name.startswith("tests")}  # they need 17 MB of fixtures
     other = {name for name in inside if not name.startswith("ats/") and ".dist-info/" not in name}
     assert not other
     assert not {name for name in inside | source if "__pycache__" in name or name.endswith(".pyc")}
     assert "configs/Digits/weights/deit_dense.safetensors" in configs
-    assert {name for name in inside if name.endswith(".safetensors")} == {
-        f"ats/{name}" for name in configs if name.endswith(".safetensors")
-    }
+    weights = {name for name in configs if name.endswith(".safetensors")}
+    assert {name for name in inside if name.endswith(".safetensors")} == {f"ats/{name}" for name in weights}
+    assert {name for name in source if name.endswith(".safetensors")} == weights
+
+
+def test_the_metadata_say_who_and_what(built):
+    """setuptools takes them from pyproject.toml, the version from `ats`."""
+    with zipfile.ZipFile(built[0]) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        lines = archive.read(name).decode().split("\n\n")[0].splitlines()
+    found = {line.partition(": ")[0]: line.partition(": ")[2] for line in lines}
+    assert (found["Name"], found["Version"]) == ("adaptive-token-sampling", ats.__version__)
+    assert (found["Author"], found["License-Expression"]) == ("The ATS maintainers", "Apache-2.0")
+    assert {"Requires-Python: >=3.11", "Project-URL: Paper, https://arxiv.org/abs/2111.15667"} <= set(lines)
 
 
 @pytest.mark.long
@@ -134,6 +157,44 @@ def test_help_names_the_command_that_was_typed(monkeypatch):
     assert as_typed(text) == text
     monkeypatch.setattr(sys, "argv", ["/usr/bin/ats-run"])
     assert as_typed(text) == "ats-run --cfg X, then ats-benchmark"
+
+
+# ---- what else a repository has
+
+
+def test_one_ruff_for_commits_and_make():
+    [repo] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert f"ruff=={repo['rev'].removeprefix('v')}\n" in (ROOT / "requirements.txt").read_text()
+
+
+def test_the_citation_names_the_paper():
+    """All its authors, in the order of the paper."""
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    assert paper["title"] == "Adaptive Token Sampling for Efficient Vision Transformers"
+    assert [author["family-names"] for author in paper["authors"]] == [
+        *("Fayyaz", "Abbasi Koohpayegani", "Rezaei Jafari", "Sengupta", "Vaezi Joze", "Sommerlade", "Pirsiavash"),
+        "Gall",
+    ]
+
+
+def test_workflows_call_what_is_there_and_forms_have_fields():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert commands == [".ci/run", "make test-lowest"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    for name in ("bug", "question"):
+        form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+        assert all(field["attributes"]["label"] for field in form["body"])
+
+
+def test_the_lowest_versions_are_those_of_pyproject():
+    """`make -n test-lowest` pins every dependency to its bound, also those of videos and Hugging Face models."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    bounds = [*project["dependencies"], *extras["video"], *extras["hf"]]
+    assert all(re.fullmatch(r"[\w-]+>=[\w.]+", bound) for bound in bounds)
+    said = run("make", "-s", "lowest-versions", f"PYTHON={sys.executable}", cwd=ROOT).split()
+    assert said == [bound.replace(">=", "==") for bound in bounds]
 
 
 # ---- torch.hub

@@ -1,5 +1,5 @@
-"""What README.md and docs/*.md say is what the repository does: their code runs, their commands parse, their links lead
-somewhere.
+"""What README.md, CONTRIBUTING.md and docs/*.md say is what the repository does: their code runs, their commands
+parse, their links lead somewhere.
 
 A code block is run unless a reader can see why not: it holds a placeholder for something of the reader's (`<dir>`), it
 begins with `# not run by the tests: <why>`, or it is nothing but make targets, which have to exist.
@@ -20,7 +20,7 @@ import pytest
 from ats.config import load_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 NOT_RUN = re.compile(r"(?:#!.*\n)?# not run by the tests: (.*)")  # where a block begins
 PLACEHOLDER = r"<[a-z][a-z_.]*>"
 

@@ -14,9 +14,6 @@ import tarfile
 import zlib
 from pathlib import Path
 
-import make_digits
-import prepare_imagenet
-import prepare_kinetics
 import pytest
 import torch
 from clips import encode
@@ -24,6 +21,7 @@ from image_folders import add, jpeg, make_archives
 from PIL import Image
 
 from ats.checkpoint import load_checkpoint, save_safetensors
+from ats.cli import make_digits, prepare_imagenet, prepare_kinetics
 from ats.config import load_config
 from ats.datasets import build_dataset
 from ats.datasets.decode import Video

@@ -19,9 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
-from make_digits import make_digits  # noqa: E402 - beside this file
-
-from ats.cli.parser import Parser, to_path  # noqa: E402
+from ats.cli.make_digits import make_digits  # noqa: E402
+from ats.cli.parser import command_parser, to_path  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
 
 FEW_METHODS = ("ats_drop", "ats_merge_score", "merge_sample", "evit", "tome", "pitome", "pitome_prop", "ppt")
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--on", nargs="+", choices=list(MAKERS), help="what to compare on; default: what is there")
     parser.add_argument(
         "--features", nargs=3, metavar=("MODEL", "WEIGHTS", "PHOTOS"), help="also a timm model's features"
@@ -56,7 +55,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--off-the-shelf", action="store_true", help="leave out the fine-tuning, most of the time")
     parser.add_argument("--quick", action="store_true", help="few images, one budget, one step of training")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 

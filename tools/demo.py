@@ -8,7 +8,6 @@ writes output/demo/{table.md, results.json, kept_tokens.png}. docs/DEMOS.md says
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -21,11 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 sys.path.insert(0, str(ROOT))
 
-from make_digits import make_digits  # noqa: E402 - beside this file
-
-from ats.cli.parser import Parser, to_path  # noqa: E402
+from ats.cli.make_digits import make_digits  # noqa: E402
+from ats.cli.parser import command, command_parser, to_path  # noqa: E402
 from ats.config import CfgNode, load_config  # noqa: E402
-from ats.errors import exit_status  # noqa: E402
 from ats.files import write  # noqa: E402
 
 if TYPE_CHECKING:
@@ -110,11 +107,16 @@ def time_together(
 
 def run_demo(run: Callable[..., None], *, about: str, data: str, output: str, argv: list[str] | None) -> int:
     """The command line of a demo; `data` and `output` name its default folders. Returns the exit status."""
-    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(about)
     parser.option("--data", "the data set", type=to_path, default=ROOT / "data" / data)
     text = "where the table and pictures go"
     parser.option("--output", text, type=to_path, default=ROOT / "output" / output)
-    return exit_status(lambda: run(**vars(parser.parse_args(argv))))
+
+    def demo(argv: list[str]) -> None:
+        args = parser.parse_args(argv)
+        run(data=args.data, output=args.output)
+
+    return command(demo)(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from demo import Row, evaluate_rows, run_demo, weights_of
-from prepare_cifar10 import CLASSES
 
+from ats.cli.prepare_cifar10 import CLASSES
 from ats.errors import UserError
 
 CONFIG_OF = {"vit_dense": "ViT.yaml", "vit_ats": "ViT_ATS.yaml"}  # weights -> the file that says how to train them

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo import load_model, make_rows, row_config, run_demo, time_together  # beside this file
-from make_moving_digits import CLASSES, make_moving_digits
 
+from ats.cli.make_moving_digits import CLASSES, make_moving_digits
 from ats.config import CfgNode
 from ats.files import write
 

@@ -87,6 +87,7 @@ def row(path: Path, sizes: dict[str, tuple[int, float]]) -> dict[str, str]:
     """A line of the table: the config's header, and the size of its network, which `sizes` caches."""
     from ats.config import load_config
     from ats.datasets import input_shape
+    from ats.errors import rounded
 
     cfg, header = load_config(path), read_header(path)
     key = network(cfg)
@@ -99,7 +100,7 @@ def row(path: Path, sizes: dict[str, tuple[int, float]]) -> dict[str, str]:
         "config": f"[{path.stem}](../{path.relative_to(ROOT)})",
         "what": header.title,
         "parameters": f"{num_parameters / 1e6:.2f} M",
-        "GFLOPs": f"{gflops:.4g}{views}",
+        "GFLOPs": f"{rounded(gflops)}{views}",
         "expected, and whose number it is": header.expected or "-",
         "measured here": header.measured,
     }

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
-from ats.cli.parser import Parser, parse_overrides, to_path  # noqa: E402
+from ats.cli.parser import command_parser, parse_overrides, to_path  # noqa: E402
 from ats.engine.output import setup_logging  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
 
@@ -38,14 +38,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the overrides as [KEY, VALUE, ...]."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("table", metavar="TABLE", help="one of those above")
     parser.add_argument("--weights", type=to_path, metavar="DIR", help="the checkpoints, by the names that rows want")
     for name in DATASETS:
         parser.add_argument(f"--{name}", type=to_path, metavar="DIR", help=f"DATA.PATH_TO_DATA_DIR of {name}")
     parser.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; may be repeated")
     parser.add_argument("--output", type=to_path, default=ROOT / "output" / "reproduce", help="default: %(default)s")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args, words = parser.parse_known_args(argv)
     return args, parse_overrides(words, parser)
 

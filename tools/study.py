@@ -17,9 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
-from make_digits import make_digits  # noqa: E402 - beside this file
-
-from ats.cli.parser import Parser, to_path  # noqa: E402
+from ats.cli.make_digits import make_digits  # noqa: E402
+from ats.cli.parser import command_parser, to_path  # noqa: E402
 from ats.errors import UserError, exit_status  # noqa: E402
 from ats.files import write  # noqa: E402
 
@@ -40,12 +39,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--data", type=to_path, default=DATA, help="the canvases; made if they are not there")
     parser.add_argument("--results", type=to_path, default=RESULTS, help="where measured rows are kept")
     parser.add_argument("--output", type=to_path, default=None, help="where STUDY.md goes; default docs")
     parser.add_argument("--quick", action="store_true", help="few canvases, seeds and budgets, one step of training")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 

@@ -27,7 +27,7 @@ from ats.benchmark.engines import BOTH, ENGINES, Pass, obstacle, write_adaptive,
 from ats.benchmark.synthetic_counts import describe_counts, synthetic_counts
 from ats.benchmark.timing import BenchmarkSettings
 from ats.benchmark.variants import build_variant
-from ats.errors import UserError
+from ats.errors import UserError, rounded
 from ats.flops import gflops
 from ats.interleave import interleave
 
@@ -114,7 +114,7 @@ def _cell(name: str, value: str | float | None) -> str:
     if not isinstance(value, float):
         return value or ""
     if name == "ms":
-        return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+        return rounded(value)
     return f"{value:.0e}" if name == "logits off by" else f"{value:.2f}"
 
 

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from ats import files
 from ats.benchmark.breakdown import PARTS
+from ats.errors import rounded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,16 +65,16 @@ def table(rows: Sequence[dict]) -> str:
                 "variant": row["variant"],
                 "batch": row["batch_size"],
                 **({} if row["top1"] is None else {"top-1 %": f"{row['top1']:.2f}"}),
-                "GFLOPs": f"{row['gflops']['mean']:.3g}",
-                "paper": f"{row['gflops_paper']['mean']:.3g}",
-                "ms p50": f"{latency['p50']:.4g}",
-                "ms p95": f"{latency['p95']:.4g}",
-                "samples/s": f"{row['samples_per_second']:.3g}",
+                "GFLOPs": rounded(row["gflops"]["mean"], 3),
+                "paper": rounded(row["gflops_paper"]["mean"], 3),
+                "ms p50": rounded(latency["p50"]),
+                "ms p95": rounded(latency["p95"]),
+                "samples/s": rounded(row["samples_per_second"], 3),
                 "dense time / time": f"{speedup['p50']:.2f} ({speedup['p5']:.2f} - {speedup['p95']:.2f})",
                 "dense FLOPs / FLOPs": f"{row['flop_ratio']:.2f}",
                 "efficiency": f"{row['efficiency']['p50']:.3f}",
                 **({} if linear is None else {"linear alone": f"{linear:.3f}"}),
-                **({} if memory is None else {"MB": f"{memory:.4g}"}),
+                **({} if memory is None else {"MB": rounded(memory)}),
             }
         )
     return _markdown(lines)
@@ -94,7 +95,7 @@ def variants_table(rows: Sequence[dict]) -> str:
     lines = []
     for row in _first_rows(rows):
         top1 = row["top1"]
-        found = {} if top1 is None else {"top-1 %": f"{top1:.2f}", "mean GFLOPs": f"{row['top1_gflops']:.4g}"}
+        found = {} if top1 is None else {"top-1 %": f"{top1:.2f}", "mean GFLOPs": rounded(row["top1_gflops"])}
         lines.append({"variant": row["variant"], **found, "setting": row["setting"]})
     return _markdown(lines)
 
@@ -113,7 +114,7 @@ def blocks_table(rows: Sequence[dict]) -> str:
         for heading, key in (("GFLOPs", "gflops"), ("GFLOPs, paper", "gflops_paper")):
             blocks = row[f"{key}_per_block"]
             costs = blocks | {"others": row[key]["mean"] - sum(blocks.values())}
-            cells = {f"{block}": f"{value:.3g}" for block, value in costs.items()}
+            cells = {f"{block}": rounded(value, 3) for block, value in costs.items()}
             lines.append({"variant": name, "per block": heading, **cells})
     return _markdown(lines)
 

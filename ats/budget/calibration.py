@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ats.budget.network import Network, Pass, lists, per_block
 from ats.budget.search import Knobs, Measure, Setting, Trial, amounts, bisect, refine
 from ats.budget.timing import Goal, Timing, calibrate_time
-from ats.errors import UserError
+from ats.errors import UserError, rounded
 from ats.reduction import Reduction
 from ats.reduction.base import options_of
 
@@ -324,10 +324,10 @@ def _best_variant(
 def _out_of_reach(network: Network, name: str, value: float, least: float, most: float) -> str:
     units = {"gflops": "mean GFLOPs", "keep": "as share of the tokens", "speedup": "times fewer GFLOPs than dense"}
     low, high = (network.dense / most, network.dense / least) if name == "speedup" else (least, most)
-    dense = "" if name == "keep" else f" (dense: {network.dense:.4g} GFLOPs)"
+    dense = "" if name == "keep" else f" (dense: {rounded(network.dense)} GFLOPs)"
     return (
-        f"{name} {value:.4g} cannot be met with ATS in blocks {', '.join(map(str, network.blocks))}: on these "
-        f"{network.num_images} images they reach {low:.4g} to {high:.4g} {units[name]}{dense}. "
+        f"{name} {rounded(value)} cannot be met with ATS in blocks {', '.join(map(str, network.blocks))}: on these "
+        f"{network.num_images} images they reach {rounded(low)} to {rounded(high)} {units[name]}{dense}. "
         f"Give {name} in between; to spend less, {network.how_to_keep_less} (ATS.BLOCKS); to spend more, sample in "
         "fewer blocks or later ones."
     )

@@ -22,7 +22,7 @@ from torch import nn
 
 from ats.budget.network import Network, Pass, give
 from ats.budget.search import Knobs, Setting, amounts
-from ats.errors import UserError, counted
+from ats.errors import UserError, counted, rounded
 from ats.interleave import interleave
 
 STRIDES = (1, 2, 3)  # of the sets of blocks, beside the first block alone
@@ -284,10 +284,10 @@ def _out_of_reach(network: Network, timing: Timing) -> str:
     is_speedup = goal.name == "speedup"
     low, high = (1, 1 / timing.fastest) if is_speedup else (fastest, dense)
     return (
-        f"{goal.name} {goal.value:.4g} cannot be met with ATS in blocks {', '.join(map(str, network.blocks))}: a batch "
-        f"of {timing.batch_size} takes {dense:.4g} ms dense and {fastest:.4g} ms with the fewest tokens "
-        f"({timing.device}). Give {goal.name} from {low:.4g} to {high:.4g}; to be faster, {network.how_to_keep_less} "
-        "(ATS.BLOCKS)."
+        f"{goal.name} {rounded(goal.value)} cannot be met with ATS in blocks {', '.join(map(str, network.blocks))}: "
+        f"a batch of {timing.batch_size} takes {rounded(dense)} ms dense and {rounded(fastest)} ms with the fewest "
+        f"tokens ({timing.device}). Give {goal.name} from {rounded(low)} to {rounded(high)}; to be faster, "
+        f"{network.how_to_keep_less} (ATS.BLOCKS)."
     )
 
 

@@ -13,6 +13,11 @@ COMMANDS = {
     "ats-visualize": "tools/visualize.py",
     "ats-calibrate": "tools/calibrate.py",
     "ats-export": "tools/export.py",
+    "ats-make-digits": "tools/make_digits.py",
+    "ats-make-moving-digits": "tools/make_moving_digits.py",
+    "ats-prepare-cifar10": "tools/prepare_cifar10.py",
+    "ats-prepare-imagenet": "tools/prepare_imagenet.py",
+    "ats-prepare-kinetics": "tools/prepare_kinetics.py",
 }
 
 

@@ -37,7 +37,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ats.cli import as_typed
-from ats.cli.parser import Parser, check_folder, command, command_parser, in_range, parse_overrides, split_overrides
+from ats.cli.parser import (
+    Parser,
+    check_folder,
+    command,
+    command_parser,
+    in_range,
+    parse_overrides,
+    say_weights,
+    split_overrides,
+)
 from ats.config import load_config
 from ats.errors import UserError
 from ats.options import COUNT, FROM_0, Range
@@ -121,6 +130,7 @@ def run_config(args: argparse.Namespace) -> None:
     how = {field.name: getattr(args, field.name) for field in fields(BenchmarkSettings) if hasattr(args, field.name)}
     how["variants"] = args.compare.split(",")
     output = check_folder(Path(cfg.OUTPUT_DIR), name="OUTPUT_DIR")
+    say_weights(cfg)
     if args.peers:
         run_peers(cfg, args, kinds, how, output)
         return

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING
 
 from ats import files
 from ats.cli import as_typed
-from ats.cli.parser import check_file, command, command_parser, in_range, parse_overrides, to_path
+from ats.cli.parser import check_file, command, command_parser, in_range, parse_overrides, say_weights, to_path
 from ats.config import CfgNode, find_shipped, load_config
 from ats.engine.output import setup_logging
-from ats.errors import UserError, printable
+from ats.errors import UserError, counted, printable, rounded
 from ats.options import COUNT, FROM_0, POSITIVE, PROBABILITY, Range
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def search(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
 
     weights, device = cfg.TEST.CHECKPOINT_FILE_PATH, select_device(cfg.DEVICE)
     check_weights(cfg, weights, why="random weights say nothing about which tokens survive")
+    say_weights(cfg)
     dtype = getattr(torch, cfg.TEST.DTYPE)
     model = build_trained(cfg, weights).to(device, dtype)
     with explain_lost_process():
@@ -125,21 +126,21 @@ def search(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
         raise UserError(named) from None
 
 
-def format_report(found: Calibration, *, images: str) -> str:
-    """What was reached, as tables."""
+def format_report(found: Calibration, *, noun: str, split: str) -> str:
+    """What was reached, as tables; `noun` names a sample."""
     from tabulate import tabulate
 
     spread = found.spread()
     unit = "GFLOPs as run" if found.accounting == "run" else "GFLOPs as the paper counts"
     figures = [
-        ("mean", f"{spread['mean']:.4g} (standard error {spread['standard error']:.2g})"),
-        ("over the images", f"std {spread['std']:.3g}, 5 % {spread['p5']:.4g}, half {spread['p50']:.4g}, "
-         f"95 % {spread['p95']:.4g}, most {spread['max']:.4g}"),
-        ("dense", f"{found.dense:.4g}: {found.dense / spread['mean']:.3g} times as much"),
+        ("mean", f"{rounded(spread['mean'])} (standard error {spread['standard error']:.2g})"),
+        (f"over the {noun}s", f"std {spread['std']:.3g}, 5 % {rounded(spread['p5'])}, half {rounded(spread['p50'])}, "
+         f"95 % {rounded(spread['p95'])}, most {rounded(spread['max'])}"),
+        ("dense", f"{rounded(found.dense)}: {found.dense / spread['mean']:.3g} times as much"),
         ("tokens left", f"{100 * found.found.keep.mean().item():.1f} %, mean over the ATS blocks"),
     ]  # fmt: skip
     if found.timing is None:
-        figures.insert(-1, ("in reach", f"{found.least:.4g} to {found.most:.4g}"))
+        figures.insert(-1, ("in reach", f"{rounded(found.least)} to {rounded(found.most)}"))
     if len(found.found.changes):
         change = 100 * found.found.changes.mean().item()
         figures.append(("change", f"{change:.3g} % of the probability moves to other classes than the dense network's"))
@@ -147,7 +148,7 @@ def format_report(found: Calibration, *, images: str) -> str:
     return "\n\n".join([
         *([] if found.timing is None else [format_timing(found.timing)]),
         *([] if found.is_dense else [
-            f"{unit}, {images}, {found.passes} passes",
+            f"{unit}, {counted(len(found.found.gflops), noun)} of {split}, {found.passes} passes",
             tabulate(figures, tablefmt="plain"),
             tabulate(rows, headers=["block", "K", "tokens kept"]),
         ]),
@@ -161,12 +162,12 @@ def format_timing(timing: Timing) -> str:
     goal = timing.goal
     asked = f"{goal.value:g} ms" if goal.name == "latency_ms" else f"{goal.value:g} times as fast as dense"
     missed = "" if timing.is_met else ": missed"
-    figures = [("budget", asked + missed), ("dense", f"{timing.dense_ms:.4g} ms")]
+    figures = [("budget", asked + missed), ("dense", f"{rounded(timing.dense_ms)} ms")]
     if timing.rounds and not timing.why_dense:
         low, high = timing.quartiles
         spread = f"half of the rounds {low:.3g} to {high:.3g}"
-        figures.append(("expected", f"{timing.expected_ms:.4g} ms"))
-        figures.append(("measured", f"{timing.ms:.4g} ms, {timing.speedup:.3g} times as fast as dense ({spread})"))
+        figures.append(("expected", f"{rounded(timing.expected_ms)} ms"))
+        figures.append(("measured", f"{rounded(timing.ms)} ms, {timing.speedup:.3g} times as fast as dense ({spread})"))
     parts = [f"time of a batch of {timing.batch_size}, {timing.device}", tabulate(figures, tablefmt="plain")]
     if timing.tried:
         rows = [
@@ -184,16 +185,23 @@ def format_timing(timing: Timing) -> str:
 
 
 def with_overrides(text: str, cfg: CfgNode, overrides: list[str]) -> str:
-    """The YAML lines plus the keys of reductions that the command line sets and they lack, as `cfg` has them."""
+    """The YAML lines plus what the command line sets and they lack, as `cfg` has it, so that the file runs by itself:
+    every key that changes a result, the weights and the data. Paths are absolute, except those of shipped files.
+    """
     import yaml
 
-    from ats.config.keys import reduction_keys
+    from ats.config.keys import keys
 
-    lines, sections = yaml.safe_load(text), {key.section for key in reduction_keys()}
-    for key in overrides[::2]:
-        section, _, name = key.partition(".")
-        if section in sections and name != "STAGES":
-            lines.setdefault(section, {}).setdefault(name, cfg[section][name])
+    lines, known = yaml.safe_load(text), keys()
+    for name in dict.fromkeys(overrides[::2]):
+        key = known.get(name)
+        if key is None or name in ("ATS.STAGES", "OUTPUT_DIR") or (key.machine and not key.path):
+            continue  # a former name, what was calibrated, or how and where a run is carried out
+        section, _, last = name.rpartition(".")
+        value = cfg[section][last] if section else cfg[last]
+        if key.path and os.path.exists(path := os.path.expanduser(value)):
+            value = os.path.abspath(path)
+        (lines.setdefault(section, {}) if section else lines).setdefault(last, value)
     return yaml.safe_dump(lines, sort_keys=False, default_flow_style=None, width=10**6)
 
 
@@ -208,12 +216,14 @@ def write(path: Path, yaml: str, *, cfg: str, argv: list[str], report: str) -> N
 
 def run(argv: list[str]) -> None:
     """Calibrate, print what was found and write it to --output."""
+    from ats.datasets.build import noun_of
+
     setup_logging()
     args, cfg = parse_args(argv)
     if args.output:
         check_file(args.output, name="--output")
     found = search(args, cfg)
-    report = format_report(found, images=f"{len(found.found.gflops)} images of {args.split}")
+    report = format_report(found, noun=noun_of(cfg), split=args.split)
     yaml = with_overrides(found.yaml(as_stages=bool(cfg.ATS.STAGES)), cfg, args.overrides)
     print(f"\n{report}\n\n{yaml}")
     if args.output:

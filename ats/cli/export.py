@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ats.cli.parser import check_file, command, command_parser, in_range, parse_overrides, to_path
+from ats.cli.parser import check_file, command, command_parser, in_range, parse_overrides, say_weights, to_path
 from ats.config import CfgNode, load_config
 from ats.errors import UserError
 from ats.options import Range
@@ -84,6 +84,7 @@ def run(argv: list[str]) -> None:
         check_engine(args.engine, naming="--engine")
     check_file(args.output, name="--output")
     exported = export(cfg, adaptive=args.adaptive)
+    say_weights(cfg)
     save(exported, args.output, kind)
     if exported.slots:
         pairs = ", ".join(f"{block}: {slots}" for block, slots in exported.slots.items())

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from ats import __version__
 from ats.cli import as_typed
+from ats.config import CfgNode
 from ats.config.keys import keys
 from ats.engine.output import process_prefix
 from ats.errors import UserError, exit_status, flush_stdout, shown, suggest
@@ -90,9 +92,11 @@ def check_file(path: Path, *, name: str) -> Path:
 
 
 def command_parser(about: str, **options: object) -> Parser:
-    """A parser with the option --debug; `about` is the module's docstring, `options` are argparse's."""
+    """A parser with --version and --debug; `about` is the module's docstring, `options` are argparse's."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=as_typed(about), formatter_class=raw, allow_abbrev=False, **options)
+    version = f"adaptive-token-sampling {__version__}"
+    parser.add_argument("--version", action="version", version=version, help="show the version and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -105,6 +109,13 @@ def command(run: Callable[[list[str]], None], **options: str) -> Callable[[list[
         return exit_status(lambda: run(argv), debug="--debug" in argv, prefix=process_prefix(), **options)
 
     return main
+
+
+def say_weights(cfg: CfgNode) -> None:
+    """Print to stderr which weights a command uses."""
+    from ats.engine.evaluate import describe_weights
+
+    print(f"Weights: {describe_weights(cfg, cfg.TEST.CHECKPOINT_FILE_PATH)}", file=sys.stderr)
 
 
 def looks_like_key(word: str) -> bool:

@@ -5,8 +5,10 @@
 
 For each image it draws a strip: the input, the tokens kept after every ATS block with their counts, the tokens'
 significance scores, and class and confidence with ATS and without it (dense, same weights). For each clip it draws a
-strip over time and a GIF. --report runs both networks over the validation data and writes a page that works offline:
-what each block keeps of the cheapest and the most costly samples, histograms of tokens, accuracy by cost.
+strip over time and a GIF. Of folders it also draws a contact sheet, with the true class where the folder of a file is
+one. --limit N draws N files, spread evenly over those given. --report runs both networks over the validation data and
+writes a page that works offline: what each block keeps of the cheapest and the most costly samples, histograms of
+tokens, accuracy by cost.
 
 Weights come from TEST.CHECKPOINT_FILE_PATH, for example:
 
@@ -29,15 +31,21 @@ from ats.cli.parser import (
     check_folder,
     command,
     command_parser,
+    in_range,
     looks_like_key,
+    say_weights,
     split_overrides,
     to_path,
 )
 from ats.config import CfgNode, load_config
-from ats.errors import UserError, printable
+from ats.errors import UserError, counted, printable, rounded
+from ats.options import COUNT
 
 if TYPE_CHECKING:
     from ats.visualize.compare import Networks, SampleView
+
+
+MOST_ON_SHEET = 120  # samples on a contact sheet
 
 
 def make_parser() -> Parser:
@@ -49,6 +57,7 @@ def make_parser() -> Parser:
         "-o", "--output", type=to_path, metavar="FOLDER", help="for strips and GIFs (default: OUTPUT_DIR)"
     )
     parser.add_argument("--report", type=to_path, metavar="FILE", help="write a page about the validation data")
+    parser.option("--limit", "draw at most N files, spread evenly", type=in_range(int, COUNT), metavar="N")
     names = "class names, one per line, or imagenet-1k (default: the data set's)"
     parser.add_argument("--classes", type=os.path.expanduser, default="", metavar="FILE", help=names)
     parser.add_argument("words", nargs="*", metavar="FILE | KEY VALUE", help="files, folders and config keys")
@@ -79,6 +88,8 @@ def run(argv: list[str]) -> None:
     from ats.visualize.inputs import class_names, list_files, takes_clips
 
     files = list_files(paths, clips=takes_clips(cfg))
+    num_drawn = min(args.limit or len(files), len(files))
+    files = [files[index * len(files) // num_drawn] for index in range(num_drawn)]
     names = class_names(cfg, args.classes)
     output = args.output or Path(cfg.OUTPUT_DIR)
     if files:
@@ -86,7 +97,9 @@ def run(argv: list[str]) -> None:
     if args.report is not None:
         check_file(args.report, name="--report")
     networks = Networks(cfg)
-    bad = draw_files(cfg, networks, files, output=output, names=names)
+    say_weights(cfg)
+    with_sheet = any(path.is_dir() for path in paths)
+    bad = draw_files(cfg, networks, files, output=output, names=names, with_sheet=with_sheet)
     if args.report is not None:
         report_validation(cfg, networks, args.report, config=args.cfg, names=names)
     if bad:
@@ -95,12 +108,21 @@ def run(argv: list[str]) -> None:
 
 
 def draw_files(
-    cfg: CfgNode, networks: Networks, files: Sequence[Path], *, output: Path, names: Sequence[str]
+    cfg: CfgNode,
+    networks: Networks,
+    files: Sequence[Path],
+    *,
+    output: Path,
+    names: Sequence[str],
+    with_sheet: bool,
 ) -> list[str]:
-    """Write the pictures of each file; returns an error message for each file that cannot be read."""
-    from ats.visualize.figures import draw_strip
-    from ats.visualize.inputs import read_input
+    """Write the pictures of each file, and the contact sheet of them all; returns an error message for each file that
+    cannot be read.
+    """
+    from ats.visualize.figures import draw_sheet, draw_strip, sheet_cell
+    from ats.visualize.inputs import labels_of_folders, read_input
 
+    labels, cells = labels_of_folders(cfg, names), []
     stems: Counter[str] = Counter()
     taken = set(map(real_name, files))  # the inputs, and what is drawn already
     if output.resolve() in {file.resolve().parent for file in files}:  # a folder of pictures that are not ours
@@ -118,8 +140,15 @@ def draw_files(
         if view.picture.shape[1] > 1:
             written.append(animate_view(picture.with_suffix(".gif"), view))
         dense, ats = (f"{names[guess.label]} {100 * guess.confidence:.1f} %" for guess in (view.dense, view.ats))
-        cost = f"{view.gflops:.4g} of {view.dense_gflops:.4g} GFLOPs"
+        cost = f"{rounded(view.gflops)} of {rounded(view.dense_gflops)} GFLOPs"
         print(printable(f"{file}: dense {dense}; with ATS {ats}; {cost}; {', '.join(map(str, written))}"))
+        if with_sheet and len(cells) < MOST_ON_SHEET:
+            cells.append(sheet_cell(view, label=labels.get(file.parent.name), names=names))
+    if cells:
+        known = [cell.is_right for cell in cells if cell.is_right is not None]
+        title = f"{counted(len(cells), 'sample')}" + (f", {sum(known)} of {len(known)} right with ATS" if known else "")
+        path = free_path(output, "contact_sheet", stems=stems, taken=taken)
+        print(printable(f"Contact sheet: {draw_sheet(path, cells, title=title)}"))
     return bad
 
 
@@ -162,17 +191,17 @@ def report_validation(cfg: CfgNode, networks: Networks, path: Path, *, config: s
     """Write the page about the validation data to `path`."""
     from ats.datasets import build_loader
     from ats.engine.device import explain_lost_process
-    from ats.engine.evaluate import describe_model, versions
+    from ats.engine.evaluate import describe_model, describe_weights, versions
     from ats.visualize.page import write_page
 
     validation = cfg.clone()
     validation.defrost()
     validation.TRAIN.DATASET = cfg.TEST.DATASET
     loader = build_loader(validation, "val")  # for videos: the middle clip, not all test views
-    weights, data = Path(cfg.TEST.CHECKPOINT_FILE_PATH).name or "of timm", cfg.DATA.PATH_TO_DATA_DIR
     details = [
         describe_model(cfg, networks.ats),
-        printable(f"Weights: {weights}. Data: {data}, {len(loader.dataset)} samples."),
+        f"Weights: {describe_weights(cfg, cfg.TEST.CHECKPOINT_FILE_PATH)}",
+        printable(f"Data: {os.path.abspath(cfg.DATA.PATH_TO_DATA_DIR)}, {len(loader.dataset)} samples"),
         ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
     title = printable(Path(config).stem)

@@ -22,6 +22,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # The YAML files and weights that ship with the package: where `pip install` puts them, or those of the clone.
 SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 
+_named: set[Path] = set()  # shipped files that the log has named
 Settings = dict[str, tuple[object, Path]]  # dotted key -> its value, and the file that has it
 
 __all__ = ["CfgNode", "find_shipped", "get_cfg", "load_config", "load_yaml"]
@@ -53,7 +54,9 @@ def find_shipped(path: str | Path) -> Path:
     if not os.path.isfile(path) and not path.is_absolute():
         name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
         if os.path.isfile(SHIPPED / name):
-            logger.info("%s is the shipped %s", path, SHIPPED / name)
+            if path not in _named:
+                _named.add(path)
+                logger.info("%s is the shipped %s", path, SHIPPED / name)
             return SHIPPED / name
     return path
 

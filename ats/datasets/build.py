@@ -214,6 +214,11 @@ def input_shape(cfg: CfgNode) -> tuple[int, ...]:
     return (3, *num_frames, cfg.DATA.TEST_CROP_SIZE, cfg.DATA.TEST_CROP_SIZE)
 
 
+def noun_of(cfg: CfgNode) -> str:
+    """What a test sample is: "image" or "clip"."""
+    return "clip" if len(input_shape(cfg)) == 4 else "image"
+
+
 def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int = 1) -> Loader:
     """A loader of one process's share of every batch.
 
@@ -232,7 +237,8 @@ def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int =
         sampler = EvalBatchSampler(len(dataset), batch_size=cfg.TEST.BATCH_SIZE, **share)
     num_workers = min(cfg.DATA_LOADER.NUM_WORKERS, num_cores())
     if num_workers < cfg.DATA_LOADER.NUM_WORKERS:
-        logger.info("%s data: %d workers, one per core (DATA_LOADER.NUM_WORKERS asks for more)", split, num_workers)
+        workers = counted(num_workers, "worker")
+        logger.info("%s data: %s, one per core (DATA_LOADER.NUM_WORKERS asks for more)", split, workers)
     return Loader(
         dataset,
         batch_sampler=sampler,

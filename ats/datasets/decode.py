@@ -20,17 +20,18 @@ import unicodedata
 from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from fractions import Fraction
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
-import av
 import numpy as np
 import torch
-from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
 
 from ats.datasets.base import read_errors
 from ats.datasets.packets import is_cut_off, num_shown
-from ats.errors import UserError
+from ats.errors import UserError, needing
+
+if TYPE_CHECKING:
+    import av
 
 # Of the files in a folder; a file that is named by itself may have any extension.
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts")
@@ -41,6 +42,14 @@ CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
 TIMED = {"mp4", "matroska"}  # those whose packets have the time stamps of the frames
 PROGRESSIVE = (0, 1)  # FFmpeg's field orders "unknown" and "progressive"; in the others a packet may be half a frame
 DAMAGED = "it is cut off or damaged"
+
+
+def import_av() -> ModuleType:
+    """PyAV, which only videos need. Raises a UserError if it is not installed."""
+    with needing("av", what="Videos need"):
+        import av
+        import av.video.reformatter
+    return av
 
 
 class ClipSampling(NamedTuple):
@@ -86,7 +95,8 @@ class Video(AbstractContextManager):
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self._container: av.container.InputContainer | None = None
-        self._reformatter = VideoReformatter()
+        self._av = import_av()
+        self._reformatter = self._av.video.reformatter.VideoReformatter()
         try:
             with read_errors(self.path, kind="video"):
                 self._open()
@@ -139,7 +149,7 @@ class Video(AbstractContextManager):
                     yield frame
                 else:
                     pixels = np.ascontiguousarray(upright(frame.to_ndarray(format="rgb24"), frame))
-                    turned = av.VideoFrame.from_ndarray(pixels)
+                    turned = self._av.VideoFrame.from_ndarray(pixels)
                     turned.pts, turned.time_base = frame.pts, frame.time_base
                     yield turned
 
@@ -152,10 +162,11 @@ class Video(AbstractContextManager):
         # "file:" and the whitelists: neither a path like http:// nor a playlist in the file can open anything else.
         options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
         try:
-            self._container = av.open(f"file:{self.path}", metadata_errors="ignore", options=options)
-        except av.ArgumentError as error:
+            self._container = self._av.open(f"file:{self.path}", metadata_errors="ignore", options=options)
+        except self._av.ArgumentError as error:
             raise ValueError(f"it is not in one of the supported containers ({CONTAINERS})") from error
-        streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
+        cover = self._av.stream.Disposition.attached_pic
+        streams = [s for s in self._container.streams.video if not s.disposition & cover]
         if not streams:  # a cover picture in a sound file does not count
             raise ValueError("it has no video stream")
         self._stream = streams[0]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ats.datasets.base import FileDataset, Split
-from ats.datasets.decode import ClipSampling, Video
+from ats.datasets.decode import ClipSampling, Video, import_av
 from ats.datasets.transforms import ClipTransform
 from ats.errors import NoSuchSplit, UserError
 from ats.files import encoding_of
@@ -62,6 +62,7 @@ class Kinetics(FileDataset):
     num_clips: int = 1
 
     def __post_init__(self) -> None:
+        import_av()  # if it is missing, no file is to blame
         self.num_videos, self.num_views = len(self.listing.labels), self.num_clips * len(self.transforms)
         assert self.split == "test" or self.num_views == 1, "only testing has several views"
         self._last: tuple[tuple[int, int], np.ndarray] | None = None  # (video, clip) and frames decoded last

@@ -28,15 +28,15 @@ from tqdm import tqdm
 
 import ats
 from ats.checkpoint import load_weights, read_metadata, to_fine_tune
-from ats.config import CfgNode
+from ats.config import SHIPPED, CfgNode, find_shipped
 from ats.config.schema import titles
 from ats.datasets import Draw, Loader, Sample, build_loader, input_shape
 from ats.datasets.base import Split
-from ats.datasets.build import preprocessing
+from ats.datasets.build import noun_of, preprocessing
 from ats.engine.device import autocast, device_name, explain_lost_process, is_main, rank, select_device, world_size
 from ats.engine.output import config_sha256, log_plan, open_output_dir
 from ats.engine.tally import Ensemble, Result, Tally, build_ensemble
-from ats.errors import UserError
+from ats.errors import UserError, counted, printable, rounded
 from ats.files import write
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
@@ -179,10 +179,10 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
     log_plan(
         {
             "test": describe_model(cfg, model),
-            "weights": weights or "timm's",
+            "weights": describe_weights(cfg, weights),
             "data": f"{cfg.TEST.DATASET} in {cfg.DATA.PATH_TO_DATA_DIR}: {len(loader.dataset)} samples",
             "device": f"{device_name(device)}, {cfg.TEST.DTYPE}",
-            "process": f"{world_size()} with {loader.num_workers} data workers each",
+            "process": f"{world_size()} with {counted(loader.num_workers, 'data worker')} each",
             "output": str(output_dir.resolve()),
         }
     )
@@ -191,6 +191,7 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
     if is_main():
         write_result(cfg, result, output_dir / "result.json")
         table = format_table({model_name(cfg): result})
+        table += f"\n\n{noun_of(cfg)}s/s is no benchmark: tools/benchmark.py times the network beside the dense one."
         logger.debug("Result:\n%s", table)  # for log.txt; the console gets it on stdout
         print(f"\n{table}\n")
     logger.info("Result: %s; log: %s", output_dir / "result.json", output_dir / "log.txt")
@@ -204,6 +205,17 @@ def check_weights(cfg: CfgNode, weights: str, *, why: str = "there are no weight
     """
     if not weights and not (cfg.MODEL.NAME.startswith("timm/") and cfg.TIMM.PRETRAINED):
         raise UserError(f"TEST.CHECKPOINT_FILE_PATH is empty: {why}. Type TEST.CHECKPOINT_FILE_PATH FILE{hint}.")
+
+
+def describe_weights(cfg: CfgNode, weights: str | Path) -> str:
+    """Where the weights of a network come from: a file, with its full path and kind; timm; or nowhere."""
+    if not weights:
+        from_timm = cfg.MODEL.NAME.startswith("timm/") and cfg.TIMM.PRETRAINED
+        return f"timm's for {cfg.MODEL.NAME.removeprefix('timm/')}" if from_timm else f"random, RNG_SEED {cfg.RNG_SEED}"
+    path = find_shipped(weights).resolve()
+    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch checkpoint"
+    shipped = ", shipped with this package" if path.is_relative_to(SHIPPED.resolve()) else ""
+    return printable(f"{path} ({kind}{shipped})")
 
 
 def build_trained(cfg: CfgNode, weights: str, *, advice: str = "") -> nn.Module:
@@ -248,7 +260,7 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> str:
     """Name, ATS blocks, size and dense cost of a model, for the head of the log."""
     name = model_name(cfg) + (f" in blocks {', '.join(map(str, cfg.ATS.BLOCKS))}" if cfg.ATS.ENABLE else "")
     cost = dense_gflops(model, (1, *input_shape(cfg)))
-    return f"{name}: {_params_m(model):.2f} M parameters, {cost:.4g} GFLOPs dense"
+    return f"{name}: {_params_m(model):.2f} M parameters, {rounded(cost)} GFLOPs dense"
 
 
 def format_table(results: dict[str, Result], *, style: str = "simple") -> str:
@@ -263,7 +275,7 @@ def format_table(results: dict[str, Result], *, style: str = "simple") -> str:
     for name, r in results.items():
         tokens = ", ".join(f"{block}: {mean:.1f}" for block, mean in r.tokens_per_block.items()) or "all"
         views = f" x {r.video['num_views']}" if r.video else ""
-        cost = [f"{r.gflops[kind]:.4g}{views}" for kind in ("mean", "paper_mean", "dense")]
+        cost = [f"{rounded(r.gflops[kind])}{views}" for kind in ("mean", "paper_mean", "dense")]
         rows.append([name, f"{r.top1:.2f}", f"{r.top5:.2f}", *cost, f"{r.images_per_second:.1f}", tokens])
     align = ("left", *["right"] * 6, "left")
     return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=align)

@@ -48,7 +48,7 @@ from ats.engine.device import (
     wait_for_all,
     world_size,
 )
-from ats.engine.evaluate import build_test, check_samples, describe_model, evaluate
+from ats.engine.evaluate import build_test, check_samples, describe_model, describe_weights, evaluate
 from ats.engine.output import log_plan, open_output_dir
 from ats.engine.step import NonFiniteError, Recipe, StepStats, build_optimizer, set_lr, train_step
 from ats.engine.train_log import BadFiles, TrainLog, Window, drop_lines_after
@@ -114,7 +114,7 @@ class Trainer:
         if is_main():
             write(output_dir / "config.yaml", cfg.dump())
             drop_lines_after(output_dir / "log.jsonl", self.state.epoch, self.state.step)
-        log_plan(self._plan())
+        log_plan(self._plan(resumed))
         # Again, in case the earlier run stopped during the evaluation.
         self.evaluate_first = self.state.epoch > 0 and self.state.step == 0
         self._continue_by_samples()
@@ -249,7 +249,7 @@ class Trainer:
         self.log.evaluation(result, is_ema=state.ema is not None, draw=draw)
         self.checkpoints.keep_best(state, result.top1)
 
-    def _plan(self) -> dict[str, str]:
+    def _plan(self, resumed: Path | None) -> dict[str, str]:
         """What the training will do, for the head of the log."""
         cfg, settings = self.cfg, self.cfg.TRAIN
         passes = f" in {settings.GRAD_ACCUM_STEPS} passes" if settings.GRAD_ACCUM_STEPS > 1 else ""
@@ -262,16 +262,18 @@ class Trainer:
         schedule = f"{counted(self.num_epochs, 'epoch')} of {counted(self.num_steps, 'step')}"
         schedule += f" of {counted(settings.BATCH_SIZE, 'sample')}{passes}"
         num_train = counted(len(self.train_loader.dataset), "sample")
+        weights = f"resumed from {resumed.resolve()}" if resumed else None
+        weights = weights or describe_weights(cfg, settings.CHECKPOINT_FILE_PATH)
         num_val = "none" if self.val_loader is None else len(self.val_loader.dataset)
         return {
             "train": describe_model(cfg, self.state.model),
-            "weights": settings.CHECKPOINT_FILE_PATH or f"random, RNG_SEED {cfg.RNG_SEED}",
+            "weights": weights,
             "data": f"{settings.DATASET} in {cfg.DATA.PATH_TO_DATA_DIR}: "
             f"{num_train} to train on, {num_val} to evaluate on",
             "schedule": f"{schedule}, {cfg.SOLVER.OPTIMIZING_METHOD}, "
             f"learning rate {cfg.SOLVER.BASE_LR:g} {cfg.SOLVER.LR_POLICY}",
             "device": f"{device_name(self.device)}, {precision}",
-            "process": f"{world_size()} with {self.train_loader.num_workers} data workers each",
+            "process": f"{world_size()} with {counted(self.train_loader.num_workers, 'data worker')} each",
             "saves": f"{', '.join(saving)}; keeps {keep}",
             "output": str(self.output_dir.resolve()),
         }

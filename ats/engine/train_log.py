@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ats.config import CfgNode
+from ats.datasets.build import noun_of
 from ats.engine.device import is_main
 from ats.engine.step import StepStats
 from ats.engine.tally import Result
-from ats.errors import UserError, counted, printable
+from ats.errors import UserError, counted, needing, printable, rounded
 from ats.files import naming, write
 
 logger = logging.getLogger(__name__)
@@ -64,15 +65,13 @@ class TrainLog:
     ) -> None:
         self._num_epochs, self._num_steps, self._period = cfg.SOLVER.MAX_EPOCH, num_steps, cfg.LOG_PERIOD
         self._path, self._tensorboard, self._device = output_dir / "log.jsonl", output_dir / "tensorboard", device
-        self._done = self._done_before = steps_done
+        self._done, self._done_before, self._samples = steps_done, steps_done, f"{noun_of(cfg)}s"
         self._start = time.perf_counter()
         self.window = Window(**window)
         self._writer = None
         if is_main() and cfg.TENSORBOARD.ENABLE:
-            try:
+            with needing("tensorboard", what="TENSORBOARD.ENABLE True needs"):
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError("TENSORBOARD.ENABLE True needs TensorBoard: pip install tensorboard") from error
             threading.excepthook = _let_the_main_thread_report
             with naming(self._tensorboard):
                 self._writer = SummaryWriter(str(self._tensorboard), purge_step=steps_done + 1)
@@ -115,10 +114,10 @@ class TrainLog:
         tokens = " ".join(f"{mean:.1f}" for mean in values["tokens_per_block"].values())
         logger.log(
             logging.INFO if self._bar.disable else logging.DEBUG,  # on a terminal the bar shows it
-            "epoch %d/%d step %d/%d: loss %.4f, lr %.3e, gradient norm %.3g, %.0f images/s, %.0f %% waiting for data"
+            "epoch %d/%d step %d/%d: loss %.4f, lr %.3e, gradient norm %.3g, %.0f %s/s, %.0f %% waiting for data"
             "%s%s, %s to go",
             *(epoch, self._num_epochs, step, self._num_steps, means["loss"], lr, means["grad_norm"]),
-            *(values["images_per_second"], 100 * values["data_wait_share"]),
+            *(values["images_per_second"], self._samples, 100 * values["data_wait_share"]),
             *(bad_files, f", tokens {tokens}" if tokens else "", time_left),
         )
 
@@ -134,8 +133,8 @@ class TrainLog:
         values = {"top1": result.top1, "top5": result.top5, "gflops": cost, "weights": weights}
         self._write("val", values | {"tokens_per_block": result.tokens_per_block})
         logger.info(
-            "epoch %d/%d: %s reach top-1 %.2f %%, top-5 %.2f %% at %.4g GFLOPs (dense %.4g)",
-            *(self._place()[0], self._num_epochs, weights, result.top1, result.top5, cost, dense),
+            "epoch %d/%d: %s reach top-1 %.2f %%, top-5 %.2f %% at %s GFLOPs (dense %s)",
+            *(self._place()[0], self._num_epochs, weights, result.top1, result.top5, rounded(cost), rounded(dense)),
         )
         if self._writer is None:
             return

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ats.errors import UserError, printable_lines
+from ats.errors import needing, printable_lines, rounded
 from ats.files import write_picture
 from ats.visualize.compare import Guess, SampleView
 from ats.visualize.grids import BlockView
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-GREY, BLUE, ORANGE = "#667085", "#5b7fb5", "#e07b39"  # captions; dense network; network with ATS
+# Captions; dense network; network with ATS; wrong.
+GREY, BLUE, ORANGE, RED = "#667085", "#5b7fb5", "#e07b39", "#b42318"
 SPACE = {"wspace": 0.02, "hspace": 0.02}  # between pictures, as a share of their size
+SHEET_COLUMNS = 6
 LEAST_PIXELS = 192  # of a picture's side, where it has to be enlarged
 # Of animations: height of the line above, white pixels around each clip, time per frame.
 TITLE_PIXELS, MARGIN, FRAME_MILLISECONDS = 22, 4, 150
@@ -36,11 +39,51 @@ def draw_strip(path: str | Path, view: SampleView, *, title: str, names: Sequenc
     `title` names the sample, `names` the classes.
     """
     figure = _image_strip(view, names) if view.picture.shape[1] == 1 else _clip_strip(view, names)
-    cost = f"{view.gflops:.3g} of {view.dense_gflops:.3g} GFLOPs ({100 * view.gflops / view.dense_gflops:.0f} %)"
+    share = 100 * view.gflops / view.dense_gflops
+    cost = f"{rounded(view.gflops, 3)} of {rounded(view.dense_gflops, 3)} GFLOPs ({share:.0f} %)"
     figure.suptitle(f"{plain(title)}   ", x=0.01, ha="left", fontsize=10, fontweight="bold")
     figure.text(0.99, 0.985, cost, ha="right", va="top", fontsize=8.5, color=GREY)
     write_picture(path, figure.savefig, dpi=150)
     return Path(path)
+
+
+class SheetCell(NamedTuple):
+    """A sample on a contact sheet."""
+
+    pictures: Tensor  # [3, H, 2 W]: the input (of a clip the middle frame) and what the last ATS block kept of it
+    caption: str
+    is_right: bool | None  # the class predicted with ATS; None if the true one is not known
+
+
+def sheet_cell(view: SampleView, *, label: int | None, names: Sequence[str]) -> SheetCell:
+    """A sample with its true class, if `label` is one, and what both networks make of it."""
+    middle, block = view.picture.shape[1] // 2, view.blocks[-1]
+    guesses = (f"{name} {_short(names[own.label])}" for name, own in (("dense", view.dense), ("ATS", view.ats)))
+    lines = [*([] if label is None else [f"is {_short(names[label])}"]), *guesses, f"{int(block.num_kept)} tokens"]
+    pictures = torch.cat([view.picture[:, middle], draw(view.picture, block)[:, middle]], dim=2)
+    return SheetCell(pictures, "\n".join(lines), None if label is None else label == view.ats.label)
+
+
+def draw_sheet(path: str | Path, cells: Sequence[SheetCell], *, title: str) -> Path:
+    """Write a PNG with a cell for each sample; captions are red where ATS predicts another class than the true one."""
+    columns = min(len(cells), SHEET_COLUMNS)
+    rows = -(-len(cells) // columns)
+    figure = _figure(2.3 * columns, 1.85 * rows + 0.4)
+    for axis, cell in itertools.zip_longest(figure.subplots(rows, columns, squeeze=False).flat, cells):
+        if cell is None:
+            axis.set_axis_off()
+            continue
+        _show(axis, cell.pictures, below=cell.caption)
+        axis.xaxis.label.set_color(RED if cell.is_right is False else "black")
+    figure.suptitle(plain(title), fontsize=10)
+    write_picture(path, figure.savefig, dpi=110)
+    return Path(path)
+
+
+def _short(name: str) -> str:
+    """A class name without its synonyms, cut if it is long."""
+    name = name.split(",")[0]
+    return name if len(name) <= 20 else f"{name[:19]}…"
 
 
 def _image_strip(view: SampleView, names: Sequence[str]) -> Figure:
@@ -86,11 +129,9 @@ def _draw_guesses(axis: Axes, view: SampleView, names: Sequence[str]) -> None:
     axis.set_ylim(0, 1)
     guesses: list[tuple[str, Guess, str]] = [("dense", view.dense, BLUE), ("with ATS", view.ats, ORANGE)]
     for top, (name, guess, colour) in zip((0.92, 0.42), guesses, strict=True):
-        label = names[guess.label].split(",")[0]
-        label = label if len(label) <= 20 else f"{label[:19]}…"
         axis.text(0, top, name, fontsize=7, color=GREY, va="top")
         axis.text(1, top, f"{100 * guess.confidence:.1f} %", fontsize=7, color=GREY, va="top", ha="right")
-        axis.text(0, top - 0.13, plain(label), fontsize=9, fontweight="bold", va="top")
+        axis.text(0, top - 0.13, plain(_short(names[guess.label])), fontsize=9, fontweight="bold", va="top")
         axis.barh(top - 0.36, 1, height=0.05, color="#e4e7ec")
         axis.barh(top - 0.36, guess.confidence, height=0.05, color=colour)
 
@@ -157,10 +198,8 @@ def plain(text: str) -> str:
 
 def _figure(width: float, height: float) -> Figure:
     """An empty figure of this size in inches."""
-    try:
+    with needing("matplotlib", what="Figures need"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("Figures need matplotlib, which is not installed: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from timm.data import ImageNetInfo
@@ -96,18 +96,28 @@ def class_names(cfg: CfgNode, source: str = "") -> list[str]:
     return [f"class {label}" for label in range(num_classes)]
 
 
+def labels_of_folders(cfg: CfgNode, names: Sequence[str]) -> dict[str, int]:
+    """Name of a class folder -> label: the data's folders or, without data, the `names` of the classes."""
+    folders = _class_folders(cfg)
+    return {name: label for label, name in enumerate(folders if len(folders) == cfg.MODEL.NUM_CLASSES else names)}
+
+
 def _names_of_folders(cfg: CfgNode) -> list[str]:
-    """Names of the class folders in label order; none if there are no such folders."""
+    """Names of the classes of the class folders in label order; none if there are no such folders."""
+    names = _class_folders(cfg)
+    if names and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        descriptions = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+        names = [descriptions.get(name, name) for name in names]
+    return names
+
+
+def _class_folders(cfg: CfgNode) -> list[str]:
     root, num_classes = cfg.DATA.PATH_TO_DATA_DIR, cfg.MODEL.NUM_CLASSES
     if not root:
         return []
     try:
         if not takes_clips(cfg):
-            names = class_folders(os.path.join(root, "val"))
-            if all(re.fullmatch(r"n\d{8}", name) for name in names):
-                descriptions = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
-                names = [descriptions.get(name, name) for name in names]
-            return names
+            return class_folders(os.path.join(root, "val"))
         separator = cfg.DATA.PATH_LABEL_SEPARATOR
         listing = read_csv(os.path.join(root, "val.csv"), separator=separator, num_classes=num_classes)
     except (OSError, UserError):

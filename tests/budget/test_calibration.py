@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import test_cvt
@@ -13,7 +14,6 @@ import torch
 import transformers_models
 import yaml
 from helpers import VIDEO_MODELS, clips, randomise, video_model
-from make_digits import make_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 import ats
@@ -21,7 +21,9 @@ from ats.budget import nearest
 from ats.budget.calibration import Network
 from ats.checkpoint import load_weights
 from ats.cli import calibrate as tool
-from ats.config import get_cfg, load_config
+from ats.cli import run_net
+from ats.cli.make_digits import make_digits
+from ats.config import find_shipped, get_cfg, load_config
 from ats.datasets.build import build_sample_loader
 from ats.errors import UserError
 from ats.flops import gflops
@@ -338,9 +340,29 @@ def test_command_writes_a_config_that_does_what_it_says(digits, tmp_path, capsys
     assert cfg.ATS.BLOCKS == [6, 8, 10]
     assert cfg.ATS.RULE == "paper"
     assert cfg.VIT.EMBED_DIM == 64  # of the _BASE_
+    assert str(digits) == cfg.DATA.PATH_TO_DATA_DIR
     assert [type(k) for k in cfg.ATS.NUM_TOKENS] == [float] * 6 + [int, float] * 3
     assert f"NUM_TOKENS: {lines['NUM_TOKENS']}" in printed
     assert "tools/calibrate.py --cfg configs/Digits/DeiT_ATS.yaml --speedup 1.6" in output.read_text()
+
+
+def test_a_config_that_was_found_runs_by_itself(digits, tmp_path, monkeypatch):
+    """From any folder: with the weights, the data and the keys of the network that the command line sets."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(digits)
+    shutil.copy(find_shipped("Digits/weights/deit_ats.safetensors"), "w.safetensors")
+    keys = ["TEST.CHECKPOINT_FILE_PATH", "w.safetensors", "DATA.PATH_TO_DATA_DIR", "data", "VIT.QKV_BIAS=True"]
+    keys += ["DATA.TEST_CROP_RATIO", "0.9", "DATA_LOADER.NUM_WORKERS", "0", "DEVICE", "cpu"]
+    command = ["--cfg", "Digits/DeiT_ATS.yaml", "--keep", "0.4", "--images", "16", "--output", "found/mine.yaml"]
+    assert tool.main([*command, *keys]) == 0
+    lines = yaml.safe_load((tmp_path / "found" / "mine.yaml").read_text())
+    assert lines["TEST"] == {"CHECKPOINT_FILE_PATH": str(tmp_path / "w.safetensors")}
+    assert lines["DATA"] == {"PATH_TO_DATA_DIR": str(tmp_path / "data"), "TEST_CROP_RATIO": 0.9}
+    assert lines["VIT"] == {"QKV_BIAS": True}
+    assert not {"DATA_LOADER", "DEVICE"} & set(lines)  # how a run is carried out, not what it computes
+    monkeypatch.chdir("/")
+    assert run_net.main(["--cfg", str(tmp_path / "found" / "mine.yaml"), "OUTPUT_DIR", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "result.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,10 @@ from ats.config import get_cfg, load_config
 from ats.datasets import build_dataset
 from ats.errors import UserError, printable
 from ats.models import build_model
-from ats.visualize.inputs import class_names, read_input
+from ats.visualize.compare import Guess, SampleView
+from ats.visualize.figures import sheet_cell
+from ats.visualize.grids import BlockView
+from ats.visualize.inputs import class_names, labels_of_folders, read_input
 
 TIMM = "[[img_size,32],[patch_size,8],[embed_dim,48],[depth,3],[num_heads,3]]"
 VIDEO = {
@@ -65,13 +68,18 @@ def video_words(tmp_path):
 
 
 def test_images(words, colours, tmp_path, capsys):
-    """A strip and a line for every image, given as a file or in a folder, also if two have the same name."""
+    """A strip and a line for every image, given as a file or in a folder, also if two have the same name; then a
+    contact sheet.
+    """
     one = colours / "val" / "red" / "0.png"
     assert main([str(one), *words, str(colours / "val" / "blue"), "-o", str(tmp_path / "look")]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    assert said.err == f"Weights: {tmp_path}/w.safetensors (safetensors)\n"
+    *lines, last = said.out.splitlines()
     assert len(lines) == 9
+    assert last == f"Contact sheet: {tmp_path}/look/contact_sheet.png"
     names = sorted(path.name for path in (tmp_path / "look").iterdir())
-    assert names == sorted([f"{i}.png" for i in range(8)] + ["0_2.png"])
+    assert names == sorted([f"{i}.png" for i in range(8)] + ["0_2.png", "contact_sheet.png"])
     assert lines[0].startswith(f"{one}: dense ")
     assert re.search(
         r"dense (blue|green|red|yellow) [\d.]+ %; with ATS (blue|green|red|yellow) [\d.]+ %; 0\.\d+ of ", lines[0]
@@ -80,6 +88,30 @@ def test_images(words, colours, tmp_path, capsys):
         pixels = np.asarray(strip.convert("RGB"))
     assert strip.size[0] > strip.size[1] > 300
     assert ((pixels[..., 0] > 150) & (pixels[..., 1] < 60)).sum() > 1000  # the red square
+
+
+def test_a_limit_takes_files_spread_evenly(words, tiny_config, colours, tmp_path, capsys):
+    """Folders of the data name the true classes; without data, folders named like a class."""
+    assert main([*words, str(colours / "val"), "--limit", "4", "-o", str(tmp_path / "look")]) == 0
+    *lines, _ = capsys.readouterr().out.splitlines()
+    files = [Path(line.partition(":")[0]) for line in lines]
+    assert [file.relative_to(colours / "val").parts[0] for file in files] == ["blue", "green", "red", "yellow"]
+    names = ["a", "b", "c", "d"]
+    assert labels_of_folders(load_config(tiny_config), names) == {"blue": 0, "green": 1, "red": 2, "yellow": 3}
+    cfg = load_config(tiny_config, ["DATA.PATH_TO_DATA_DIR", ""])
+    assert labels_of_folders(cfg, names) == {"a": 0, "b": 1, "c": 2, "d": 3}
+
+
+def test_cells_of_a_contact_sheet():
+    """The classes by their first name, the tokens behind the last block, and whether ATS is right."""
+    block = BlockView(3, torch.tensor(5), 16, torch.ones(1, 4, 4, dtype=torch.bool), torch.zeros(1, 4, 4))
+    view = SampleView(torch.zeros(3, 1, 8, 8), Guess(0, 0.9), Guess(1, 0.8), 1.0, 2.0, [block])
+    names = ["tench, Tinca tinca", "a name that is much too long"]
+    cell = sheet_cell(view, label=0, names=names)
+    assert cell.caption == "is tench\ndense tench\nATS a name that is much…\n5 tokens"
+    assert (cell.is_right, tuple(cell.pictures.shape)) == (False, (3, 8, 16))
+    assert sheet_cell(view, label=1, names=names).is_right
+    assert sheet_cell(view, label=None, names=names).is_right is None
 
 
 def test_bad_files_do_not_stop_the_others(words, colours, tmp_path, capsys):
@@ -91,7 +123,9 @@ def test_bad_files_do_not_stop_the_others(words, colours, tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out.count("\n") == 2
     assert sorted(path.name for path in (tmp_path / "look").iterdir()) == ["0.png", "1.png"]
-    assert said.err.startswith("error: 2 of 4 files cannot be read; the others are drawn.\n")
+    weights, _, error = said.err.partition("\n")
+    assert weights.startswith("Weights: ")
+    assert error.startswith("error: 2 of 4 files cannot be read; the others are drawn.\n")
     assert f"Cannot read the image {tmp_path}/bad.png" in said.err
     assert f"Cannot read the image {tmp_path}/empty.jpg" in said.err
 
@@ -106,7 +140,8 @@ def test_every_file_gets_a_picture_of_its_own(words, colours, tmp_path, capsys):
     assert main([*words, str(folder), "-o", str(folder)]) == 0
     assert all((folder / name).read_bytes() == content for name in names)
     written = [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert len({path.casefold() for path in written}) == len(names)
+    assert len({path.casefold() for path in written}) == len(names) + 1
+    assert written[-1] == str(folder / "contact_sheet.png")
     assert sorted(map(str, folder.glob("*.png"))) == sorted([*written, str(folder / "x.png"), str(folder / "x_3.png")])
 
 
@@ -142,7 +177,7 @@ def test_odd_names(words, colours, tmp_path, capsys):
     words += ["DATA.PATH_TO_DATA_DIR", str(tmp_path / "data"), "-o", str(tmp_path / "look")]
     assert main([*words, str(tmp_path / "data")]) == 1
     said = capsys.readouterr()
-    assert len(said.out.splitlines()) == len(list((tmp_path / "look").iterdir())) == 8
+    assert len(said.out.splitlines()) == len(list((tmp_path / "look").iterdir())) == 8 + 1  # and the contact sheet
     assert r"/\udcffé.png: dense " in said.out
     assert r"/clear\x1b[2J\x9b.png: dense " in said.out
     assert r"/two\nerror: lines.png: dense " in said.out
@@ -162,7 +197,7 @@ def test_clips(video_words, tmp_path, capsys):
     assert main([*video_words, str(tmp_path / "videos"), "-o", str(tmp_path / "look")]) == 0
     assert re.search(r"clip\.mp4: dense (falling|rising) ", capsys.readouterr().out)
     names = sorted(path.name for path in (tmp_path / "look").iterdir())
-    assert names == ["clip.gif", "clip.png", "clip_2.gif", "clip_2.png"]
+    assert names == ["clip.gif", "clip.png", "clip_2.gif", "clip_2.png", "contact_sheet.png"]
     with Image.open(tmp_path / "look" / "clip.gif") as animation:
         assert animation.n_frames == 4
 
@@ -260,7 +295,7 @@ def test_mistakes(extra, text, words, tmp_path, capsys):
     extra = [str(tmp_path / w) if re.search(r"\.(png|txt|mp4)$|^empty$", w) else w for w in extra]
     assert main([*words, *extra]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("error: ")
+    assert err.removeprefix(f"Weights: {tmp_path}/w.safetensors (safetensors)\n").startswith("error: ")
     assert text.format(tmp_path) in err
     assert "Traceback" not in err
 

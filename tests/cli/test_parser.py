@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import ats
 from ats.cli.benchmark import make_parser as make_benchmark_parser
 from ats.cli.parser import Parser, command, in_range, to_path
 from ats.cli.visualize import split_words
@@ -25,10 +26,10 @@ COMMANDS = {
     "ats.cli.calibrate": ["--gflops", "few"],
     "reproduce": [],
     "study": ["--slow"],
-    "make_digits": ["--size", "large"],
-    "make_moving_digits": ["--size", "large"],
-    "prepare_imagenet": ["--outputs", "x"],
-    "prepare_kinetics": ["--videos", "x", "--workers", "-1"],
+    "ats.cli.make_digits": ["--size", "large"],
+    "ats.cli.make_moving_digits": ["--size", "large"],
+    "ats.cli.prepare_imagenet": ["--outputs", "x"],
+    "ats.cli.prepare_kinetics": ["--videos", "x", "--workers", "-1"],
     "loading": ["--needed", "nan"],
 }
 # The arguments that are numbers, what goes before them, and a number beyond the largest that makes sense.
@@ -45,12 +46,12 @@ NUMBERS = {
     ("ats.cli.calibrate", "--keep"): 1.1,
     ("ats.cli.calibrate", "--gflops"): "1e400",
     ("ats.cli.calibrate", "--speedup"): "1e400",
-    ("prepare_kinetics", "--workers"): 1025,
-    ("prepare_kinetics", "--short-side"): 4097,
-    ("make_digits", "--seed"): 2**32,
-    ("make_digits", "--train-per-digit"): 10001,
-    ("make_digits", "--size"): 4097,
-    ("make_moving_digits", "--num-frames"): 10001,
+    ("ats.cli.prepare_kinetics", "--workers"): 1025,
+    ("ats.cli.prepare_kinetics", "--short-side"): 4097,
+    ("ats.cli.make_digits", "--seed"): 2**32,
+    ("ats.cli.make_digits", "--train-per-digit"): 10001,
+    ("ats.cli.make_digits", "--size"): 4097,
+    ("ats.cli.make_moving_digits", "--num-frames"): 10001,
     ("loading", "--needed"): "1e400",
     ("decoding", "--rounds"): 2**63,
 }
@@ -70,6 +71,14 @@ def test_wrong_options_get_one_line(name, capsys, monkeypatch):
     assert error.count("\n") == 1
     with pytest.raises(ValueError, match=error[len("error: ") : -1].split(":")[0]):
         main([*COMMANDS[name], "--debug"])
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "ats.cli.prepare_cifar10", "compare", "demo"])
+def test_every_command_says_its_version(name, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as end:
+        main_of(name, monkeypatch)(["--version"])
+    assert not end.value.code
+    assert capsys.readouterr().out == f"adaptive-token-sampling {ats.__version__}\n"
 
 
 @pytest.mark.parametrize(("name", "option"), NUMBERS)

@@ -7,10 +7,10 @@ import socket
 from pathlib import Path
 
 import decoding
-import prepare_kinetics
 import pytest
 from image_folders import make_cfg, make_tree
 
+from ats.cli import prepare_kinetics
 from ats.datasets import ImageNet, build_dataset
 from ats.datasets.decode import Video
 from ats.datasets.folders import class_folders, files_below

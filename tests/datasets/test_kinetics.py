@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -321,3 +323,22 @@ def test_bad_video_in_testing(damaged, num_workers):
     bad = [i for batch in batches for i, path in zip(batch.index.tolist(), batch.bad, strict=True) if path]
     assert bad == list(range(18, 24))
     assert all(batch.x[[not path for path in batch.bad]].isfinite().all() for batch in batches)
+
+
+def run_without_av(*arguments: object) -> subprocess.CompletedProcess:
+    """`run_net` in a process that cannot import `av`."""
+    code = "import sys; sys.modules['av'] = None; from ats.cli.run_net import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_only_videos_need_av(tiny_config, shared):
+    """Images are trained on and evaluated without it; a data set of videos says what to install, once."""
+    done = run_without_av("--cfg", tiny_config, "TRAIN.ENABLE", True, "SOLVER.MAX_EPOCH", 1, "SOLVER.WARMUP_EPOCHS", 0)
+    assert done.returncode == 0, done.stderr
+    assert "top-1 %" in done.stdout
+    videos = ["MODEL.NUM_CLASSES", 3, "TRAIN.DATASET", "kinetics", "DATA.PATH_TO_DATA_DIR", shared]
+    done = run_without_av("--cfg", tiny_config, "TRAIN.ENABLE", True, *videos)
+    assert done.returncode == 1
+    assert done.stderr == "error: Videos need av, which is not installed: pip install av\n"

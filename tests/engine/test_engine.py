@@ -18,7 +18,7 @@ from torch import nn
 
 from ats.checkpoint import load_checkpoint, save_safetensors
 from ats.cli.run_net import run
-from ats.config import CfgNode, get_cfg, load_config
+from ats.config import SHIPPED, CfgNode, get_cfg, load_config
 from ats.datasets import Sample, build_loader, input_shape
 from ats.engine import checkpointing, evaluate, train
 from ats.engine.device import data_parallel, seed_everything, select_device
@@ -301,6 +301,7 @@ def test_damaged_checkpoint_is_named_and_skipped(make_cfg, caplog):
     assert len(warnings) == 1
     assert str(second) in warnings[0]
     assert f"Resumed from {first}" in caplog.text
+    assert re.search(f"weights +resumed from {first}", caplog.text)
     assert_same(load_checkpoint(second)["model_state"], final)
 
 
@@ -513,7 +514,28 @@ def test_result_file(make_cfg, tmp_path, capsys):
     assert result["params_m"] == pytest.approx(0.04506)
     table = capsys.readouterr().out
     assert f"{result['top1']:.2f}" in table
+    assert "images/s is no benchmark" in table
     assert table.strip() in (Path(cfg.OUTPUT_DIR) / "log.txt").read_text()
+
+
+def test_weights_are_described_by_path_and_kind(make_cfg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("w.pth").touch()
+    cfg = make_cfg()
+    assert evaluate.describe_weights(cfg, "w.pth") == f"{tmp_path}/w.pth (PyTorch checkpoint)"
+    shipped = "configs/Digits/weights/deit_ats.safetensors"
+    said = f"{SHIPPED.parent / shipped} (safetensors, shipped with this package)"
+    assert evaluate.describe_weights(cfg, shipped) == said
+    assert evaluate.describe_weights(cfg, "") == f"random, RNG_SEED {cfg.RNG_SEED}"
+    cfg = make_cfg("MODEL.NAME", "timm/vit_tiny_patch16_224", "TIMM.PRETRAINED", "True")
+    assert evaluate.describe_weights(cfg, "") == "timm's for vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(("num_workers", "said"), [(0, "1 with 0 data workers each"), (1, "1 with 1 data worker each")])
+def test_the_plan_counts_workers(make_cfg, caplog, num_workers, said):
+    caplog.set_level("INFO", logger="ats")
+    train.train(make_cfg("SOLVER.MAX_EPOCH", "1", "DATA_LOADER.NUM_WORKERS", str(num_workers), "TEST.ENABLE", "False"))
+    assert re.search(f"process +{said}", caplog.text)
 
 
 def test_config_hash_covers_what_changes_results(make_cfg):

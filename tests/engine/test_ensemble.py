@@ -152,15 +152,18 @@ def test_result_file_of_videos(config, tmp_path, capsys):
     table = capsys.readouterr().out
     assert "2 x 6" in table
     assert "clips/s" in table
+    assert "clips/s is no benchmark: tools/benchmark.py times the network beside the dense one." in table
 
 
-def test_training_on_clips(config, tmp_path):
+def test_training_on_clips(config, tmp_path, caplog):
     """The training loop takes clips like images, with mixup."""
     for split in ("train", "val"):
         (tmp_path / "data" / f"{split}.csv").write_text((tmp_path / "data" / "test.csv").read_text())
     settings = ["TRAIN.DATASET", "kinetics", "TRAIN.BATCH_SIZE", "4", "SOLVER.MAX_EPOCH", "2", "MIXUP.ENABLE", "True"]
     settings += ["DATA.TRAIN_CROP_SIZE", "16", "DATA.TRAIN_JITTER_SCALES", "[16, 20]", "AUG.RE_PROB", "0"]
+    caplog.set_level("INFO", logger="ats")
     train(config("TRAIN.ENABLE", "True", *settings))
+    assert " clips/s, " in caplog.text
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [line["event"] for line in log] == ["train", "val"] * 2
     assert log[-1]["top1"] == 100.0

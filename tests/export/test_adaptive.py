@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import make_digits
 import numpy as np
 import onnx
 import pytest
@@ -21,6 +20,7 @@ from test_export import NETWORKS, SMALL, settings, trained
 import ats
 from ats.benchmark.synthetic_counts import synthetic_counts
 from ats.cli import export as tool
+from ats.cli import make_digits
 from ats.config import SHIPPED, load_config
 from ats.datasets import build_dataset
 from ats.datasets.transforms import eval_transform

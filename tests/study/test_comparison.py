@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from make_digits import make_digits
 
+from ats.cli.make_digits import make_digits
 from ats.errors import UserError
 from ats.flops import gflops
 from ats.study.compare import HOLDS, NOISE

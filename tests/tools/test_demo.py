@@ -8,7 +8,8 @@ from pathlib import Path
 import demo
 import pytest
 from helpers import demo_table
-from make_digits import make_digits
+
+from ats.cli.make_digits import make_digits
 
 pytestmark = pytest.mark.long
 

@@ -6,13 +6,13 @@ import json
 
 import demo
 import demo_video
-import make_moving_digits
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ats.checkpoint import save_safetensors
+from ats.cli import make_moving_digits
 from ats.config import load_config
 from ats.datasets import Sample
 from ats.models import build_model

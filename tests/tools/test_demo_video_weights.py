@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import demo
 import demo_video
-import make_moving_digits
 import pytest
 from helpers import demo_table
 
+from ats.cli import make_moving_digits
 from ats.datasets import build_loader
 
 pytestmark = pytest.mark.long

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import generated_folder
-import make_digits as tool
 import numpy as np
 import pytest
 from PIL import Image
 
+from ats.cli import generated_folder
+from ats.cli import make_digits as tool
 from ats.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_digits.py"
@@ -235,5 +235,7 @@ def test_command_line(digits_dir, tmp_path):
         == f"error: {TOOL} is a file; --output needs a folder that does not exist yet, or an older "
         + ("Digits folder.\n")
     )
+    done = run("--output", tmp_path / "new")  # a redirected log gets no bar
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}/new: made\n", "")
     with pytest.raises(UserError):  # which Python prints with its traceback
         tool.main([*settings, "--output", str(TOOL), "--debug"])

@@ -6,12 +6,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import make_moving_digits as tool
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ats.cli import make_moving_digits as tool
 from ats.config import load_config
 from ats.datasets import build_dataset
 from ats.datasets.decode import Video

@@ -8,13 +8,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import prepare_cifar10
 import pytest
 import torchvision.datasets.cifar
 from image_folders import make_cfg
 from PIL import Image
-from prepare_cifar10 import CLASSES
 
+from ats.cli import prepare_cifar10
+from ats.cli.prepare_cifar10 import CLASSES
 from ats.datasets import build_loader
 
 

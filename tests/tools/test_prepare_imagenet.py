@@ -8,11 +8,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import prepare_imagenet
 import pytest
 from image_folders import add, jpeg, make_archives, make_cfg
 from scipy.io import savemat
 
+from ats.cli import prepare_imagenet
 from ats.datasets import build_loader
 
 

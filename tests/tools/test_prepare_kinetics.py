@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import av
-import prepare_kinetics
 import pytest
 from clips import encode, noise, numbered_frame, read_numbers
 
+from ats.cli import prepare_kinetics
 from ats.config import load_config
 from ats.datasets import build_dataset
 

@@ -194,6 +194,8 @@ def test_page_loads_alone_and_without_complaint(visit, report):
     wrong = [card for card in cards if not card["right"]]
     assert page.locator(".wrong").all_inner_texts() == [f"is {card['label']}" for card in wrong]
     assert page.get_by_text(f"predicted {wrong[0]['ats'][0]}", exact=True).count()
+    texts = page.locator(".cards > li").all_inner_texts()
+    assert all(f"dense: {card['dense'][0]}\n" in text for card, text in zip(cards, texts, strict=True))
     assert "in 10 parts of 3 or 4." in page.locator("#deciles-note").inner_text()
 
 

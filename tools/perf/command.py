@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from tabulate import tabulate
 
-from ats.cli.parser import Parser, in_range, split_overrides
+from ats.cli.parser import Parser, command_parser, in_range, split_overrides
 from ats.config import load_config
 from ats.errors import exit_status
 from ats.options import COUNT
@@ -17,14 +16,13 @@ from ats.options import COUNT
 
 def make_parser(about: str, *, source: str = "") -> Parser:
     """--cfg, --rounds and --debug; `source` names an optional first argument, "" there is none."""
-    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = command_parser(about)
     if source:
         parser.add_argument(
             "source", nargs="?", type=os.path.expanduser, default="", metavar=source, help="default: generated files"
         )
     parser.add_argument("--cfg", metavar="FILE", help="config; KEY VALUE pairs override its keys")
     parser.option("--rounds", "timed rounds (default: 15)", type=in_range(int, COUNT), default=15, metavar="N")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

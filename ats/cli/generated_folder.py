@@ -10,19 +10,18 @@ complete.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ats.errors import UserError, exit_status
+from ats.cli.parser import Parser, command
+from ats.errors import UserError
 from ats.files import naming
 
 SUMS = "SHA256SUMS"
@@ -172,15 +171,13 @@ def _call(item: int) -> list:
     return _function(item)
 
 
-def run_tool(parser: argparse.ArgumentParser, make: Callable[..., bool], argv: list[str] | None) -> int:
+def run_tool(parser: Parser, make: Callable[..., bool], argv: list[str] | None) -> int:
     """Call `make(output, ...)` with the options of `parser` as keywords, print the outcome, return the exit status."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    argv = sys.argv[1:] if argv is None else argv
 
-    def run() -> None:
+    def run(argv: list[str]) -> None:
         options = vars(parser.parse_args(argv))
         output = options.pop("output")
         del options["debug"]
         print(f"{output}: {'made' if make(output, **options) else 'up to date'}")
 
-    return exit_status(run, debug="--debug" in argv)
+    return command(run)(argv)
