@@ -223,7 +223,9 @@ SECTIONS: tuple[Section, ...] = (
     )),
     Section("ATS", "Adaptive token sampling: where, how many tokens, by which method.", (
         Key("ATS.ENABLE", False, "Sample tokens. False gives the dense network."),
-        Key("ATS.BLOCKS", [3, 4, 5, 6, 7, 8, 9, 10, 11], "Blocks that sample, counted from 0.", FROM_0),
+        Key("ATS.BLOCKS", None, range=FROM_0, types=(list, NONE), items=(int,),
+            help="Blocks that sample, counted from 0. None: the last three quarters, without those that cannot; the "
+            "paper's 3 to 11 of 12."),
         Key("ATS.STAGES", [], items=(dict,),
             help="Groups of blocks, each with its own way to lose tokens, e.g. "
             "[{SAMPLER: tome, BLOCKS: [0,1,2,3,4,5], R: 20}, {BLOCKS: [6,7,8,9,10,11], NUM_TOKENS: 257}]. What a "

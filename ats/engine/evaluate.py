@@ -37,6 +37,7 @@ from ats.errors import UserError
 from ats.files import write
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
+from ats.models.block import ats_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +237,8 @@ def model_name(cfg: CfgNode) -> str:
 
 def describe_model(cfg: CfgNode, model: nn.Module) -> str:
     """Name, ATS blocks, size and dense cost of a model, for the head of the log."""
-    name = model_name(cfg) + (f" in blocks {', '.join(map(str, cfg.ATS.BLOCKS))}" if cfg.ATS.ENABLE else "")
+    blocks = ", ".join(str(block.reduction.block) for block in ats_blocks(model))
+    name = model_name(cfg) + (f" in blocks {blocks}" if blocks else "")
     cost = dense_gflops(model, (1, *input_shape(cfg)))
     return f"{name}: {_params_m(model):.2f} M parameters, {cost:.4g} GFLOPs dense"
 

@@ -125,7 +125,7 @@ def test_help_lists_sections_and_keys_and_is_quick(tmp_path):
         assert f"\n{key.name}  (" in everything
         assert key.help in " ".join(everything.split())
     some = said("--help", "ATS", "SOLVER")
-    assert "ATS.BLOCKS  (list from 0, " in some
+    assert "ATS.BLOCKS  (list | None from 0, default None)" in some
     assert "SOLVER.BASE_LR  (float from 0, " in some
     assert "VIT.DEPTH  (" not in some
     assert "error: --help SOLVR: there is no such section or key. Did you mean SOLVER" in said(
