@@ -90,7 +90,8 @@ def describe(names: list[str]) -> str:
 SECTIONS: tuple[Section, ...] = (
     Section("MODEL", "Which network is built, its classes and dropout.", (
         Key("MODEL.NAME", "ViT", "Architecture: a name in ats.models.MODELS, or timm/<name>, see docs/PLUGIN.md."),
-        Key("MODEL.NUM_CLASSES", 1000, "Classes of the head: class folders, or above the highest csv label.", COUNT),
+        Key("MODEL.NUM_CLASSES", 1000, range=COUNT, types=(int, NONE),
+            help="Classes of the head: class folders, or above the highest csv label. None: as many as the data have."),
         Key("MODEL.ACT_CHECKPOINT", False,
             "Activation checkpointing: training keeps blocks' inputs only and runs them again in the backward pass. "
             "Less memory, about a third more time, the same losses and gradients."),

@@ -163,7 +163,7 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
         UserError: there are no weights; weights or data do not fit the model or cannot be read.
     """
     given = cfg.TEST.CHECKPOINT_FILE_PATH
-    if weights and given:
+    if weights and given and Path(weights).absolute() != Path(given).absolute():
         logger.info("TEST.CHECKPOINT_FILE_PATH %s is for runs that do not train; evaluating %s.", given, weights)
     weights = str(weights or given)
     check_weights(cfg, weights, hint=", or TRAIN.ENABLE True to train first")

@@ -106,6 +106,8 @@ def test_a_run_that_trains_evaluates_what_it_trained(run_net, tiny_config, tmp_p
     said = capsys.readouterr().err
     trained = tmp_path / "out" / "model.safetensors"
     assert f"TEST.CHECKPOINT_FILE_PATH {start} is for runs that do not train; evaluating {trained}." in said
+    assert run_net.main([*command, "TEST.CHECKPOINT_FILE_PATH", str(trained)]) == 0
+    assert "for runs that do not train" not in capsys.readouterr().err
 
 
 @pytest.mark.long
