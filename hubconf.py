@@ -10,7 +10,7 @@ With the repository on GitHub, `torch.hub.list` and `torch.hub.help` show them. 
 * `pretrained`: download the released dense weights, if they can be downloaded (DeiT). Default: False.
 * `checkpoint`: load this file of weights instead; the original releases load as they are.
 * `dense`: build the network without ATS.
-* `blocks`, `num_tokens`: ATS.BLOCKS and ATS.NUM_TOKENS. Default: the config's.
+* `blocks`, `num_tokens`: ATS.BLOCKS and ATS.NUM_TOKENS. Default: the config's; `timm_model`: as `ats.patch`.
 * `overrides`: any other config keys, [KEY, VALUE, ...].
 
 They return a network on the CPU in evaluation mode, with random weights unless they are given some.
@@ -72,7 +72,7 @@ def config(
 def timm_model(
     name: str,
     *,
-    blocks: _Iterable[int],
+    blocks: _Iterable[int] | None = None,
     num_tokens: float | list = 1.0,
     pretrained: bool = False,
     checkpoint: str = "",

@@ -88,7 +88,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
         raise UserError("--refine keeps the GFLOPs, not the time: leave it out with --latency-ms or --time-speedup.")
     cfg = load_config(args.cfg, args.overrides)
     if not cfg.ATS.ENABLE:
-        raise UserError(f'{args.cfg} has ATS.ENABLE False. Add ATS.ENABLE True ATS.BLOCKS "[3, 4, ...]".')
+        raise UserError(f"{args.cfg} has ATS.ENABLE False. Add ATS.ENABLE True.")
     return args, cfg
 
 

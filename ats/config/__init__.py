@@ -30,7 +30,8 @@ __all__ = ["CfgNode", "find_shipped", "get_cfg", "load_config", "load_yaml"]
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> CfgNode:
     """Defaults, then the YAML file (`find_shipped`), then the overrides `[KEY, VALUE, ...]`; returned frozen. A network
-    of timm gets images as its weights want them, where neither says otherwise (`preprocessing.py`).
+    of timm gets images as its weights want them, where neither says otherwise (`preprocessing.py`). MODEL.NUM_CLASSES
+    None becomes the number of classes in DATA.PATH_TO_DATA_DIR, if that is there.
 
     Raises a UserError if the file is missing or not YAML, a key is unknown, or a value wrong.
     """
@@ -42,6 +43,12 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         )
     cfg.merge_from_list(list(overrides or []))
     adopt_preprocessing(cfg)
+    if cfg.MODEL.NUM_CLASSES is None:
+        from ats.datasets.build import count_classes  # imports PyTorch
+
+        cfg.MODEL.NUM_CLASSES = count_classes(cfg)
+        if cfg.MODEL.NUM_CLASSES is not None:
+            logger.info("MODEL.NUM_CLASSES %d, as in %s", cfg.MODEL.NUM_CLASSES, cfg.DATA.PATH_TO_DATA_DIR)
     cfg.freeze()
     return cfg
 

@@ -28,7 +28,7 @@ class Key:
     types: tuple[type, ...] = ()  # the types it takes, by default the type of `default`
     choices: tuple[object, ...] = ()  # the values it takes, if they are few
     lengths: tuple[int, ...] = ()  # the lengths a list may have, by default any; 0 where an empty list means something
-    items: tuple[type, ...] = ()  # what a list holds, where it holds neither numbers nor what `default` shows
+    items: tuple[type, ...] = ()  # what a list holds, where `default` does not show it
     has_block_rows: bool = False  # a list [[block, number, ...], ...]; `range` is for the numbers after the block
     networks: tuple[str, ...] = ()  # the values of MODEL.NAME that read it, by default those of its section
     samplers: tuple[str, ...] = ()  # the values of ATS.SAMPLER that read it; empty: it does not depend on ATS.SAMPLER
@@ -41,7 +41,7 @@ class Key:
         if not self.types:
             object.__setattr__(self, "types", (type(self.default),))
         values = self.default if isinstance(self.default, list) else [self.default]
-        is_text = self.choices or self.items or any(isinstance(value, (bool, str)) for value in values)
+        is_text = self.choices or {*self.items} - {int} or any(isinstance(value, (bool, str)) for value in values)
         assert bool(self.range) != bool(is_text), f"{self.name}: numbers, and only numbers, have a range"
         assert self.range or not (self.lengths or self.has_block_rows), f"{self.name}: only for lists of numbers"
         assert self.convert(self.default) == self.default, f"{self.name}: its default"

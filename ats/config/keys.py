@@ -90,7 +90,8 @@ def describe(names: list[str]) -> str:
 SECTIONS: tuple[Section, ...] = (
     Section("MODEL", "Which network is built, its classes and dropout.", (
         Key("MODEL.NAME", "ViT", "Architecture: a name in ats.models.MODELS, or timm/<name>, see docs/PLUGIN.md."),
-        Key("MODEL.NUM_CLASSES", 1000, "Classes of the head: class folders, or above the highest csv label.", COUNT),
+        Key("MODEL.NUM_CLASSES", 1000, range=COUNT, types=(int, NONE),
+            help="Classes of the head: class folders, or above the highest csv label. None: as many as the data have."),
         Key("MODEL.ACT_CHECKPOINT", False,
             "Activation checkpointing: training keeps blocks' inputs only and runs them again in the backward pass. "
             "Less memory, about a third more time, the same losses and gradients."),
@@ -223,7 +224,9 @@ SECTIONS: tuple[Section, ...] = (
     )),
     Section("ATS", "Adaptive token sampling: where, how many tokens, by which method.", (
         Key("ATS.ENABLE", False, "Sample tokens. False gives the dense network."),
-        Key("ATS.BLOCKS", [3, 4, 5, 6, 7, 8, 9, 10, 11], "Blocks that sample, counted from 0.", FROM_0),
+        Key("ATS.BLOCKS", None, range=FROM_0, types=(list, NONE), items=(int,),
+            help="Blocks that sample, counted from 0. None: the last three quarters, without those that cannot; the "
+            "paper's 3 to 11 of 12."),
         Key("ATS.STAGES", [], items=(dict,),
             help="Groups of blocks, each with its own way to lose tokens, e.g. "
             "[{SAMPLER: tome, BLOCKS: [0,1,2,3,4,5], R: 20}, {BLOCKS: [6,7,8,9,10,11], NUM_TOKENS: 257}]. What a "

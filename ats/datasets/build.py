@@ -17,12 +17,13 @@ from ats.datasets.base import Split
 from ats.datasets.decode import ClipSampling
 from ats.datasets.folders import advise_nfc, class_folders
 from ats.datasets.imagenet import ImageNet
-from ats.datasets.kinetics import Kinetics, read_csv
+from ats.datasets.kinetics import Kinetics, Listing, read_csv
 from ats.datasets.loader import EvalBatchSampler, Loader, TrainBatchSampler, num_cores
 from ats.errors import UserError, counted, printable, suggest
 
 logger = logging.getLogger(__name__)
 
+MAX_COUNTED = 2**20  # classes that `count_classes` takes for real: one wrong label must not make a head of gigabytes
 DATASETS: dict[str, Callable[[CfgNode, Split], Dataset]] = {}  # TRAIN.DATASET, in lower case -> builder
 
 
@@ -148,18 +149,10 @@ def build_kinetics(cfg: CfgNode, split: Split) -> Kinetics:
     Raises:
         UserError: the csv file is missing or wrong, or settings contradict each other.
     """
-    data = cfg.DATA
-    if not data.PATH_TO_DATA_DIR:
+    if not cfg.DATA.PATH_TO_DATA_DIR:
         raise UserError("DATA.PATH_TO_DATA_DIR is not set: type DATA.PATH_TO_DATA_DIR FOLDER, the one with test.csv.")
-    listing = read_csv(
-        os.path.join(data.PATH_TO_DATA_DIR, f"{split}.csv"),
-        separator=data.PATH_LABEL_SEPARATOR,
-        num_classes=cfg.MODEL.NUM_CLASSES,
-        prefix=data.PATH_PREFIX,
-        allow_outside=data.ALLOW_PATHS_OUTSIDE_PREFIX,
-    )
     return Kinetics(
-        listing,
+        _read_csv(cfg, split, num_classes=cfg.MODEL.NUM_CLASSES),
         split=split,
         sampling=clip_sampling(cfg),
         transforms=build_clip_transforms(cfg, split),
@@ -167,6 +160,28 @@ def build_kinetics(cfg: CfgNode, split: Split) -> Kinetics:
         on_bad={"train": "replace", "val": "raise", "test": cfg.TEST.ON_BAD_VIDEO}[split],
         seed=cfg.RNG_SEED,
     )
+
+
+def _read_csv(cfg: CfgNode, split: str, *, num_classes: int) -> Listing:
+    data, path = cfg.DATA, os.path.join(cfg.DATA.PATH_TO_DATA_DIR, f"{split}.csv")
+    how = {"prefix": data.PATH_PREFIX, "allow_outside": data.ALLOW_PATHS_OUTSIDE_PREFIX}
+    return read_csv(path, separator=data.PATH_LABEL_SEPARATOR, num_classes=num_classes, **how)
+
+
+def count_classes(cfg: CfgNode) -> int | None:
+    """What MODEL.NUM_CLASSES None stands for: the class folders in train/, or without it in val/; the labels up to the
+    highest in any csv file. None: such data are not there.
+    """
+    root, name = cfg.DATA.PATH_TO_DATA_DIR, cfg.TRAIN.DATASET if cfg.TRAIN.ENABLE else cfg.TEST.DATASET
+    if name.lower() == "imagenet" and root:
+        folders = [os.path.join(root, split) for split in ("train", "val")]
+        return next((len(class_folders(folder)) for folder in folders if os.path.isdir(folder)), None) or None
+    if name.lower() == "kinetics" and root:
+        splits = [split for split in get_args(Split) if os.path.isfile(os.path.join(root, f"{split}.csv"))]
+        return max(
+            (int(_read_csv(cfg, split, num_classes=MAX_COUNTED).labels.max()) + 1 for split in splits), default=None
+        )
+    return None
 
 
 def build_dataset(cfg: CfgNode, split: Split) -> Dataset:

@@ -133,7 +133,11 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
     if not root:
         raise UserError(f"DATA.PATH_TO_DATA_DIR is not set. {expected}")
     if not os.path.isdir(folder):
-        raise NoSuchSplit(f"The data folder {folder} does not exist. {expected}")
+        found = class_folders(root) if os.path.isdir(root) else []
+        names = ", ".join(map(printable, found[:3])) + ", ..." * (len(found) > 3)
+        hint = f"\n{root} has the folders {names}. If these are the classes, move them into train/ and val/."
+        is_flat = found and not {"train", "val"} & {*found}
+        raise NoSuchSplit(f"The data folder {folder} does not exist. {expected}{hint * bool(is_flat)}")
     classes = class_folders(folder)
     if not classes:
         raise UserError(f"The data folder {folder} has no class folders in it. {expected}")

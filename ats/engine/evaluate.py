@@ -40,6 +40,7 @@ from ats.errors import UserError, counted, printable, rounded
 from ats.files import write
 from ats.flops import dense_gflops, gflops
 from ats.models import build_model
+from ats.models.block import ats_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
         UserError: there are no weights; weights or data do not fit the model or cannot be read.
     """
     given = cfg.TEST.CHECKPOINT_FILE_PATH
-    if weights and given:
+    if weights and given and Path(weights).absolute() != Path(given).absolute():
         logger.info("TEST.CHECKPOINT_FILE_PATH %s is for runs that do not train; evaluating %s.", given, weights)
     weights = str(weights or given)
     check_weights(cfg, weights, hint=", or TRAIN.ENABLE True to train first")
@@ -258,7 +259,8 @@ def model_name(cfg: CfgNode) -> str:
 
 def describe_model(cfg: CfgNode, model: nn.Module) -> str:
     """Name, ATS blocks, size and dense cost of a model, for the head of the log."""
-    name = model_name(cfg) + (f" in blocks {', '.join(map(str, cfg.ATS.BLOCKS))}" if cfg.ATS.ENABLE else "")
+    blocks = ", ".join(str(block.reduction.block) for block in ats_blocks(model))
+    name = model_name(cfg) + (f" in blocks {blocks}" if blocks else "")
     cost = dense_gflops(model, (1, *input_shape(cfg)))
     return f"{name}: {_params_m(model):.2f} M parameters, {rounded(cost)} GFLOPs dense"
 

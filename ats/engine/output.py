@@ -25,6 +25,7 @@ from ats.config.keys import keys
 from ats.config.schema import flatten
 from ats.errors import UserError, printable_lines
 from ats.files import warn_once
+from ats.reduction.plan import default_blocks
 
 ROOT = logging.getLogger("ats")
 
@@ -165,7 +166,12 @@ def settings(cfg: CfgNode) -> dict[str, object]:
     machine = {name for name, key in keys().items() if key.machine}
     # ATS.STAGES came later than the first results: where it is not used, their hashes hold.
     later = set() if cfg.ATS.STAGES else {"ATS.STAGES"}
-    return {name: value for name, value in flatten(cfg) if name not in machine | later}
+    values = {name: value for name, value in flatten(cfg) if name not in machine | later}
+    # The default of ATS.BLOCKS was a list, until it followed the depth: where the blocks are the same, hashes hold too.
+    is_12_deep = cfg.MODEL.NAME in ("ViT", "XViT", "TimeSformer") and cfg.VIT.DEPTH == 12
+    if cfg.ATS.BLOCKS is None and (is_12_deep or not cfg.ATS.ENABLE):
+        values["ATS.BLOCKS"] = default_blocks(12)
+    return values
 
 
 def config_sha256(cfg: CfgNode) -> str:

@@ -87,7 +87,7 @@ def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Pat
     weights = output_dir / "model.safetensors"
     if is_main():
         settings = {name: value for name, value in changed(cfg).items() if name.startswith("ATS.")}
-        metadata = {"ats": json.dumps(settings | {"ATS.BLOCKS": cfg.ATS.BLOCKS})} if cfg.ATS.ENABLE else {}
+        metadata = {"ats": json.dumps(settings)} if cfg.ATS.ENABLE else {}
         save_safetensors(weights, trainer.state.eval_model.state_dict(), metadata)
     wait_for_all()
     logger.info("Trained weights%s: %s", "" if trainer.state.ema is None else " (EMA)", weights)

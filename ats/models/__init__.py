@@ -40,6 +40,12 @@ def build_model(cfg: CfgNode) -> nn.Module:
     build = MODELS.get("timm/<name>" if name.startswith("timm/") else name)
     if build is None:
         raise UserError(f"MODEL.NAME {name}: choose from {', '.join(MODELS)}.{suggest(name, MODELS)}")
+    if cfg.MODEL.NUM_CLASSES is None:
+        raise UserError(
+            "MODEL.NUM_CLASSES is None and there are no classes to count in DATA.PATH_TO_DATA_DIR "
+            f"({cfg.DATA.PATH_TO_DATA_DIR or 'not set'}): it needs train/<class>/*.jpg, or train.csv for videos. "
+            "Give the right folder, or MODEL.NUM_CLASSES N."
+        )
     if isinstance(build, str):
         module, function = build.split(":")
         build = getattr(import_module(module), function)

@@ -9,7 +9,7 @@ Shapes: B samples (images or clips), S sequences (images, clips, or the frames o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import ClassVar
@@ -25,7 +25,7 @@ from ats.models.block import ATSBlock, run_blocks
 from ats.models.cost import BlockGrid, size, vit_block_multiply_adds
 from ats.reduction import REDUCTIONS, Reduction
 from ats.reduction.base import options_of
-from ats.reduction.plan import NEUTRAL, config_key, plan_reductions, refuse_unread
+from ats.reduction.plan import NEUTRAL, config_key, default_blocks, plan_reductions, refuse_unread
 from ats.restore import Places
 from ats.tokens import BlockRecord, KeptTokens, RaggedTokens, Trace
 
@@ -199,13 +199,19 @@ class Backbone(HasBlocks, nn.Module):
 
 
 def reductions_from_cfg(
-    cfg: CfgNode, *, depth: int, num_prefix_tokens: int, has_cls: bool | None = None
+    cfg: CfgNode,
+    *,
+    depth: int,
+    num_prefix_tokens: int,
+    has_cls: bool | None = None,
+    can_sample: Container[int] | None = None,
 ) -> dict[int, Reduction]:
-    """The reductions that the ATS keys describe for a network of `depth` blocks; none with ATS.ENABLE False. See
-    `plan_reductions` for the other arguments.
+    """The reductions that the ATS keys describe for a network of `depth` blocks; none with ATS.ENABLE False.
+    `can_sample`: the blocks to which ATS.BLOCKS None is limited; None: all. The others are those of `plan_reductions`.
     """
     if not cfg.ATS.ENABLE:
         return {}
+    default = default_blocks(depth, can_sample) if cfg.ATS.BLOCKS is None else cfg.ATS.BLOCKS
     stages, namings = [], []
     for index, stage in enumerate(cfg.ATS.STAGES or [{}]):
         given = {str(name).lower(): value for name, value in stage.items()}
@@ -216,11 +222,11 @@ def reductions_from_cfg(
         for option in options_of(REDUCTIONS[sampler]) if isinstance(sampler, str) and sampler in REDUCTIONS else ():
             section, key = option.key.split(".")
             options[option.name] = cfg.get(section, {}).get(key, option.default)  # cfg may predate the reduction
-        stages.append({"sampler": sampler, "blocks": cfg.ATS.BLOCKS} | options | given)
+        stages.append({"sampler": sampler, "blocks": default} | options | given)
         namings.append(partial(_stage_key, index=index, given=given, sampler=sampler))
     given = {name: cfg.ATS.get(name.upper(), neutral) for name, neutral in NEUTRAL.items()}
     refuse_unread(given, [stage["sampler"] for stage in stages], config_key)
-    if any(stage["blocks"] is cfg.ATS.BLOCKS for stage in stages) and not cfg.ATS.BLOCKS:
+    if any(stage["blocks"] is default for stage in stages) and not default:
         raise UserError(
             "ATS.BLOCKS is empty: give blocks, e.g. ATS.BLOCKS [3,4,5], or ATS.ENABLE False for the dense network."
         )

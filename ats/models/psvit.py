@@ -339,6 +339,8 @@ def psvit_from_cfg(cfg: CfgNode) -> PSViT:
         img_size=cfg.DATA.TRAIN_CROP_SIZE,
         num_classes=cfg.MODEL.NUM_CLASSES,
         head_drop_rate=cfg.MODEL.DROPOUT_RATE,
-        reductions=reductions_from_cfg(cfg, depth=psvit.DEPTH, num_prefix_tokens=1),
+        reductions=reductions_from_cfg(
+            cfg, depth=psvit.DEPTH, num_prefix_tokens=1, can_sample=range(psvit.NUM_ITERS, psvit.DEPTH)
+        ),
         **settings(psvit),
     )

@@ -1,7 +1,7 @@
 """ATS in your own model of timm or Hugging Face transformers, with one line:
 
     model = timm.create_model("deit3_small_patch16_224", pretrained=True)
-    ats.patch(model, blocks=range(3, 12), num_tokens=197)
+    ats.patch(model, num_tokens=197)
     model.ats.num_tokens = 0.7      # change it at any time
     model.ats.trace = True          # then model.ats.last has what the last batch kept
     ats.unpatch(model)              # undo
@@ -29,7 +29,7 @@ from ats.plugin.handle import Patched, make_original, original_class
 from ats.plugin.timm import model as timm_models
 from ats.reduction import REDUCTIONS, Reduction
 from ats.reduction.base import options_of
-from ats.reduction.plan import plan_reductions, refuse_unread, value_of_each_block
+from ats.reduction.plan import default_blocks, plan_reductions, refuse_unread, value_of_each_block
 from ats.restore import check_restore
 
 SETTINGS_FILE = "ats.json"
@@ -48,7 +48,7 @@ def patch(
     handle `model.ats` (`handle.Handle`).
 
     Args:
-        blocks, sampler: as the config keys ATS.BLOCKS, ATS.SAMPLER.
+        blocks, sampler: as the config keys ATS.BLOCKS (None: the last three quarters) and ATS.SAMPLER.
         stages: instead, several groups of blocks, each with its own reduction, as ATS.STAGES:
             `[{"sampler": "tome", "blocks": range(6), "r": 20}, {"blocks": range(6, 12), "num_tokens": 257}]`.
         restore: what features hold for patches that are gone, zero, last or nearest: see `ats/restore.py`.
@@ -207,6 +207,10 @@ def _apply(model: nn.Module, settings: dict) -> None:
     if isinstance(model, Patched) and "sampler" in settings:  # another one: its defaults for what nobody has set
         old, new = _defaults(model.ats_state.settings["sampler"]), _defaults(settings["sampler"])
         settings |= {name: new[name] for name in new if old[name] != new[name] and settings[name] == old[name]}
+    stages = settings.get("stages", [settings])
+    for stage in stages if isinstance(stages, list) else ():
+        if isinstance(stage, dict) and stage.get("blocks") is None:
+            stage["blocks"] = default_blocks(library_of(model).network(model)["depth"])
     planned = _plan(model, settings)
     _refuse(model)  # blocks may be others than those that `patch` has seen
     library_of(model).attach(model, planned)

@@ -7,7 +7,7 @@ have in `ats.patch`; a `Naming` turns these into what the user typed, for messag
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 
 from ats.errors import UserError, suggest
@@ -23,6 +23,12 @@ def config_key(setting: str, sampler: str = "") -> str:
     kinds = [REDUCTIONS[sampler], *REDUCTIONS.values()] if sampler in REDUCTIONS else REDUCTIONS.values()
     keys = (option.key for kind in kinds for option in options_of(kind) if option.name == setting)
     return next(keys, f"ATS.{setting.upper()}")
+
+
+def default_blocks(depth: int, can_sample: Container[int] | None = None) -> list[int]:
+    """Where nobody names blocks: the last three quarters, as in the paper (3 to 11 of 12), of those that can sample."""
+    blocks = list(range(depth // 4, depth))
+    return [block for block in blocks if can_sample is None or block in can_sample] or blocks
 
 
 def plan_reductions(

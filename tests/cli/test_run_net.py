@@ -106,6 +106,8 @@ def test_a_run_that_trains_evaluates_what_it_trained(run_net, tiny_config, tmp_p
     said = capsys.readouterr().err
     trained = tmp_path / "out" / "model.safetensors"
     assert f"TEST.CHECKPOINT_FILE_PATH {start} is for runs that do not train; evaluating {trained}." in said
+    assert run_net.main([*command, "TEST.CHECKPOINT_FILE_PATH", str(trained)]) == 0
+    assert "for runs that do not train" not in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -125,7 +127,7 @@ def test_help_lists_sections_and_keys_and_is_quick(tmp_path):
         assert f"\n{key.name}  (" in everything
         assert key.help in " ".join(everything.split())
     some = said("--help", "ATS", "SOLVER")
-    assert "ATS.BLOCKS  (list from 0, " in some
+    assert "ATS.BLOCKS  (list | None from 0, default None)" in some
     assert "SOLVER.BASE_LR  (float from 0, " in some
     assert "VIT.DEPTH  (" not in some
     assert "error: --help SOLVR: there is no such section or key. Did you mean SOLVER" in said(

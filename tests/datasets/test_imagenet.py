@@ -11,10 +11,12 @@ import torch
 from image_folders import SIZE, damage, make_cfg, make_tree
 from PIL import Image
 
+from ats.config import load_config
 from ats.datasets import ImageNet, build_dataset, build_loader
 from ats.datasets.imagenet import read_image
 from ats.datasets.transforms import eval_transform
 from ats.errors import UserError
+from ats.models import build_model
 
 
 @pytest.fixture
@@ -128,6 +130,9 @@ def test_missing_and_empty_folders(tree, tmp_path, caplog):
 
     assert "DATA.PATH_TO_DATA_DIR is not set" in message("")
     assert f"{tmp_path}/nowhere/val does not exist" in message(tmp_path / "nowhere")
+    assert "move them" not in message(tmp_path / "nowhere")
+    flat = message(tree / "train")  # class folders that no split holds
+    assert "train has the folders n00000000, n00000001, n00000002. If these are the classes, move them" in flat
     shutil.rmtree(tree / "train")
     assert f"{tree}/train does not exist" in message(tree, "train")
     (tmp_path / "flat" / "val").mkdir(parents=True)
@@ -152,6 +157,25 @@ def test_class_count_mismatch(tree):
     cfg.TRAIN.ENABLE = True
     with pytest.raises(UserError, match=r"train has 3 class folders.*NUM_CLASSES 1000\. Set MODEL\.NUM_CLASSES 3, or"):
         build_loader(cfg, "train")
+
+
+@pytest.mark.parametrize("missing", ["val", "train"])
+def test_classes_are_counted(tree, missing):
+    """MODEL.NUM_CLASSES None: the folders of train/, or of val/ where that is all there is."""
+    words = ["MODEL.NUM_CLASSES", "None", "DATA.PATH_TO_DATA_DIR", str(tree)]
+    shutil.rmtree(tree / missing)
+    assert load_config(None, words).MODEL.NUM_CLASSES == 3
+    assert load_config(None, [*words, "MODEL.NUM_CLASSES", 5]).MODEL.NUM_CLASSES == 5  # as given, and then refused
+
+
+@pytest.mark.parametrize("data", ["", "nowhere", "."])
+def test_classes_that_cannot_be_counted(tmp_path, monkeypatch, data):
+    """Without data the configuration loads, but builds no network; the message says what to give."""
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(None, ["MODEL.NUM_CLASSES", None, "DATA.PATH_TO_DATA_DIR", data])
+    assert cfg.MODEL.NUM_CLASSES is None
+    with pytest.raises(UserError, match=rf"\({data or 'not set'}\): it needs train/<class>.* or MODEL\.NUM_CLASSES N"):
+        build_model(cfg)
 
 
 def test_other_files_are_counted(tree, caplog):

@@ -211,6 +211,17 @@ def test_csv_mistakes(tmp_path, text, match):
         read_csv(write(tmp_path, text), separator=" ", num_classes=3)
 
 
+def test_classes_are_counted(tmp_path):
+    """MODEL.NUM_CLASSES None: the labels up to the highest in any of the csv files."""
+    write(tmp_path, "a.mp4 1\nb.mp4 4\n")
+    assert make_cfg(tmp_path, "MODEL.NUM_CLASSES", "None").MODEL.NUM_CLASSES == 5
+    (tmp_path / "train.csv").write_text("a.mp4 6\n")
+    assert make_cfg(tmp_path, "MODEL.NUM_CLASSES", "None").MODEL.NUM_CLASSES == 7
+    (tmp_path / "train.csv").write_text("a.mp4 99999999\n")
+    with pytest.raises(UserError, match=r"train\.csv, line 1: label 99999999 is not below"):
+        make_cfg(tmp_path, "MODEL.NUM_CLASSES", "None")
+
+
 @pytest.mark.parametrize("separator", [" ", ",", ";", "\t"])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

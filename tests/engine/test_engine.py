@@ -544,6 +544,19 @@ def test_config_hash_covers_what_changes_results(make_cfg):
     assert config_sha256(make_cfg("ATS.NUM_TOKENS", "9")) != reference
 
 
+def test_the_default_blocks_have_the_hash_that_they_had_as_a_list():
+    """ATS.BLOCKS None, where it stands for blocks 3 to 11: results and checkpoints of earlier versions hold."""
+    listed = ["ATS.BLOCKS", list(range(3, 12))]
+
+    def is_same(*overrides):
+        return config_sha256(load_config(None, [*overrides])) == config_sha256(load_config(None, [*overrides, *listed]))
+
+    assert is_same()  # dense
+    assert is_same("ATS.ENABLE", True)
+    assert not is_same("ATS.ENABLE", True, "VIT.DEPTH", 24)
+    assert not is_same("ATS.ENABLE", True, "MODEL.NAME", "MViT")
+
+
 # ---- device, seeds, logging
 
 

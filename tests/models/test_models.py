@@ -18,6 +18,7 @@ from ats.checkpoint import load_weights
 from ats.config import get_cfg, load_config
 from ats.errors import UserError
 from ats.models import build_model
+from ats.models.block import ats_blocks
 from ats.models.vit import VisionTransformer
 
 ROOT = Path(__file__).parents[2]
@@ -250,6 +251,30 @@ def test_released_keys_load(path):
     state = {key: torch.full(shape, 0.5) for key, shape in shapes.items()}
     load_weights(model, {"model": state} if wrapped else state)
     assert all((value == 0.5).all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "blocks"),
+    [
+        ([], range(3, 12)),  # the paper's
+        (["VIT.DEPTH", 1], range(1)),
+        (["VIT.DEPTH", 7], range(1, 7)),
+        (["VIT.DEPTH", 24], range(6, 24)),
+        (["VIT.DEPTH", 24, "ATS.BLOCKS", [3, 4]], [3, 4]),
+        (["VIT.DEPTH", 8, "ATS.STAGES", [{"NUM_TOKENS": 9}]], range(2, 8)),
+        (["MODEL.NAME", "XViT", "VIT.DEPTH", 8], range(2, 8)),
+        (["MODEL.NAME", "TimeSformer", "VIT.DEPTH", 8], range(2, 8)),
+        (["MODEL.NAME", "timm/vit_tiny_patch16_224", "TIMM.KWARGS", [["depth", 8]]], range(2, 8)),
+        (["MODEL.NAME", "CvT", "CVT.DEPTH", [1, 4, 4]], range(5, 9)),  # only the last stage samples
+        (["MODEL.NAME", "CvT", "CVT.DEPTH", [1, 4, 16]], range(5, 21)),
+        (["MODEL.NAME", "PSViT"], range(4, 14)),  # the points move in blocks 0 to 3
+    ],
+)
+def test_default_blocks_are_the_last_three_quarters(overrides, blocks):
+    """ATS.BLOCKS None follows the depth, and leaves out what cannot sample."""
+    with torch.device("meta"):
+        model = build_model(load_config(None, ["ATS.ENABLE", True, *overrides]))
+    assert [block.reduction.block for block in ats_blocks(model)] == [*blocks]
 
 
 @pytest.mark.parametrize(

@@ -628,6 +628,12 @@ def test_wrong_configs_are_named(settings, text):
     assert text in str(error.value)
 
 
+def test_default_blocks_leave_out_those_that_cannot_sample():
+    """The last three quarters of six blocks but the last one, whose queries are coarser than its keys."""
+    model = build_model(config(V1 | ON))
+    assert [block.reduction.block for block in ats_blocks(model)] == [1, 2, 3, 4]
+
+
 def test_sizes_that_cannot_sample_are_named():
     """Block 5 has coarser queries than keys; only where one key is left, on the smallest grid, can it sample."""
     settings = V1 | {"DATA.TRAIN_CROP_SIZE": 8, "ATS.ENABLE": True, "ATS.BLOCKS": [5]}

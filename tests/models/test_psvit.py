@@ -448,6 +448,7 @@ def test_layer_decay_knows_the_order_of_the_layers():
     [
         ({"ATS.ENABLE": True, "ATS.BLOCKS": [1, 3]}, "Blocks that can sample: 2 to 5"),
         ({"ATS.ENABLE": True, "ATS.BLOCKS": [6]}, "block 6 does not exist"),
+        ({"ATS.ENABLE": True, "PSVIT.NUM_ITERS": 6}, "blocks 0 to 5 of PS-ViT move the points"),
         ({"PSVIT.NUM_POINTS": [14]}, "PSVIT.NUM_POINTS [14]: give 2 numbers"),
         ({"PSVIT.STEM_DIMS": [64, 64]}, "PSVIT.STEM_DIMS [64, 64]: give 3 numbers"),
         ({"PSVIT.POINT_GRADIENT": "release"}, "choose from released, grid_sample. Did you mean released?"),

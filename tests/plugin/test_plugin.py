@@ -18,7 +18,7 @@ from torch import nn
 
 import ats
 from ats.errors import UserError
-from ats.models.block import ATSBlock
+from ats.models.block import ATSBlock, ats_blocks
 
 PLAIN = "deit3_small_patch16_224"
 POOLED = "vit_base_patch16_siglip_gap_224"
@@ -360,6 +360,18 @@ def test_refused_by_name(make, text):
     with pytest.raises(UserError) as error:
         ats.patch(make(), blocks=[1])
     assert text in str(error.value)
+
+
+def test_default_blocks_are_the_last_three_quarters():
+    """Without blocks, with None and in a stage that names none; `model.ats.blocks` says which they are."""
+    model = ats.patch(small_model(PLAIN, depth=8))
+    assert (model.ats.blocks, [block.index for block in ats_blocks(model)]) == ([*range(2, 8)],) * 2
+    model.ats.blocks = [7]
+    assert [block.index for block in ats_blocks(model)] == [7]
+    model.ats.blocks = None
+    assert model.ats.blocks == [*range(2, 8)]
+    ats.patch(ats.unpatch(model), stages=[{"sampler": "tome", "r": 2}])
+    assert model.ats.stages[0]["blocks"] == [*range(2, 8)]
 
 
 @pytest.mark.parametrize(

@@ -257,5 +257,10 @@ def cvt_from_cfg(cfg: CfgNode) -> CvT:
         num_classes=cfg.MODEL.NUM_CLASSES,
         head_drop_rate=cfg.MODEL.DROPOUT_RATE,
         weight_init=cfg.CVT.INIT,
-        reductions=reductions_from_cfg(cfg, depth=depth, num_prefix_tokens=int(stages[-1].cls_token)),
+        reductions=reductions_from_cfg(
+            cfg,
+            depth=depth,
+            num_prefix_tokens=int(stages[-1].cls_token),
+            can_sample=range(depth - stages[-1].depth, depth),
+        ),
     )

@@ -29,7 +29,7 @@ from ats.models.dense_grid import Grid, convolved_grid
 from ats.models.mvit.ats_block import MultiScaleATSBlock
 from ats.models.mvit.dense import NORM_EPS, BlockSpec, MultiScaleBlock
 from ats.models.mvit.keys import adapt_mvit_state_dict, resize_positions
-from ats.models.mvit.plan import check_sampling_blocks, plan_blocks
+from ats.models.mvit.plan import blocks_that_can_sample, check_sampling_blocks, plan_blocks
 from ats.reduction import Reduction
 from ats.tokens import BlockRecord, KeptTokens, RaggedTokens
 
@@ -249,8 +249,9 @@ def mvit_from_cfg(cfg: CfgNode) -> MViT:
         )
     patch = ("patch_kernel", "patch_stride", "patch_padding", "mlp_ratio", "head_init_scale", "zero_decay_pos_cls")
     attention = ("mode", "qkv_bias", "rel_pos_spatial", "rel_pos_temporal", "residual_pooling")
+    blocks = plan_blocks(mvit, patch_grid, input_grid)
     return MViT(
-        blocks=plan_blocks(mvit, patch_grid, input_grid),
+        blocks=blocks,
         patch_grid=patch_grid,
         input_grid=input_grid,
         num_classes=cfg.MODEL.NUM_CLASSES,
@@ -261,6 +262,11 @@ def mvit_from_cfg(cfg: CfgNode) -> MViT:
         head_drop_rate=cfg.MODEL.DROPOUT_RATE,
         drop_rate=mvit.DROPOUT_RATE,
         drop_path_rate=mvit.DROPPATH_RATE,
-        reductions=reductions_from_cfg(cfg, depth=mvit.DEPTH, num_prefix_tokens=int(mvit.CLS_EMBED_ON)),
+        reductions=reductions_from_cfg(
+            cfg,
+            depth=mvit.DEPTH,
+            num_prefix_tokens=int(mvit.CLS_EMBED_ON),
+            can_sample=blocks_that_can_sample(blocks, input_grid),
+        ),
         **settings(mvit, *patch, *attention),
     )

@@ -83,21 +83,32 @@ def _pool(stride: Sequence[int] | None, kernel: Sequence[int] | None) -> PoolSpe
     return None if pool == PoolSpec(ONE, ONE) else pool
 
 
-def check_sampling_blocks(sampling_blocks: Collection[int], blocks: Sequence[BlockSpec], input_grid: Grid) -> None:
-    """Refuse blocks that cannot sample if the patches lie on `input_grid`: a dropped cell of the keys must cover whole
-    tokens of the block's output. The UserError names the blocks that can, or a pooling that creates cells of no token.
+def blocks_that_can_sample(blocks: Sequence[BlockSpec], input_grid: Grid) -> list[int]:
+    """The blocks that can sample if the patches lie on `input_grid`: a dropped cell of the keys must cover whole tokens
+    of the block's output.
     """
     allowed, grid = [], input_grid
     for index, spec in enumerate(blocks):
-        query_grid, key_grid = spec.query_grid(grid), spec.key_grid(grid)
         if spec.queries_per_cell(grid) is not None:
             allowed.append(index)
+        grid = spec.query_grid(grid)
+    return allowed
+
+
+def check_sampling_blocks(sampling_blocks: Collection[int], blocks: Sequence[BlockSpec], input_grid: Grid) -> None:
+    """Refuse blocks that cannot sample if the patches lie on `input_grid`. The UserError names the blocks that can, or
+    a pooling that creates cells of no token.
+    """
+    grid = input_grid
+    for index, spec in enumerate(blocks):
+        query_grid, key_grid = spec.query_grid(grid), spec.key_grid(grid)
         for pool, pooled in ((spec.pool_q, query_grid), (spec.pool_kv, key_grid)):
             if index >= min(sampling_blocks, default=len(blocks)) and pool and pooled != divide(grid, pool.stride):
                 raise UserError(
                     f"ATS needs odd pooling kernels, block {index} has {list(pool.kernel)}: set MVIT.POOL_KVQ_KERNEL."
                 )
         grid = query_grid
+    allowed = blocks_that_can_sample(blocks, input_grid)
     refused = sorted(set(sampling_blocks) - set(allowed))
     if refused:
         raise UserError(
