@@ -7,6 +7,7 @@
 # make test-faults   a training killed at 30 moments, each resumed, compared with an undisturbed one
 # make test-lowest   a selection of the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make lint          ruff
+# make docs          the site, output/site/index.html: this README and docs/, no link that leads nowhere
 # make gpu           on a machine with a GPU, 9 minutes at most: the tests that need one, then the suite `gpu` of
 #                    docs/BENCHMARKS.md; it installs nothing, and `make gpu PYTHON=python3.12` says whose packages it uses
 # Each of the others creates .venv and installs on first use, and works offline from then on. Where a virtual environment
@@ -25,7 +26,7 @@ HAS_ALL = from importlib.metadata import version; [version(l.split("==")[0]) for
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	--ignore tests/benchmark/test_peers.py
 
-.PHONY: active environment lowest-versions demo demo-video demo-photos study test test-all test-lowest test-faults gpu lint format clean
+.PHONY: active environment lowest-versions demo demo-video demo-photos study test test-all test-lowest test-faults gpu lint docs format clean
 
 demo: environment
 	@$(BIN)/python tools/demo.py
@@ -85,6 +86,9 @@ gpu:
 	timeout 400 "$$python" tools/benchmark.py --suite gpu || failed="$${failed:+$$failed and }the suite"; \
 	echo "$$(date +%T) end"; \
 	[ -z "$$failed" ] || { echo "error: make gpu: $$failed failed, see above" >&2; exit 1; }
+
+docs: environment
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 lint: environment
 	@$(BIN)/ruff check .
