@@ -27,7 +27,6 @@ from ats.datasets import eval_transform
 from ats.errors import UserError, suggest
 from ats.flops import gflops
 from ats.visualize import as_pictures, draw_kept_tokens, look
-from ats.visualize.pictures import enlarge
 
 # timm's arguments of configs/CIFAR10/ViT.yaml, and its weights and preprocessing.
 CIFAR10 = {"img_size": 32, "patch_size": 1, "embed_dim": 96, "depth": 12, "num_heads": 3, "mlp_ratio": 2.0}
@@ -101,10 +100,7 @@ def run(args: argparse.Namespace) -> None:
 
     # 4. Draw the kept tokens.
     views = look(model, x)[2]
-    pictures = as_pictures(x, data["mean"], data["std"])
-    if pictures.shape[-1] < 224:
-        pictures = enlarge(pictures, (1, 224, 224))
-    print(f"picture: {draw_kept_tokens(args.output, pictures, views)}")
+    print(f"picture: {draw_kept_tokens(args.output, as_pictures(x, data['mean'], data['std']), views)}")
 
     # 5. Change the setting, or remove ATS: the model is as it was.
     model.ats.num_tokens = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -78,6 +79,22 @@ def test_plug_into_timm_with_a_checkpoint_and_an_image(tmp_path, capsys):
 def test_mistakes_are_explained(words, text, capsys):
     assert main(words) == 1
     assert text in capsys.readouterr().err
+
+
+def test_the_notebook_runs(monkeypatch, capsys):
+    """Cell by cell; what it prints is what is stored in it."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    folder = Path(__file__).parents[1] / "examples"
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    for cell in json.loads((folder / "plug_in.ipynb").read_text())["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        capsys.readouterr()
+        exec("".join(cell["source"]), names)
+        stored = "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
+        if "num_tokens=[1" not in stored:  # what calibration finds is within a token of it
+            assert capsys.readouterr().out == stored
 
 
 @pytest.mark.long
