@@ -85,6 +85,7 @@ def test_equals_timm(name, dtype, atol, ragged):
     cfg = get_cfg()
     cfg.merge_from_list([*overrides, "ATS.ENABLE", ragged])
     model = build_model(cfg)
+    model.cpu_backend = "torch"  # as timm's
     load_weights(model, reference.state_dict())
     x = torch.randn(2, 3, 224, 224, dtype=dtype)
     with keep_all(model), torch.no_grad():
