@@ -63,11 +63,14 @@ LOWEST_TESTS = tests/config tests/reduction tests/models/test_models.py tests/mo
 	tests/plugin/test_plugin.py tests/plugin/test_plugin_transformers.py tests/datasets/test_decode.py \
 	tests/checkpoint tests/cli/test_run_net.py
 
+# Left out: timm before 1.0.31 cannot compute rotary embeddings in float64, in which these tests compare networks.
+NOT_LOWEST = Eva or rope_mixed_ape
+
 lowest-versions:
 	@$(PYTHON) -c '$(LOWEST)'
 
 test-lowest: .venv-lowest/.installed
-	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m "not long" $(LOWEST_TESTS)
+	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m "not long" -k "not ($(NOT_LOWEST))" $(LOWEST_TESTS)
 
 .venv-lowest/.installed: pyproject.toml
 	@$(PYTHON) -m venv .venv-lowest

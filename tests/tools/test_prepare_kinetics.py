@@ -25,8 +25,12 @@ def raw(tmp_path) -> Path:
     return folder
 
 
-def test_prepare_kinetics(raw, capsys):
-    """Sorted classes, relative paths, bad files listed; a second run changes nothing and rechecks only the bad file."""
+def test_prepare_kinetics(raw, capsys, monkeypatch):
+    """Sorted classes, relative paths, bad files listed; a second run changes nothing and rechecks only the bad file.
+    Without a terminal there is no progress bar.
+    """
+    checked, check = [], prepare_kinetics.prepare
+    monkeypatch.setattr(prepare_kinetics, "prepare", lambda name, **how: checked.append(name) or check(name, **how))
     arguments = ["--videos", str(raw), "--separator", ",", "--workers", "1"]
     assert prepare_kinetics.main(arguments) == 0
     assert (raw / "train.csv").read_text() == "train/a horse/b c.webm,0\ntrain/zebra/a.mp4,1\n"
@@ -34,9 +38,11 @@ def test_prepare_kinetics(raw, capsys):
     assert "broken.mp4\tCannot read the video" in (raw / "bad_files.txt").read_text()
     assert "1 files cannot be read and are left out" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
+    assert len(checked) == 4
     assert prepare_kinetics.main(arguments) == 0
     assert before == {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
-    assert "%|" not in capsys.readouterr().err  # redirected: no progress bar
+    assert [Path(name).name for name in checked[4:]] == ["broken.mp4"]
+    assert capsys.readouterr().err == ""
     settings = ["TRAIN.DATASET", "kinetics", "TEST.DATASET", "kinetics", "TEST.NUM_ENSEMBLE_VIEWS", "2"]
     settings += ["DATA.PATH_TO_DATA_DIR", str(raw), "DATA.PATH_LABEL_SEPARATOR", ",", "MODEL.NUM_CLASSES", "2"]
     cfg = load_config(None, settings)
