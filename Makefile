@@ -6,7 +6,7 @@
 # make test-all      all of them: also compiled graphs, exported files, several processes, the demos
 # make test-faults   a training killed at 30 moments, each resumed, compared with an undisturbed one
 # make test-lowest   a selection of the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
-# make lint          ruff
+# make lint          ruff and mypy
 # make docs          the site, output/site/index.html: this README and docs/, no link that leads nowhere
 # make gpu           on a machine with a GPU, 9 minutes at most: the tests that need one, then the suite `gpu` of
 #                    docs/BENCHMARKS.md; it installs nothing, and `make gpu PYTHON=python3.12` says whose packages it uses
@@ -96,6 +96,7 @@ docs: environment
 lint: environment
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 format: environment
 	@$(BIN)/ruff check --fix .

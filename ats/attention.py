@@ -11,6 +11,8 @@ Shapes: S sequences, Tq / Tk packed queries / keys, H heads, D channels of a hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +50,7 @@ def ragged_attention(
         backend = choose_backend(q, queries=queries, keys=keys, dropout_p=dropout_p)
         if backend == "varlen" and bias is not None:
             backend = "padded"
-    attend = _BACKENDS[backend]
+    attend: Callable[..., Tensor] = _BACKENDS[backend]
     if bias is not None:
         return attend(q, k, v, queries, keys, scale, dropout_p, bias)
     if not q.is_cuda or keys.kind == "static" or torch.compiler.is_compiling():
@@ -109,15 +111,15 @@ def _loop(
 ) -> Tensor:
     q, k, v = (t.transpose(0, 1)[None].split(layout.sizes, 2) for t, layout in ((q, queries), (k, keys), (v, keys)))
     if bias is None:
-        masks = [None] * len(k)
+        masks: list[Tensor | None] = [None] * len(k)
     else:
         bias = bias.to(q[0].dtype)
         masks = [
             own[None, :, :num_q, :num_k] for own, num_q, num_k in zip(bias, queries.sizes, keys.sizes, strict=True)
         ]
     attended = (
-        F.scaled_dot_product_attention(*own, attn_mask=mask, dropout_p=dropout_p, scale=scale)
-        for *own, mask in zip(q, k, v, masks, strict=True)
+        F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+        for query, key, value, mask in zip(q, k, v, masks, strict=True)
     )
     return torch.cat([own[0].transpose(0, 1) for own in attended])
 
@@ -127,7 +129,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scal
 
     if dropout_p:
         raise ValueError("variable-length attention has no dropout on the attention weights; use the padded backend")
-    return varlen_attn(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest, scale=scale)
+    lengths = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
+    return varlen_attn(q, k, v, *lengths, scale=scale)  # type: ignore[return-value]  # a tuple if it is asked for more
 
 
 def _has_varlen() -> bool:
@@ -187,9 +190,9 @@ def mean_attention(
     """
     queries = layout if queries is None else queries
     q, k = queries.pad(q * scale), layout.pad(k)
-    received = 0
+    received: Tensor | int = 0
     if queries.kind == SINGLE:  # a graph has no loop over a length that it does not know
-        starts, chunk = (0,), queries.longest
+        starts, chunk = range(1), queries.longest
     else:
         starts = range(0, queries.longest, chunk)
     for start in starts:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
+
+Name = TypeVar("Name", bound=Hashable)
 
 NUM_WARMUP = 2
 MIN_ROUNDS = 3
@@ -25,14 +28,14 @@ def timer() -> float:
 
 
 def interleave(
-    runs: dict[Hashable, Callable[[], object]],
+    runs: Mapping[Name, Callable[[], object]],
     *,
     rounds: int = 15,
     max_seconds: float = float("inf"),
-    prepare: Callable[[Hashable, int], None] = lambda name, seed: None,
+    prepare: Callable[[Name, int], object] = lambda name, seed: None,
     label: str = "",
     progress: bool = True,
-) -> tuple[dict[Hashable, list[float]], range]:
+) -> tuple[dict[Name, list[float]], range]:
     """Run every pass (by its name) once per round. Returns its seconds in every round that counts, and the numbers of
     these rounds.
 
@@ -42,7 +45,7 @@ def interleave(
         label: of the progress bar. progress: show the bar if the console is a terminal.
     """
     names, start = list(runs), timer()
-    seconds: dict[Hashable, list[float]] = {name: [] for name in names}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     warmup = NUM_WARMUP
     for index in tqdm(range(rounds + NUM_WARMUP), desc=label, leave=False, disable=None if progress else True):
         spent = timer() - start

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 
 class _LazyTorch(ModuleType):
@@ -19,16 +21,19 @@ class _LazyTorch(ModuleType):
         return value
 
 
-torch = _LazyTorch("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = _LazyTorch("torch")
 
 
-class cached:
+class cached(Generic[T]):
     """`functools.cached_property` without its lock: before Python 3.12, torch.compile breaks the graph at the lock."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self, function: Callable[[Any], T]) -> None:
         self.function = function
 
-    def __get__(self, instance: object, owner: type) -> Any:
+    def __get__(self, instance: object, owner: type) -> T:
         value = self.function(instance)
         setattr(instance, self.function.__name__, value)
         return value

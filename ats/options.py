@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_INT = 2**63 - 1
 
@@ -63,7 +63,7 @@ class Option(NamedTuple):
     give: str = ""  # what to type, for the message that refuses a value: "a share in (0, 1]"
 
 
-def option(default: object, help: str = "", **about: object) -> object:
+def option(default: Any, help: str = "", **about: Any) -> Any:
     """A dataclass field that is an option of a reduction: `r: int = option(8, "Tokens merged away.", within=FROM_0)`.
 
     Args:

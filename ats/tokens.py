@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from ats.lazy import cached
 if TYPE_CHECKING:
     from ats.restore import Places
 
-LAYOUTS = ("packed", "padded", "static")
+LAYOUTS: tuple[str, ...] = ("packed", "padded", "static")
 SINGLE = "single"  # of adaptive exports: one packed sequence, whose length the graph learns from the image
 
 
@@ -269,7 +269,7 @@ class RaggedTokens:
             total = lengths.shape[0] * longest
             layout = Layout(lengths, total=total, longest=longest, kind=self.layout.kind, full=False)
             position = torch.where(layout.mask.flatten(), self.position[index], self.num_positions)
-        of_rows = {"x": self.x.index_select(0, index), "position": position}
+        of_rows: dict[str, Any] = {"x": self.x.index_select(0, index), "position": position}
         if self.size is not None:
             of_rows["size"] = self.size.index_select(0, index)
         if self.key_bias is not None:
@@ -400,15 +400,15 @@ class BlockRecord:
     max_tokens: int = 0  # of the tokens that go on, see `RaggedTokens`
     rows_in: int = 0  # that each sequence takes in a layout with padding, before and after the block; 0: no padding
     rows_out: int = 0
-    reduction: object | None = None  # `ats.reduction.Reduction`: how the block loses tokens; None: it keeps all
+    reduction: Any = None  # `ats.reduction.Reduction`: how the block loses tokens; None: it keeps all
     idle: bool = False  # the reduction had nothing to merge, and computed nothing
     kept: KeptTokens | None = None  # None without a reduction
-    candidates: object | None = None  # `ats.reduction.Candidates` with scores, if `ATSBlock.record_scores` is set
+    candidates: Any = None  # `ats.reduction.Candidates` with scores, if `ATSBlock.record_scores` is set
     places: Places | None = None  # behind the block, if `ATSBlock.record_places` is set
     # During the forward pass the record before and the ATSBlock, whose index `RaggedTokens.trace` fills in. A tuple of
     # records or the number itself would make torch.compile compile every block anew.
     previous: BlockRecord | None = None
-    source: object | None = None
+    source: Any = None
 
     def with_padding(self) -> BlockRecord:
         """The record with rows counted instead of tokens, because the block computes its padding too."""

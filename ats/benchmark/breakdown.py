@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -110,7 +110,7 @@ class LinearCalls(TorchFunctionMode):
         return run
 
 
-def linear_efficiencies(models: dict[str, nn.Module], x: Tensor, *, rounds: int) -> dict[str, float]:
+def linear_efficiencies(models: Mapping[str, Any], x: Tensor, *, rounds: int) -> dict[str, float]:
     """(dense time / time) / (dense FLOPs / FLOPs) of each model's linear layers, with the shapes they have for `x`; the
     median over `rounds`. One of the models is named "dense".
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -152,7 +153,7 @@ def _measure_batch(cfg: CfgNode, x: Tensor, settings: BenchmarkSettings, threads
     if "static" in models["ats"].layouts:
         models["ats static"] = build_variant(cfg, "static", CPU)
     checkpoint, one = cfg.TEST.CHECKPOINT_FILE_PATH, len(x) == 1
-    how = {"scale": settings.token_scale, "mean_std": settings.mean_std}
+    how: dict[str, Any] = {"scale": settings.token_scale, "mean_std": settings.mean_std}
     text = describe_counts(checkpoint, **how) + (" Here, for one sample, their mean." if one and not checkpoint else "")
     # A static file takes the same time whatever is kept.
     with synthetic_counts([] if checkpoint else [models["ats"]], **how) as counts, TemporaryDirectory() as folder:
@@ -201,7 +202,7 @@ def _make_passes(
 
 def _writers(models: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[..., Path]]:
     """Network -> function that writes its file to `path`."""
-    writers = {"dense": partial(write_onnx, models["dense"], x)}
+    writers: dict[str, Callable[..., Path]] = {"dense": partial(write_onnx, models["dense"], x)}
     if "ats static" in models:  # other networks have no graph with ATS
         writers["ats static"] = partial(write_onnx, models["ats static"], x)
         if len(x) == 1:

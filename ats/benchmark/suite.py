@@ -27,7 +27,7 @@ import yaml
 
 from ats.benchmark import tables
 from ats.benchmark.engines import ENGINES, versions
-from ats.benchmark.peers import measure_peers
+from ats.benchmark.peers import Peers, measure_peers
 from ats.benchmark.synthetic_counts import describe_counts
 from ats.benchmark.timing import BenchmarkSettings, Measured, measure
 from ats.benchmark.variants import read_batch
@@ -140,8 +140,7 @@ def run_suite(name: str, *, folder: Path = FOLDER, document: Path = DOCUMENT) ->
 
 def _run_measurement(item: Measurement) -> tuple[dict, list[str]]:
     """Its entry in the results, and its tables. Every batch size is measured by itself."""
-    settings, errors = item.settings, {}
-    found: list[Measured] = []
+    settings, found, errors = item.settings, list[Measured](), dict[str, str]()
     for size in item.batch_sizes:
         with _attempt(errors, f"batch {size}"):
             cfg = _config_of(item)
@@ -171,7 +170,7 @@ def _out_of_time(minutes: float) -> tuple[dict, list[str]]:
 
 def _run_peers(item: Measurement) -> tuple[dict, list[str]]:
     """The same for engines."""
-    found, errors, engines = [], {}, tuple(ENGINES) if item.engines == "all" else item.engines
+    found, errors, engines = list[Peers](), dict[str, str](), tuple(ENGINES) if item.engines == "all" else item.engines
     for size in item.batch_sizes:
         with _attempt(errors, f"batch {size}"):
             cfg = _config_of(item)
@@ -186,9 +185,9 @@ def _config_of(item: Measurement) -> CfgNode:
 
 
 def _run_sampler(item: Measurement) -> tuple[dict, list[str]]:
-    table, errors = [], {}
+    table, errors = list[dict](), dict[str, str]()
     with _attempt(errors, "sampler"):
-        table += sampler_rows(**item.sampler)
+        table += sampler_rows(**(item.sampler or {}))
     entry = {"kind": "sampler", "family": "sampler", "table": table, "goals": [], "errors": errors}
     return entry, [tables.plain_table(table)] if table else []
 
@@ -231,7 +230,7 @@ def sampler_rows(
             lengths=torch.full((num_sequences,), size, device=device),
             max_tokens=size,
             num_positions=size + 1,
-            position=lambda size=size: torch.arange(1, size + 1, device=device).expand(num_sequences, -1),
+            position=partial(torch.arange(1, size + 1, device=device).expand, num_sequences, -1),
         )
         sample = partial(InverseTransform().choose, candidates, size // 2)
         tokens = RaggedTokens.from_dense(torch.zeros(num_sequences, size + 1, 64, device=device), 1)

@@ -33,7 +33,7 @@ class SyntheticCounts:
     counts, `mean + z * std`.
     """
 
-    def __init__(self, depth: int, scale: float = 1.0, mean_std: tuple[int, int] | None = None) -> None:
+    def __init__(self, depth: int, scale: float = 1.0, mean_std: Sequence[float] | None = None) -> None:
         self.depth = depth  # of the network; 0: nothing is imposed
         self.scale = scale  # of the shares kept, to see other budgets
         self.mean_std = mean_std  # of the tokens that every block keeps of 197, CLS counted; None: the paper's
@@ -68,12 +68,12 @@ class SyntheticCounts:
         most = reduction.num_points(candidates.max_tokens + reduction.num_prefix_tokens)
         what = (reduction.block, len(candidates.scores), candidates.num_positions, most)
         if what not in self._wanted:
-            self._remember(*what)
+            self._remember(what)
         rank = torch.arange(candidates.scores.shape[1], device=candidates.scores.device)
         return rank < self._wanted[what].minimum(candidates.lengths)[:, None]
 
     @torch.compiler.disable  # a compiled graph would make it in the mode that the network runs in
-    def _remember(self, *what: int) -> None:
+    def _remember(self, what: tuple[int, int, int, int]) -> None:
         with torch.inference_mode(False):  # or `draw` could not write into it
             self._wanted[what] = self._wanted_by(*what)
 
@@ -83,7 +83,7 @@ class SyntheticCounts:
         return (share * num_positions).round().clamp(max=most).long()
 
 
-def describe_counts(checkpoint: str, *, scale: float = 1.0, mean_std: tuple[int, int] | None = None) -> str:
+def describe_counts(checkpoint: str, *, scale: float = 1.0, mean_std: Sequence[float] | None = None) -> str:
     """Where the token counts of inverse transform sampling come from: of weights, or imposed."""
     if checkpoint:
         return f"Token counts: what the weights of {Path(checkpoint).name} keep."
@@ -96,7 +96,7 @@ def describe_counts(checkpoint: str, *, scale: float = 1.0, mean_std: tuple[int,
 
 @contextmanager
 def synthetic_counts(
-    models: Sequence[nn.Module], *, scale: float = 1.0, mean_std: tuple[int, int] | None = None
+    models: Sequence[nn.Module], *, scale: float = 1.0, mean_std: Sequence[float] | None = None
 ) -> Iterator[SyntheticCounts]:
     """Within it the blocks of `models` that sample by inverse transform keep what `SyntheticCounts` says."""
     counts = SyntheticCounts(max((len(model.block_list()) for model in models), default=0), scale, mean_std)

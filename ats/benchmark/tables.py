@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ def machine() -> dict[str, str | int]:
     return about
 
 
-def _markdown(lines: Sequence[dict[str, object]]) -> str:
+def _markdown(lines: Sequence[Mapping[str, object]]) -> str:
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
 
 
@@ -212,11 +212,11 @@ def plot_by_tokens(entries: Sequence[dict], path: Path) -> None:
         tokens = statistics.fmean(block["mean"] for block in ats["tokens_per_block"].values())
         points.append((tokens, ats["flop_ratio"], ats["speedup"]["p50"]))
         dense_speeds.append(dense["samples_per_second"])
-    tokens, promised, speedups = zip(*sorted(points), strict=True)
+    kept, promised, speedups = zip(*sorted(points), strict=True)
     reference = statistics.median_high(dense_speeds)  # ratios are per round; one dense speed gives them a unit
     with _figure(path, "By tokens kept", "tokens kept, mean over ATS blocks", ["samples/s"]) as (axes,):
-        axes.plot(tokens, [reference * ratio for ratio in promised], "--", color="C1", alpha=0.6, label="ats: FLOPs")
-        axes.plot(tokens, [reference * ratio for ratio in speedups], marker="o", color="C1", label="ats")
+        axes.plot(kept, [reference * ratio for ratio in promised], "--", color="C1", alpha=0.6, label="ats: FLOPs")
+        axes.plot(kept, [reference * ratio for ratio in speedups], marker="o", color="C1", label="ats")
         axes.axhline(reference, color="C0", label="dense")
         axes.set_ylim(bottom=0)
 
@@ -256,7 +256,7 @@ def plot_suite(results: Sequence[dict], folder: Path, name: str) -> list[str]:
 
 @contextmanager
 def _figure(
-    path: Path, title: str, xlabel: str, ylabels: Sequence[str], *, ticks: set[float] = frozenset(), **scales: str
+    path: Path, title: str, xlabel: str, ylabels: Sequence[str], *, ticks: Iterable[float] = (), **scales: str
 ) -> Iterator[Sequence[Axes]]:
     """The panels of a new figure, which is saved to `path` at the end; the first gets the legend."""
     from matplotlib.figure import Figure

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class BenchmarkSettings:
     threads: int | None = None  # of the CPU; None: leave them
     parts: bool = True  # also measure where the time goes, and the linear layers alone
     token_scale: float = 1.0  # of the imposed counts, see `SyntheticCounts`
-    mean_std: Sequence[int] | None = None  # of the imposed counts, see `SyntheticCounts`
+    mean_std: Sequence[float] | None = None  # of the imposed counts, see `SyntheticCounts`
     dense_keys: Sequence = ()  # [KEY, VALUE, ...] for the dense network only, e.g. to make it timm's own
     equal_gflops: bool = True  # give other methods the cost of ats; False: leave them as configured
     accuracy: int | None = None  # top-1 over this many images of the evaluation data; 0: all; None: no top-1
@@ -136,7 +137,8 @@ def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: BenchmarkSetting
             batches = {size: x.to(settings.half) for size, x in batches.items()}
         imposed = [] if cfg.TEST.CHECKPOINT_FILE_PATH else list(models.values())
         # Blocks share their code, and each is compiled for its own numbers.
-        limit = torch.compiler.config.patch(recompile_limit=64) if settings.compile else nullcontext()
+        config: Any = torch.compiler.config  # has its `patch` at run time
+        limit = config.patch(recompile_limit=64) if settings.compile else nullcontext()
         with synthetic_counts(imposed, scale=settings.token_scale, mean_std=settings.mean_std) as counts, limit:
             accuracy = _match_and_evaluate(cfg, models, batches[max(batches)].to(device), settings, counts)
             for x in batches.values():

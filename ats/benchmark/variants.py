@@ -81,7 +81,7 @@ def describe_reductions(model: nn.Module) -> str:
     blocks = [reduction.block for reduction in reductions]
     whole = len(blocks) > 2 and blocks == list(range(blocks[0], blocks[-1] + 1))
     where = f"{blocks[0]}-{blocks[-1]}" if whole else ", ".join(map(str, blocks))
-    return f"{amount} {values[0] if len(set(values)) == 1 else ', '.join(values)} in blocks {where}"
+    return f"{amount} {values[0] if len(set(values)) == 1 else ', '.join(map(str, values))} in blocks {where}"
 
 
 def read_batch(cfg: CfgNode, batch_size: int, image_size: int | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import yaml
@@ -76,7 +77,7 @@ class Calibration:
         if self.is_dense:
             return yaml.safe_dump({"ATS": {"ENABLE": False}})
         stages = to_stages(self.setting, self.depth)
-        kind, lines = self.setting[0], {"ATS": {"ENABLE": True}}
+        kind, lines = self.setting[0], {"ATS": dict[str, Any](ENABLE=True)}
         if as_stages or len(stages) > 1:
             lines["ATS"]["STAGES"] = stages
         else:
@@ -217,7 +218,7 @@ def _search_time(network: Network, goal: Goal, *, batch_size: int, threads: int 
 
 def to_stages(setting: Sequence[Reduction], depth: int) -> list[dict[str, object]]:
     """Entries of ATS.STAGES that give the blocks these reductions."""
-    groups = groupby(setting, key=lambda r: replace(r, block=0, **dict.fromkeys(_differing(r), 1)))
+    groups = groupby(setting, key=lambda r: replace(r, block=0, **dict.fromkeys(_differing(r), 1)))  # type: ignore[arg-type]
     return [_stage(list(own), depth) for _, own in groups]
 
 

@@ -62,7 +62,7 @@ class Network:
                 if hasattr(model, "forward_tokens")
                 else "This network has no ATS block: call ats.patch(model, blocks=...) first."
             )
-        self.original = tuple(module.reduction for module in modules)
+        self.original = tuple(module.reduction for module in modules if module.reduction)
         for name in (reduction.name for reduction in self.original if not reduction.amount):
             raise UserError(f"The sampler {name} has no amount to calibrate: choose another ATS.SAMPLER.")
         self.blocks = tuple(reduction.block for reduction in self.original)

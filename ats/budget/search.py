@@ -65,7 +65,7 @@ def amounts(setting: Setting) -> tuple[int | float, ...]:
 
 def are_neighbours(low: Setting, high: Setting) -> bool:
     """Whether at most one whole amount differs, by one, and nothing else."""
-    if any(replace(a, **{a.amount: b_amount}) != b for a, b, b_amount in zip(low, high, amounts(high), strict=True)):
+    if any(replace(a, **{a.amount: getattr(b, b.amount)}) != b for a, b in zip(low, high, strict=True)):
         return False
     steps = [b - a for a, b in zip(amounts(low), amounts(high), strict=True)]
     return all(isinstance(step, int) for step in steps) and sum(map(abs, steps)) <= 1
@@ -169,8 +169,8 @@ def refine(
             for factor in (step, 1 / step):
                 turned = [w * factor if i == b else w for i, w in enumerate(weights)]
                 # Undoing the factor for all blocks leaves none above (below) what it was: the target lies between.
-                bracket = tuple(sorted((scale, scale / factor)))
-                found, trial = bisect(measure, knobs, target, weights=turned, bracket=bracket, tolerance=tolerance)
+                low, high = sorted((scale, scale / factor))
+                found, trial = bisect(measure, knobs, target, weights=turned, bracket=(low, high), tolerance=tolerance)
                 if trial.cost <= allowed and trial.surely_nearer_than(best):
                     scale, best, weights, improved = found, trial, turned, True
                     break

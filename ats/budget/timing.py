@@ -122,7 +122,7 @@ def block_sets(knobs: Knobs) -> list[Knobs]:
     count = len(knobs.reductions)
     kept = dict.fromkeys(tuple(range(0, count, stride)) for stride in (*STRIDES, count))
     return [
-        replace(knobs, **{name: tuple(getattr(knobs, name)[i] for i in own) for name in ("reductions", "max_tokens")})
+        Knobs(tuple(knobs.reductions[i] for i in own), tuple(knobs.max_tokens[i] for i in own), knobs.together)
         for own in kept
     ]
 

@@ -14,8 +14,8 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import safetensors.torch
 import torch
@@ -116,7 +116,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
 
 
-def _read(file: IO[bytes], path: Path) -> object:
+def _read(file: BufferedReader, path: Path) -> object:
     head = file.read(9)
     file.seek(0)
     is_zip = head.startswith(b"PK")
@@ -147,11 +147,11 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _verify_zip(file: IO[bytes]) -> None:
+def _verify_zip(file: BufferedReader) -> None:
     """Compare a zip archive with its check sums, which torch.load does not look at."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -165,14 +165,14 @@ def _verify_zip(file: IO[bytes]) -> None:
         raise _WrongChecksum("its checksums are wrong")
 
 
-def _compare_with_name(file: IO[bytes], path: Path) -> None:
+def _compare_with_name(file: BufferedReader, path: Path) -> None:
     """Before 1.6, PyTorch wrote no check sums; but releases have the start of their SHA-256 in their name."""
     digits = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
     if digits and not digits[1].isdigit() and not hashlib.file_digest(file, "sha256").hexdigest().startswith(digits[1]):
         logger.warning("%s is damaged or was changed: its SHA-256 is not the one in its name.", path)
 
 
-def _reason(error: Exception, file: IO[bytes]) -> str:
+def _reason(error: Exception, file: BufferedReader) -> str:
     """Why a file could not be read, to follow its path: what it is, what it would run, or how it is damaged."""
     if isinstance(error, _WrongChecksum):
         return f"is damaged: {error}"
@@ -191,7 +191,7 @@ def _reason(error: Exception, file: IO[bytes]) -> str:
     return f"is not a checkpoint or is damaged{f': {text}' if text else ''}"
 
 
-def _kind(file: IO[bytes]) -> str:
+def _kind(file: BufferedReader) -> str:
     """What a file is that is no checkpoint, judged by its bytes and its name; "" if unknown."""
     file.seek(0)
     head = file.read(512)

@@ -14,6 +14,7 @@ import shlex
 from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def to_fine_tune(cfg: CfgNode) -> str:
 def unwrap(contents: dict, _seen: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """The state dict in a checkpoint: under the first of WRAPPERS that holds one, else its top-level tensors."""
     for wrapper in WRAPPERS:
-        inner = contents.get(wrapper)
+        inner: Any = contents.get(wrapper)
         is_new = isinstance(inner, dict) and id(inner) not in _seen and len(_seen) < len(WRAPPERS)
         if is_new and (state := unwrap(inner, (*_seen, id(contents), id(inner)))):
             return state
@@ -112,7 +113,7 @@ def _find(contents: dict, needed: dict[str, Tensor], expected: dict[str, Tensor]
 
 def _parts(contents: dict) -> dict[tuple, dict[str, Tensor]]:
     """The tensors of every dict within `contents`, by the keys that lead there."""
-    found, seen, todo = {}, set(), deque([((), contents)])
+    found, seen, todo = {}, set(), deque[tuple[tuple, Any]]([((), contents)])
     while todo:
         path, value = todo.popleft()
         if id(value) in seen or len(path) > 8:

@@ -34,7 +34,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ats.cli import as_typed
 from ats.cli.parser import (
@@ -135,7 +135,7 @@ def run_config(args: argparse.Namespace) -> None:
         run_peers(cfg, args, kinds, how, output)
         return
     counts = describe_counts(cfg.TEST.CHECKPOINT_FILE_PATH)
-    about = {"command": sys.argv[1:], "title": Path(args.cfg).stem, "counts": counts}
+    about: dict[str, Any] = {"command": sys.argv[1:], "title": Path(args.cfg).stem, "counts": counts}
     entries: list[dict] = []
     text: list[str] = []
     print(counts)

@@ -139,7 +139,7 @@ def format_report(found: Calibration, *, noun: str, split: str) -> str:
         ("dense", f"{rounded(found.dense)}: {found.dense / spread['mean']:.3g} times as much"),
         ("tokens left", f"{100 * found.found.keep.mean().item():.1f} %, mean over the ATS blocks"),
     ]  # fmt: skip
-    if found.timing is None:
+    if found.least is not None and found.most is not None:
         figures.insert(-1, ("in reach", f"{rounded(found.least)} to {rounded(found.most)}"))
     if len(found.found.changes):
         change = 100 * found.found.changes.mean().item()

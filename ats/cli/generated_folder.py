@@ -161,6 +161,9 @@ def map_in_processes(function: Callable[[int], list], num_items: int, *, num_wor
         yield from pool.imap_unordered(_call, range(num_items), chunksize=8)
 
 
+_function: Callable[[int], list]
+
+
 def _keep(function: Callable[[int], list]) -> None:
     global _function  # in the worker: sent once, not with every item
     _function = function

@@ -24,7 +24,7 @@ import io
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -100,7 +100,7 @@ def split_digits(*, seed: int) -> dict[str, Digits]:
 
     source = load_digits()
     rng = np.random.default_rng(seed)
-    val_ids = []
+    val_ids: list[int] = []
     for label in range(10):
         ids = rng.permutation(np.flatnonzero(source.target == label))
         val_ids.extend(ids[: round(len(ids) * VAL_FRACTION)])
@@ -165,7 +165,7 @@ def cut_fragments(digits: Digits, *, seed: list[int], num_fragments: int, cell: 
     # Not the left or right half: in 4, 7 and 9 that is a stroke as tall as a digit, which looks like a 1.
     pieces = [np.s_[:4, :], np.s_[4:, :], np.s_[:5, :5], np.s_[:5, 3:], np.s_[3:, :5], np.s_[3:, 3:]]
     rng = np.random.default_rng(seed)
-    fragments = []
+    fragments: list[Fragment] = []
     while len(fragments) < num_fragments:
         source, piece = int(rng.integers(len(digits.ids))), pieces[rng.integers(len(pieces))]
         strokes = draw_strokes(
@@ -338,7 +338,7 @@ def _write_split(
         seed=seed,
     )
     num_distractors: dict[str, int] = {}
-    shown = {"desc": f"digits {folder.name}", "unit": "image", "mininterval": 0.5, "disable": None}
+    shown: dict[str, Any] = {"desc": f"digits {folder.name}", "unit": "image", "mininterval": 0.5, "disable": None}
     with tqdm(total=len(digits.ids) * per_digit, **shown) as bar:
         for written in map_in_processes(write, len(digits.ids), num_workers=num_workers):
             num_distractors.update(written)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -168,7 +168,7 @@ def _write_digit(
         clip = draw_clip(rng, digits, index, direction, **drawing)
         name = f"{label}_{direction}/{digit_id:04d}_{copy:02d}.mp4"
         encode(folder / name, clip.frames)
-        written.append((name, hashlib.sha256(clip.frames).hexdigest()))
+        written.append((name, hashlib.sha256(clip.frames.tobytes()).hexdigest()))
     return written
 
 
@@ -198,7 +198,7 @@ def _write_split(
         num_frames=num_frames,
     )
     frames: dict[str, str] = {}
-    shown = {"desc": f"clips {folder.name}", "unit": "clip", "mininterval": 0.5, "disable": None}
+    shown: dict[str, Any] = {"desc": f"clips {folder.name}", "unit": "clip", "mininterval": 0.5, "disable": None}
     with tqdm(total=len(digits.ids) * per_digit, **shown) as bar:
         for written in map_in_processes(write, len(digits.ids), num_workers=num_workers):
             frames.update(written)

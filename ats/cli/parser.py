@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ats import __version__
 from ats.cli import as_typed
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         flush_stdout()  # of --help
         super().exit(status, message)
 
-    def option(self, name: str, text: str, **options: object) -> None:
+    def option(self, name: str, text: str, **options: Any) -> None:
         """`add_argument` with the help text first."""
         self.add_argument(name, help=text, **options)
 
@@ -91,7 +91,7 @@ def check_file(path: Path, *, name: str) -> Path:
     return path
 
 
-def command_parser(about: str, **options: object) -> Parser:
+def command_parser(about: str, **options: Any) -> Parser:
     """A parser with --version and --debug; `about` is the module's docstring, `options` are argparse's."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=as_typed(about), formatter_class=raw, allow_abbrev=False, **options)
@@ -138,8 +138,8 @@ def split_overrides(
         if not is_key(word):
             others.append(word)
             continue
-        key, equals, value = word.partition("=")
-        value = value if equals else next(rest, None)
+        key, equals, text = word.partition("=")
+        value = text if equals else next(rest, None)
         if value is None:
             raise UserError(f"{key} has no value: type {key} VALUE or {key}=VALUE.")
         overrides += [key, value]

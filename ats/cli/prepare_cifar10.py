@@ -50,14 +50,14 @@ def prepare_cifar10(output: str | Path, *, source: str | Path | None = None, dow
     Raises:
         UserError: there is no such source, or it does not hold CIFAR-10.
     """
-    if source is None and not download:
+    if download:
+        source = Path(source or Path(output).absolute().parent)
+        _download(source)
+    elif source is None:
         raise UserError(
             "Say where CIFAR-10 is with --source (the official archive, or a zip file or folder of images), or get it "
             "with --download."
         )
-    if download:
-        source = Path(source or Path(output).absolute().parent)
-        _download(source)
     source = Path(source)
     root = source.parent if source.name in OFFICIAL else source
     if any((root / name).exists() for name in OFFICIAL):
@@ -144,7 +144,7 @@ def _fill(folder: Path, files: Iterable[File]) -> dict:
     for split in NUM_IMAGES:
         for label in CLASSES:
             (folder / split / label).mkdir(parents=True)
-    count = Counter()
+    count: Counter[tuple[str, str]] = Counter()
     with tqdm(total=sum(NUM_IMAGES.values()), unit="image", disable=None) as bar:
         for split, name, content in files:
             path = folder / split / name

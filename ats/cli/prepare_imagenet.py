@@ -89,7 +89,7 @@ def arrange_val(archive: Path, output: Path, *, devkit: Devkit) -> int:
     def target(name: str) -> str:
         match = re.fullmatch(r"(?:.*/)?(ILSVRC2012_val_([0-9]{8})\.JPEG)", name)
         number = int(match[2]) if match else 0
-        if not 1 <= number <= len(devkit.val_wnids):
+        if match is None or not 1 <= number <= len(devkit.val_wnids):
             raise UserError(
                 f"{archive} holds {name!r}, none of the {len(devkit.val_wnids)} validation images that {DEVKIT} lists."
             )
@@ -256,7 +256,7 @@ def prepare_imagenet(archives: str | Path, output: str | Path, *, splits: list[s
     devkit = read_devkit(archives / DEVKIT) if "val" in splits or (archives / DEVKIT).is_file() else None
     num_written = {}
     for split in splits:
-        arrange = arrange_val if split == "val" else arrange_train
+        arrange: Callable[..., int] = arrange_val if split == "val" else arrange_train
         num_written[split] = arrange(archives / ARCHIVES[split], output, devkit=devkit)
     return num_written
 

@@ -82,9 +82,10 @@ def check(cfg: CfgNode) -> None:
     from ats.engine.step import Recipe, build_optimizer
     from ats.models import build_model
 
-    for is_on, split in ((cfg.TRAIN.ENABLE, "train"), (cfg.TEST.ENABLE, "test")):
-        if is_on:
-            dataset_builder(cfg, split)
+    if cfg.TRAIN.ENABLE:
+        dataset_builder(cfg, "train")
+    if cfg.TEST.ENABLE:
+        dataset_builder(cfg, "test")
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.MODEL.NAME.startswith("timm/"):

@@ -43,6 +43,7 @@ from ats.options import COUNT
 
 if TYPE_CHECKING:
     from ats.visualize.compare import Networks, SampleView
+    from ats.visualize.figures import SheetCell
 
 
 MOST_ON_SHEET = 120  # samples on a contact sheet
@@ -122,7 +123,8 @@ def draw_files(
     from ats.visualize.figures import draw_sheet, draw_strip, sheet_cell
     from ats.visualize.inputs import labels_of_folders, read_input
 
-    labels, cells = labels_of_folders(cfg, names), []
+    labels = labels_of_folders(cfg, names)
+    cells: list[SheetCell] = []
     stems: Counter[str] = Counter()
     taken = set(map(real_name, files))  # the inputs, and what is drawn already
     if output.resolve() in {file.resolve().parent for file in files}:  # a folder of pictures that are not ours

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ats.config.preprocessing import adopt_preprocessing
@@ -28,7 +29,7 @@ Settings = dict[str, tuple[object, Path]]  # dotted key -> its value, and the fi
 __all__ = ["CfgNode", "find_shipped", "get_cfg", "load_config", "load_yaml"]
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> CfgNode:
+def load_config(path: str | Path | None = None, overrides: Sequence[object] | None = None) -> CfgNode:
     """Defaults, then the YAML file (`find_shipped`), then the overrides `[KEY, VALUE, ...]`; returned frozen. A network
     of timm gets images as its weights want them, where neither says otherwise (`preprocessing.py`). MODEL.NUM_CLASSES
     None becomes the number of classes in DATA.PATH_TO_DATA_DIR, if that is there.

@@ -7,6 +7,7 @@ import os
 import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from ats.config.yaml_text import parse_yaml
 from ats.errors import UserError, quoted, shown, suggest
@@ -14,7 +15,7 @@ from ats.options import FROM_0, MAX_INT, Range
 
 NONE = type(None)
 MAX_DEPTH = 8  # of lists in lists
-_WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
+_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class Key:
         """ "VIT" for VIT.DEPTH, "" for OUTPUT_DIR."""
         return self.name.rpartition(".")[0]
 
-    def convert(self, value: object) -> object:
+    def convert(self, value: object) -> Any:
         """`value` as one of the key's types: 1 for 1.0, "true" for True, a scalar for a list, the home folder for ~.
 
         Raises a UserError if the type does not fit, or the value is not among the choices or out of range.
         """
         is_text = isinstance(value, str) and str in self.types
         try:
-            result = value if is_text else _convert(self.types, self._parse(value), self._item_types)
+            result: Any = value if is_text else _convert(self.types, self._parse(value), self._item_types)
         except TypeError:
             give = f": give {self._wanted()}." if self.range else "."
             raise UserError(f"{self.name} must be {self._kinds()}, not {quoted(value)}{give} ({self.help})") from None
@@ -105,7 +106,7 @@ class Key:
         names[list] = f"list of {names.get(of_one[0], of_one[0].__name__)}" if len(of_one) == 1 else "list"
         return " or ".join(names[kind] for kind in self.types)
 
-    def _is_in_range(self, value: object) -> bool:
+    def _is_in_range(self, value: Any) -> bool:
         if self.range is None or value is None:
             return True
         if isinstance(value, list) and self.lengths and len(value) not in self.lengths:
@@ -162,11 +163,10 @@ def _is_deep(value: object, levels: int) -> bool:
     return levels < 0 or any(_is_deep(item, levels - 1) for item in items)
 
 
-def _convert(types: tuple[type, ...], value: object, item_types: tuple[type, ...]) -> object:
+def _convert(types: tuple[type, ...], value: Any, item_types: tuple[type, ...]) -> Any:
     """`value` as one of `types`, a list's items as one of `item_types`. Raises a TypeError if it cannot be."""
     if isinstance(value, (list, tuple)) and list in types:
-        as_it_is = tuple(kind for kind in (list, dict) if kind in item_types)
-        as_it_is += (tuple,) if list in item_types else ()
+        as_it_is = (*(kind for kind in (list, dict) if kind in item_types), *((tuple,) if list in item_types else ()))
         return [item if isinstance(item, as_it_is) else _convert(item_types, item, ()) for item in value]
     if value is None and NONE in types:
         return None

@@ -10,13 +10,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from ats.config.key import NONE, Key, Section
 from ats.errors import UserError, suggest
 from ats.kernels.cpu import BACKENDS
 from ats.options import COUNT, FINITE, FROM_0, POSITIVE, PROBABILITY, RATE, SEED, SHARE
 from ats.reduction import REDUCTIONS
-from ats.reduction.base import options_of
+from ats.reduction.base import OptionOf, options_of
 
 
 def keys() -> dict[str, Key]:
@@ -42,7 +43,7 @@ def reduction_keys() -> list[Key]:
 
     Evaluated whenever a configuration is made, so reductions registered by then take part.
     """
-    options, samplers = {}, {}
+    options, samplers = dict[str, OptionOf](), dict[str, list[str]]()
     for name, kind in REDUCTIONS.items():
         for option in options_of(kind):
             options.setdefault(option.key, option)
@@ -55,8 +56,8 @@ def reduction_keys() -> list[Key]:
         about, readers = option.about, tuple(samplers[key])
         text = about.help or f"Option {option.name} of ATS.SAMPLER {', '.join(readers)}."
         within = about.within or (FINITE if type(option.default) in (int, float) else None)
-        what = {"types": about.types, "choices": about.choices, "networks": about.networks, "samplers": readers}
-        result.append(Key(key, option.default, text, within, **what))
+        what: dict[str, Any] = {"types": about.types, "choices": about.choices, "networks": about.networks}
+        result.append(Key(key, option.default, text, within, samplers=readers, **what))
     return result
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 from ats.config.key import parse
 from ats.config.keys import keys
@@ -29,7 +30,7 @@ def _if_set(settings: Settings, otherwise: Settings | None = None) -> Rule:
     return lambda value: settings if value else otherwise or {}
 
 
-def _by_value(cases: dict) -> Callable[[object], object]:
+def _by_value(cases: dict) -> Callable[[object], Any]:
     def choose(value: object) -> object:
         if not isinstance(value, (int, float, str)) or value not in cases:
             raise ValueError(f"choose from {', '.join(map(str, cases))}.")
@@ -169,8 +170,8 @@ IGNORED: dict[str, str] = {
 }  # fmt: skip
 
 # What the releases' code does where their YAML files say nothing, or whatever they say.
-_SLOWFAST_DEFAULTS = {"SOLVER.WARMUP_EPOCHS": 0.0, "SOLVER.COSINE_END_LR": 0.0, "SOLVER.COSINE_AFTER_WARMUP": False}
-_SLOWFAST_DEFAULTS |= {ZERO_WD: False, "AUG.ENABLE": False}
+_SLOWFAST_DEFAULTS: dict[str, object] = {"SOLVER.WARMUP_EPOCHS": 0.0, "SOLVER.COSINE_END_LR": 0.0}
+_SLOWFAST_DEFAULTS |= {"SOLVER.COSINE_AFTER_WARMUP": False, ZERO_WD: False, "AUG.ENABLE": False}
 _NO_AUG_NODE = {"AUG.RE_PROB": 0.0, "AUG.COLOR_JITTER": 0.0}  # X-ViT's and TimeSformer's forks are older
 RELEASE_DEFAULTS: dict[str, dict[str, object]] = {
     "XVIT": _SLOWFAST_DEFAULTS | _NO_AUG_NODE | {

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +27,15 @@ class Sample(NamedTuple):
     """One image or clip or, after collation, a batch."""
 
     x: Tensor  # [3, H, W] or [3, T, H, W]
-    label: int
-    index: int  # of the sample in x: the replacement's, if a bad file was replaced
-    bad: str  # path of the requested file if it could not be read, else ""
+    label: Any  # int; of a batch [B] int64
+    index: Any  # int or [B], of the sample in x: the replacement's, if a bad file was replaced
+    bad: Any  # path of the requested file if it could not be read, else ""; of a batch a list
 
 
 class Draw(NamedTuple):
     """A data set key: the sample to read, and the seed of its random transform (32 bits)."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # not the method of tuples
     seed: int
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from fvcore.common.config import CfgNode
@@ -184,8 +184,8 @@ def count_classes(cfg: CfgNode) -> int | None:
     return None
 
 
-def build_dataset(cfg: CfgNode, split: Split) -> Dataset:
-    """The data set of a split: TRAIN.DATASET for "train" and "val", TEST.DATASET for "test"."""
+def build_dataset(cfg: CfgNode, split: Split) -> Any:
+    """The `Dataset` of a split, with a length: TRAIN.DATASET for "train" and "val", TEST.DATASET for "test"."""
     return dataset_builder(cfg, split)(cfg, split)
 
 
@@ -243,10 +243,11 @@ def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int =
     Raises:
         UserError: the data set or the batch size is wrong; while iterating: a file cannot be read.
     """
-    dataset, share = build_dataset(cfg, split), {"rank": rank, "world_size": world_size}
+    dataset, share = build_dataset(cfg, split), dict[str, Any](rank=rank, world_size=world_size)
+    sampler: TrainBatchSampler | EvalBatchSampler
     if split == "train":
-        order = {"seed": cfg.RNG_SEED, "num_repeats": cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1}
-        order["pairs"] = cfg.MIXUP.ENABLE
+        num_repeats = cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1
+        order: dict[str, Any] = {"seed": cfg.RNG_SEED, "num_repeats": num_repeats, "pairs": cfg.MIXUP.ENABLE}
         sampler = TrainBatchSampler(len(dataset), batch_size=cfg.TRAIN.BATCH_SIZE, **order, **share)
     else:
         sampler = EvalBatchSampler(len(dataset), batch_size=cfg.TEST.BATCH_SIZE, **share)

@@ -21,7 +21,7 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     import av
 
 # Of the files in a folder; a file that is named by itself may have any extension.
-VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts")
-VIDEO_EXTENSIONS += (".flv", ".wmv", ".ogv")
+VIDEO_EXTENSIONS: tuple[str, ...] = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
+VIDEO_EXTENSIONS += (".mts", ".m2ts", ".flv", ".wmv", ".ogv")
 MAX_PIXELS = 8192 * 8192  # per frame; more is a mistake or an attempt to exhaust memory
 # Formats FFmpeg may use: video containers, not lists of other files (concat, hls, dash, image2, sdp, ...).
 CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
@@ -273,7 +273,7 @@ class Video(AbstractContextManager):
 
 def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     """The pixels [H, W, 3] of a frame, turned and mirrored as its display matrix says, to the nearest quarter turn."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y

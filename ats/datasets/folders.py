@@ -14,7 +14,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
 
@@ -141,7 +141,7 @@ def same_in_nfc(name: str, others: Iterable[str]) -> bool:
     return any(other != name and unicodedata.normalize("NFC", other) == form for other in others)
 
 
-def advise_nfc(names: Iterable[str], others: Sequence[str], *, folder: str, root: str) -> str:
+def advise_nfc(names: Iterable[str], others: Collection[str], *, folder: str, root: str) -> str:
     """What to type if `folder`, which has no class folder of one of `names`, has one whose name looks the same."""
     if not any(same_in_nfc(name, others) for name in names):
         return ""
@@ -155,9 +155,9 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in SYSTEM
 
 
-def _walk(top: str | os.PathLike, skipped: Counter[str]) -> tuple[list[str], list[str], list[str]]:
+def _walk(top: str | os.PathLike[str], skipped: Counter[str]) -> tuple[list[str], list[str], list[str]]:
     """The files, folders and links below `top`, relative to it, without following links; counts what it skips."""
-    files, folders, links = [], [], []
+    files, folders, links = list[str](), list[str](), list[str]()
     for folder in chain([""], folders):  # which grows
         for entry in _entries(os.path.join(top, folder)):
             path = os.path.join(folder, entry.name)
@@ -174,7 +174,7 @@ def _walk(top: str | os.PathLike, skipped: Counter[str]) -> tuple[list[str], lis
     return files, folders, links
 
 
-def _entries(folder: str | os.PathLike) -> Iterator[os.DirEntry]:
+def _entries(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
             yield from entries

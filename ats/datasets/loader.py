@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from multiprocessing.queues import Queue
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -131,10 +132,13 @@ class Loader(DataLoader):
     place of the batch (`__getitems__`), and it is raised here when its batch is due.
     """
 
-    def __init__(self, dataset: Dataset, **settings: object):
+    dataset: Any  # a `Dataset` with a length, which PyTorch's class does not promise
+    batch_sampler: Any  # of `build_loader`: a `TrainBatchSampler` or an `EvalBatchSampler`
+
+    def __init__(self, dataset: Dataset, **settings: Any):
         super().__init__(dataset, collate_fn=collate, worker_init_fn=init_worker, **settings)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
         try:
             for batch in super().__iter__():
                 if isinstance(batch, UserError):
@@ -154,7 +158,7 @@ class Loader(DataLoader):
             ) from error
 
 
-def collate(samples: list[Sample] | UserError) -> Sample | UserError:
+def collate(samples: list[Sample] | UserError) -> Any:
     """Stack samples: x [B, 3, (T,) H, W], label and index int64 [B], bad B strings. A UserError passes through."""
     if isinstance(samples, UserError):
         return samples
@@ -187,7 +191,7 @@ def init_worker(worker: int) -> None:
 
     A SIGTERM from that process itself still counts: PyTorch ends a worker that way if it does not exit on its own.
     """
-    Queue._on_queue_feeder_error = _hand_over_error  # in this process only
+    Queue._on_queue_feeder_error = _hand_over_error  # type: ignore[attr-defined]  # in this process only
     for signum in STOP_SIGNALS:
         if signum != signal.SIGTERM:
             signal.signal(signum, signal.SIG_IGN)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ def eval_transform(
     With `crop_ratio` 1 an image that already has the crop's size is not resampled.
     """
     assert 0 < crop_ratio <= 1, crop_ratio
-    settings = {"crop_pct": crop_ratio, "interpolation": interpolation, "mean": mean, "std": std}
+    settings: dict[str, Any] = {"crop_pct": crop_ratio, "interpolation": interpolation, "mean": mean, "std": std}
     resize, crop, *rest = create_transform(crop_size, is_training=False, **settings).transforms
     return Compose([ResizeAndCrop(resize, crop), *rest])
 
@@ -84,7 +84,7 @@ class ResizeAndCrop:
         short, short_resized, (side, _) = min(image.size), self.resize.size, self.crop.size
         if short >= short_resized or max(image.size) <= MAX_IMAGE_ASPECT * short:
             return self.crop(self.resize(image))
-        starts, ends, corners = [], [], ([], [])
+        starts, ends, corners = list[float](), list[float](), (list[int](), list[int]())
         for length in image.size:
             resized = int(short_resized * length / short)
             first = round((resized - side) / 2)
@@ -96,7 +96,7 @@ class ResizeAndCrop:
             corners[0].append(low)
             corners[1].append(high)
         interpolation = str_to_pil_interp(self.resize.interpolation.value)
-        return image.crop((*corners[0], *corners[1])).resize((side, side), interpolation, box=(*starts, *ends))
+        return image.crop((*corners[0], *corners[1])).resize((side, side), interpolation, box=(*starts, *ends))  # type: ignore[arg-type]
 
 
 def train_transform(crop_size: int, augmentation: Augmentation, *, mean: RGB = MEAN, std: RGB = STD) -> Transform:
@@ -106,7 +106,7 @@ def train_transform(crop_size: int, augmentation: Augmentation, *, mean: RGB = M
     """
     _check_ranges(augmentation)
     with _timm_errors(augmentation.auto_augment):
-        transform = create_transform(crop_size, is_training=True, **augmentation._asdict(), mean=mean, std=std)
+        transform = create_transform(crop_size, is_training=True, **augmentation._asdict() | {"mean": mean, "std": std})
     for step in transform.transforms:
         fix_posterize(step)
     return transform
@@ -159,13 +159,13 @@ def resized_shape(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 def resize_short_side(clip: Tensor, size: int) -> Tensor:
     """Resize [3, T, H, W] to short side `size`: bilinear, no antialiasing, the long side rounded down."""
-    shape = resized_shape(*clip.shape[2:], size)
+    shape = resized_shape(clip.shape[2], clip.shape[3], size)
     return clip if shape == clip.shape[2:] else interpolate(clip, shape, mode="bilinear", align_corners=False)
 
 
 def resized_crop(clip: Tensor, short_side: int, *, top: int, left: int, size: int) -> Tensor:
     """[3, T, H, W] -> [3, T, size, size]: the square at (top, left) of the clip resized to `short_side`."""
-    shape = resized_shape(*clip.shape[2:], short_side)
+    shape = resized_shape(clip.shape[2], clip.shape[3], short_side)
     if max(shape) > MAX_CLIP_ASPECT * short_side:  # resized as a whole, a thin strip would fill the memory
         is_wide = shape[1] > shape[0]
         clip = sample_along(clip, 3 if is_wide else 2, shape[is_wide], start=left if is_wide else top, size=size)
@@ -188,7 +188,7 @@ def crop_along(clip: Tensor, *, short_side: int, size: int, crop: int) -> Tensor
     """[3, T, H, W] -> [3, T, size, size] of the resized clip: left (0), middle (1), right (2); if upright, top, middle,
     bottom.
     """
-    height, width = resized_shape(*clip.shape[2:], short_side)
+    height, width = resized_shape(clip.shape[2], clip.shape[3], short_side)
     tops, lefts = ((0, math.ceil(free / 2), free) for free in (height - size, width - size))
     top, left = (tops[crop], lefts[1]) if height > width else (tops[1], lefts[crop])
     return resized_crop(clip, short_side, top=top, left=left, size=size)
@@ -228,7 +228,7 @@ def train_clip_transform(
     Raises:
         UserError: a range is empty or does not fit the crop, or a name is unknown.
     """
-    a, steps = augmentation, []
+    a, steps = augmentation, list[Callable]()
     if multi_scales:
         steps.append(partial(multi_scale_crop, crop_size=crop_size, scales=tuple(multi_scales)))
     if a.auto_augment:
@@ -261,7 +261,7 @@ def train_clip_transform(
 def jittered_crop(clip: Tensor, *, scales: tuple[float, float], size: int) -> Tensor:
     """SlowFast's crop: resize the short side to a random size in `scales` (pixels), then take a random square."""
     short_side = round(random.uniform(*scales))
-    free = (side - size for side in resized_shape(*clip.shape[2:], short_side))
+    free = (side - size for side in resized_shape(clip.shape[2], clip.shape[3], short_side))
     top, left = (int(torch.randint(space + 1, ())) if space else 0 for space in free)  # v2.RandomCrop's draws
     return resized_crop(clip, short_side, top=top, left=left, size=size)
 

@@ -20,6 +20,7 @@ import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -61,8 +62,9 @@ class TrainState:
 
     def checkpoint(self) -> dict:
         """The contents of a checkpoint file, without `cfg`."""
-        contents = {"model_state": self.model.state_dict(), "optimizer_state": self.optimizer.state_dict()}
-        contents |= {"scaler_state": self.scaler.state_dict(), "epoch": self.epoch - 1, "step": self.step}
+        contents: dict[str, Any] = {"model_state": self.model.state_dict()}
+        contents |= {"optimizer_state": self.optimizer.state_dict(), "scaler_state": self.scaler.state_dict()}
+        contents |= {"epoch": self.epoch - 1, "step": self.step}
         contents |= {"best_top1": self.best_top1, "log_state": self.log_state, "sizes": self.sizes}
         contents["cpu_kernels"] = cpu.choices()
         return contents if self.ema is None else contents | {"ema_state": self.ema.module.state_dict()}
@@ -96,7 +98,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints that a run can resume from, newest first."""
     files = {path: PATTERN.fullmatch(path.name) for path in (output_dir / "checkpoints").glob("*.pyth")}
     places = {path: (int(match[1]), int(match[2] or 0)) for path, match in files.items() if match}
-    return sorted(places, key=places.get, reverse=True)
+    return sorted(places, key=places.__getitem__, reverse=True)
 
 
 def newest_checkpoint(output_dir: Path) -> str:
@@ -194,8 +196,8 @@ def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = F
         if start is not None:
             weights = f"OUTPUT_DIR FOLDER TRAIN.CHECKPOINT_FILE_PATH {path}{start}"
             advice.append(f"to start a new training from its weights, type {weights}")
-        advice = " or, ".join(advice) or "give another OUTPUT_DIR"
-        raise UserError(f"Cannot resume from {path}: {reason}. {advice[0].upper()}{advice[1:]}.")
+        advised = " or, ".join(advice) or "give another OUTPUT_DIR"
+        raise UserError(f"Cannot resume from {path}: {reason}. {advised[0].upper()}{advised[1:]}.")
     # Checkpoints of earlier versions lack the sizes.
     batch_size, _ = changes.get("TRAIN.BATCH_SIZE", (cfg.TRAIN.BATCH_SIZE, None))
     state.restore({"sizes": {"batch_size": batch_size}} | contents)
@@ -205,7 +207,7 @@ def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = F
 
 
 def _misfit(
-    state: TrainState, contents: dict, changes: dict[str, tuple[object, object]]
+    state: TrainState, contents: dict, changes: dict[str, tuple[Any, Any]]
 ) -> tuple[str, list[str], str | None] | None:
     """Why `state` cannot go on from a checkpoint, which of the changed keys may be the cause, and what else to type to
     start from its weights (None: they do not fit either). None: it can.
@@ -260,7 +262,7 @@ def _read_newest(output_dir: Path) -> tuple[Path | None, dict]:
     return None, {}
 
 
-def _changes(cfg: CfgNode, contents: dict) -> dict[str, tuple[object, object]]:
+def _changes(cfg: CfgNode, contents: dict) -> dict[str, tuple[Any, Any]]:
     """Key -> (value in the checkpoint, value now) of the settings that make this another training."""
     earlier = get_cfg()
     try:

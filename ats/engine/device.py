@@ -14,6 +14,7 @@ import os
 import random
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,7 +156,7 @@ def all_gather(item: object) -> list:
     return items
 
 
-def broadcast(item: object) -> object:
+def broadcast(item: Any) -> Any:
     """The `item` of process 0, on every process."""
     items = [item]
     if world_size() > 1:

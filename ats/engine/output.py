@@ -30,7 +30,7 @@ from ats.reduction.plan import default_blocks
 ROOT = logging.getLogger("ats")
 
 # What runs write in OUTPUT_DIR, besides checkpoints that come and go.
-FILES = (".lock", "log.txt", "log.jsonl", "config.yaml", "model.safetensors", "result.json")
+FILES: tuple[str, ...] = (".lock", "log.txt", "log.jsonl", "config.yaml", "model.safetensors", "result.json")
 FILES += ("checkpoints/checkpoint_best.pyth",)
 _locks: dict[Path, IO] = {}  # folder -> its lock, which this process holds until it ends
 

@@ -48,7 +48,7 @@ def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.Optimizer:
         return create_optimizer_v2(model, opt=name, param_group_fn=param_groups, **settings)
     except (ValueError, AssertionError, ImportError) as error:  # a bad setting, or a missing package or GPU
         if name.removeprefix("lookahead_") not in list_optimizers():
-            suggestion = suggest(name, list_optimizers())
+            suggestion = suggest(name, map(str, list_optimizers()))
             raise UserError(f"SOLVER.OPTIMIZING_METHOD {name}: timm has no such optimizer.{suggestion}") from error
         raise UserError(f"The optimizer {name} cannot be built with these settings of SOLVER: {error}.") from error
 
@@ -104,12 +104,13 @@ def clip_gradients(
 
     Returns their total L2 norm before clipping, a scalar tensor on the gradients' device.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    grad_norm = nn.utils.get_total_norm(gradients)
     if max_value is not None:
         nn.utils.clip_grad_value_(parameters, max_value)
     if max_norm is not None:
-        clipped = grad_norm if max_value is None else nn.utils.get_total_norm([p.grad for p in parameters])
+        clipped = grad_norm if max_value is None else nn.utils.get_total_norm(gradients)
         nn.utils.clip_grads_with_norm_(parameters, max_norm, clipped)
     return grad_norm
 
@@ -179,7 +180,7 @@ def train_step(
     optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
     batch_size = batch_size or len(x)
-    loss, tokens = x.new_zeros(()), {}
+    loss, tokens = x.new_zeros(()), dict[int, Tensor]()
     chunks = list(zip(x.chunk(recipe.num_chunks), target.chunk(recipe.num_chunks), strict=True))
     for number, (x_chunk, target_chunk) in enumerate(chunks, start=1):
         share = len(x_chunk) / batch_size

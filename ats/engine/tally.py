@@ -105,7 +105,7 @@ class Tally:
             gflops[name] = as_run.quantile(share).item()
         gflops |= {"paper_mean": paper.mean().item(), "dense": max(part.dense for part in parts)}
         blocks = sorted({block for part in parts for block in part.token_counts})
-        counts = {b: sum((part.token_counts.get(b, Counter()) for part in parts), Counter()) for b in blocks}
+        counts = {b: sum((part.token_counts.get(b, Counter()) for part in parts), Counter[int]()) for b in blocks}
         result = Result(
             top1=100 * hit1.mean().item(),
             top5=100 * hit5.mean().item(),
@@ -124,7 +124,7 @@ class Tally:
         top1, top5 = ensemble.accuracy()
         num_videos = int((~ensemble.skipped).sum())
         per_video = {name: ensemble.num_views * gflops[name] for name in ("mean", "paper_mean", "dense")}
-        video = {"num_videos": num_videos, "num_clips": num_videos * ensemble.num_views}
+        video: dict[str, object] = {"num_videos": num_videos, "num_clips": num_videos * ensemble.num_views}
         video |= {"num_views": ensemble.num_views, "num_skipped_videos": int(ensemble.skipped.sum())}
         video |= {"gflops_per_video": per_video, "clip_top1": result.top1, "clip_top5": result.top5}
         return replace(result, top1=top1, top5=top5, video=video)
@@ -197,7 +197,7 @@ class Ensemble:
         self.seen = seen.bool()
         self.skipped = all_reduce(self.skipped.to(torch.int32), "max").bool()
         all_reduce(self.labels, "max")
-        num_classes = all_reduce(torch.tensor(0 if self._scores is None else self._scores.shape[1]), "max").item()
+        num_classes = int(all_reduce(torch.tensor(0 if self._scores is None else self._scores.shape[1]), "max"))
         if num_classes:
             if self._scores is None:  # this process had no clips
                 self._scores = self._no_scores(num_classes)

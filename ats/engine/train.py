@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from types import FrameType
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ats.checkpoint import load_weights, save_safetensors
 from ats.config import CfgNode
@@ -58,7 +57,7 @@ from ats.models import build_model
 
 logger = logging.getLogger(__name__)
 
-Draw = Callable[[nn.Module, Dataset[Sample]], Tensor | None]
+Draw = Callable[[nn.Module, Sequence[Sample]], Tensor | None]
 
 
 def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Path:

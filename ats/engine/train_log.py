@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import simplejson
 import torch
@@ -75,7 +76,7 @@ class TrainLog:
             threading.excepthook = _let_the_main_thread_report
             with naming(self._tensorboard):
                 self._writer = SummaryWriter(str(self._tensorboard), purge_step=steps_done + 1)
-        shown = {"desc": "train", "unit": "step", "dynamic_ncols": True}
+        shown: dict[str, Any] = {"desc": "train", "unit": "step", "dynamic_ncols": True}
         disable = None if is_main() else True  # None: show it on a terminal only
         self._bar = tqdm(total=self._num_epochs * num_steps, initial=steps_done, disable=disable, **shown)
 
@@ -87,8 +88,8 @@ class TrainLog:
         Args:
             num_images: size of the batch. seconds_waited: for its data. num_bad: bad files since the training began.
         """
-        values = {"loss": stats.loss, "grad_norm": stats.grad_norm, "images": num_images, "waited": seconds_waited}
-        self.window.add(values | stats.tokens)
+        own: dict[Any, float] = {"loss": stats.loss, "grad_norm": stats.grad_norm, **stats.tokens}
+        self.window.add(own | {"images": num_images, "waited": seconds_waited})
         self._bar.update()
         self._done += 1
         epoch, step = self._place()
@@ -96,7 +97,7 @@ class TrainLog:
             return
         means = self.window.means()
         self.window = Window()
-        values = {"loss": means["loss"], "lr": lr, "grad_norm": means["grad_norm"]}
+        values: dict[str, Any] = {"loss": means["loss"], "lr": lr, "grad_norm": means["grad_norm"]}
         values["tokens_per_block"] = {block: mean for block, mean in means.items() if isinstance(block, int)}
         values["bad_files"] = num_bad
         if stats.loss_scale is not None:

@@ -21,10 +21,11 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -134,7 +135,7 @@ def export_adaptive(model: nn.Module, input_shape: Sequence[int]) -> Exported:
     images, layout = torch.zeros(1, *input_shape), model.layout
     with torch.no_grad():
         records = model.eval().forward_tokens(images)[1].records
-        model.layout = SINGLE
+        model.layout = SINGLE  # type: ignore[assignment]
         try:
             program = _graph(model, images)
         finally:
@@ -144,7 +145,7 @@ def export_adaptive(model: nn.Module, input_shape: Sequence[int]) -> Exported:
     return Exported(program, model, facts, most, adaptive=True)
 
 
-def _graph(model: nn.Module, images: Tensor, **options: object) -> ExportedProgram:
+def _graph(model: nn.Module, images: Tensor, **options: Any) -> ExportedProgram:
     # With a mask, the other kernels of attention return an order in memory that the translation to ONNX does not have.
     with sdpa_kernel(SDPBackend.MATH):
         return torch.export.export(Outputs(model), (images,), **options)
@@ -222,7 +223,7 @@ def save_onnx(exported: Exported, path: Path) -> None:
     program.save(path, external_data=num_bytes > ONNX_LIMIT)
 
 
-def _fold_parts_of_weights(model: object) -> None:
+def _fold_parts_of_weights(model: Any) -> None:
     """Make what blocks read of a weight a weight of its own, once: quantisation does not look behind a Slice."""
     from onnx_ir.passes.common import DeduplicateInitializersPass
     from onnxscript.optimizer import fold_constants, remove_unused_nodes
@@ -233,7 +234,7 @@ def _fold_parts_of_weights(model: object) -> None:
     DeduplicateInitializersPass(size_limit=2**31)(model)
 
 
-def onnx_stable_sort(x: object, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple:
+def onnx_stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple:
     """A stable sort in ONNX's operators, for which the translator has none. TopK of all entries is one by ONNX's rules:
     equal entries come in the order of their indices. OpenVINO does not keep to that, so bytes, the masks that say which
     rows are kept, are told apart by their places; TopK does not know bytes anyway, they are compared as int32.
@@ -252,15 +253,15 @@ def onnx_stable_sort(x: object, stable: bool | None = None, dim: int = -1, desce
 
 
 def onnx_attention(
-    query: object,
-    key: object,
-    value: object,
-    attn_mask: object | None = None,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> object:
+) -> Any:
     """Attention [..., N, D] as plain products, which engines fuse. The translator's own takes shapes apart where N
     follows the image, and scales queries and keys.
     """
@@ -280,7 +281,7 @@ def onnx_attention(
 
 
 # Operators that PyTorch's own translator lacks, or translates badly.
-TRANSLATIONS = {
+TRANSLATIONS: dict[Callable, Callable] = {
     torch.ops.aten.sort.stable: onnx_stable_sort,
     torch.ops.aten.scaled_dot_product_attention.default: onnx_attention,
 }

@@ -29,7 +29,9 @@ class Rows(Protocol):
     lengths: Tensor
     longest: int
     uniform: bool
-    start: Tensor
+
+    @property
+    def start(self) -> Tensor: ...
 
 
 def official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points: int) -> Tensor | None:

@@ -17,10 +17,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from ats.compat import current_dispatch_mode, forward_ad_level, is_functorch_wrapped_tensor, onednn_linear
 
 logger = logging.getLogger(__name__)
-ONEDNN_LINEAR = onednn_linear()
+ONEDNN_LINEAR: Any = onednn_linear()
 
 MARGIN = 1.25  # so much faster another kernel must be; less may be noise, and two runs would differ in their last bits
 FLOPS_TO_TIME = 4e8  # of the layers of a block, in one round
@@ -93,7 +94,7 @@ def _may_replace(x: Tensor, blocks: Sequence[nn.Module]) -> bool:
         return False
     if forward_ad_level() >= 0 or any(map(_runs_elsewhere, blocks)):
         return False
-    return torch.backends.mkldnn.enabled
+    return bool(torch.backends.mkldnn.enabled)
 
 
 @cache  # once
@@ -113,7 +114,7 @@ def _runs_elsewhere(block: nn.Module) -> bool:
 
 
 def _fastest(block: nn.Module, num_tokens: Callable[[], int]) -> Choice:
-    first = next(filter(_is_linear, block.modules()), None)
+    first = next(_linears(block), None)
     if first is None:
         return PLAIN
     key = torch.get_num_threads(), first.in_features, torch.is_grad_enabled()
@@ -124,14 +125,16 @@ def _fastest(block: nn.Module, num_tokens: Callable[[], int]) -> Choice:
     return _choices[key]
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether both kernels compute this layer: its weights may have another dtype than the network's input."""
-    return type(module) is nn.Linear and module.weight.is_contiguous() and _takes(module.weight)
+def _linears(block: nn.Module) -> Iterator[nn.Linear]:
+    """The layers that both kernels compute: weights may have another dtype than the network's input."""
+    for module in block.modules():
+        if type(module) is nn.Linear and module.weight.is_contiguous() and _takes(module.weight):
+            yield module
 
 
 def _measure(block: nn.Module, num_tokens: int) -> Choice:
     """Time the linear layers of a block and, without gradients, its attention among `num_tokens`."""
-    layers = list(filter(_is_linear, block.modules()))
+    layers = list(_linears(block))
     rows = int(min(max(FLOPS_TO_TIME / (2 * sum(layer.weight.numel() for layer in layers)), 32), 256))
     inputs = [layer.weight.new_full((rows, layer.in_features), 0.5) for layer in layers]
     with_gradients = torch.is_grad_enabled()
@@ -151,11 +154,11 @@ def _measure(block: nn.Module, num_tokens: int) -> Choice:
     if with_gradients or not num_heads:
         return Choice(linear)
     q = inputs[0].new_full((1, num_tokens, num_heads, layers[0].in_features // num_heads), 0.5).transpose(1, 2)
-    runs = {name: lambda attend=attend: attend(q, q, q, 0.125) for name, attend in ATTENTION.items()}
+    runs = {name: partial(attend, q, q, q, 0.125) for name, attend in ATTENTION.items()}
     return Choice(linear, _first_by_far(runs))
 
 
-def _first_by_far(runs: dict[str, Callable[[], object]]) -> str:
+def _first_by_far(runs: Mapping[str, Callable[[], object]]) -> str:
     """The fastest, if it beats the first by MARGIN; else the first."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(ROUNDS):
@@ -163,7 +166,7 @@ def _first_by_far(runs: dict[str, Callable[[], object]]) -> str:
             start = time.perf_counter()
             run()
             best[name] = min(best[name], time.perf_counter() - start)
-    usual, fastest = next(iter(best)), min(best, key=best.get)
+    usual, fastest = next(iter(best)), min(best, key=best.__getitem__)
     return fastest if best[fastest] * MARGIN < best[usual] else usual
 
 
@@ -181,13 +184,13 @@ class _TrainedLinear(torch.autograd.Function):
     """`F.linear` with its forward and backward products by oneDNN."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         return linear_(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         # create_graph: the gradient's gradient is wanted, which oneDNN's operator has not.
         product = F.linear if torch.is_grad_enabled() else linear_
@@ -230,7 +233,7 @@ class Kernels(TorchFunctionMode):
 
     def __init__(self, choice: Choice) -> None:
         super().__init__()
-        self.handlers = {}
+        self.handlers: dict[Callable, Callable] = {}
         if choice.linear == "onednn":
             self.handlers[F.linear] = _linear
         if choice.attention != "fused":
@@ -254,7 +257,7 @@ class Kernels(TorchFunctionMode):
         is_plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa) and q.ndim == k.ndim == v.ndim == 4
         if is_plain and _takes(q, k, v) and min(q.shape[2], k.shape[2]) >= MIN_ROWS and not _has_gradient(q, k, v):
             return self.attend(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
-        options = {"scale": scale, "enable_gqa": enable_gqa}
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def _warn_of_cache(reason: str, path: str) -> None:
     logger.warning("Numba's cache%s cannot be used (%s); compiling anew, which takes seconds.", where, reason)
 
 
-def native(**options: object) -> Callable:
+def native(**options: Any) -> Callable:
     """`njit`, with a cache on disk if there is a folder for it."""
 
     def decorate(function: Callable) -> Callable:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:
                 block.grad_checkpointing = enable
 
 
-def run_block(block: nn.Module, x: Tensor | RaggedTokens, *args: object) -> object:
+def run_block(block: nn.Module, x: Tensor | RaggedTokens, *args: object) -> Any:
     """`block(x, *args)`, with activation checkpointing if `set_grad_checkpointing` turned it on."""
     if not (getattr(block, "grad_checkpointing", False) and torch.is_grad_enabled()):
         return block(x, *args)

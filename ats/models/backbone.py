@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from fvcore.common.config import CfgNode
@@ -43,6 +43,7 @@ class HasBlocks:
     no_fuse: str = ""  # why they cannot be fused, which creates tokens without a position
     num_prefix_tokens: int  # P, tokens that are always kept, CLS first; 0: no CLS
     head_keys: tuple[str, ...] = ("head",)  # prefixes of the classifier's keys, which TRAIN.RESET_HEAD does not load
+    blocks: nn.ModuleList  # where `block_list` says nothing else
     gives_probabilities: bool = False  # its output is probabilities, not logits
 
     def block_list(self) -> list[nn.Module]:
@@ -83,7 +84,7 @@ class HasBlocks:
         empty trace gives the cost of the dense network.
         """
         blocks = self.block_multiply_adds(trace, input_shape, paper=paper)
-        return sum(blocks) + self.stem_multiply_adds(trace, input_shape)
+        return sum(blocks[1:], blocks[0]) + self.stem_multiply_adds(trace, input_shape)
 
     def block_multiply_adds(
         self, trace: Sequence[KeptTokens], input_shape: Sequence[int], *, paper: bool
@@ -173,8 +174,8 @@ class Backbone(HasBlocks, nn.Module):
         for reduction in reductions:
             reason = self.refusal(reduction)
             if reason and reduction.merging_option == "dropped":
-                key = config_key("dropped")
-                raise UserError(f"{key} {reduction.dropped}: not for {type(self).__name__}: {reason}; use {key} drop.")
+                key, value = config_key("dropped"), getattr(reduction, reduction.merging_option)
+                raise UserError(f"{key} {value}: not for {type(self).__name__}: {reason}; use {key} drop.")
             if reason:
                 others = [name for name, kind in REDUCTIONS.items() if not self.refusal(kind())]
                 raise UserError(
@@ -239,7 +240,7 @@ def _stage_key(name: str, *, index: int, given: dict, sampler: str) -> str:
     return f"ATS.STAGES[{index}] {name.upper()}" if name in given else config_key(name, sampler)
 
 
-def settings(section: CfgNode, *names: str) -> dict[str, object]:
+def settings(section: CfgNode, *names: str) -> dict[str, Any]:
     """Keys of a section, by default all, as arguments of the same names: {"embed_dim": section.EMBED_DIM}."""
     return {name: section[name.upper()] for name in names or map(str.lower, section)}
 

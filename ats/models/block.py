@@ -48,7 +48,7 @@ class ATSBlock(nn.Module):
     record_scores: bool = False  # keep each pass's `Candidates` in its `BlockRecord`
     record_places: bool = False  # and which token stands for each patch; to be set in the first block that has ATS
     # (candidates, reduction) -> mask that replaces the reduction's selection, which still runs.
-    imposed: Callable[[Candidates, Reduction], Tensor] | None = None
+    imposed: Callable[[Candidates, Any], Tensor] | None = None
     clock: Clock | None = None  # set by `benchmark/breakdown.py`
     ats_classes: tuple[type, type] | None = None  # of the block it replaced, and its own, see `change_reductions`
 
@@ -276,6 +276,7 @@ def change_reductions(model: nn.Module, reductions: Mapping[int, Reduction]) -> 
     when the network was built can have a reduction.
     """
     first = min(reductions, default=math.inf)
+    block: Any
     for block in model.modules():
         classes = vars(block).get("ats_classes")
         if classes is not None:

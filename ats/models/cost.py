@@ -11,6 +11,7 @@ N x N matrix of logits, without the dropped rows from A^s V on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def vit_block_multiply_adds(block: nn.Module, record: BlockRecord, *, paper: boo
     if reduction is None or paper:
         return n * (q + kv) + n * n * attn_dim + m * n * attn_dim + after
     if not reduction.selects:
-        scoring = 0
+        scoring: Tensor | int = 0
     elif reduction.score == "mean_attention":
         scored = n.unflatten(0, (-1, frames)).amax(dim=1).repeat_interleave(frames)
         scoring = (n * q if parts else 0) + scored * scored * attn_dim
@@ -90,7 +91,7 @@ def linear_multiply_adds(layer: nn.Module, num_tokens: int = 1) -> int:
 
 def linears_multiply_adds(module: nn.Module) -> int:
     """Every linear layer of a module, once, on one token; of one that wraps others (an adapter), those."""
-    total = 0
+    total: Any = 0
     for layer in module.modules():
         wraps = any(isinstance(own, nn.Linear) for own in layer.modules() if own is not layer)
         if is_linear(layer) and not wraps:

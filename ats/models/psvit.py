@@ -20,7 +20,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -145,14 +145,14 @@ class ReleasedGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, features: Tensor, points: Tensor) -> Tensor:
+    def forward(ctx: Any, features: Tensor, points: Tensor) -> Tensor:
         """[B, C, H, W], [B, P, 2] -> [B, P, C], of one dtype."""
         ctx.save_for_backward(features, points)
         return sample_at(features, points)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of the values [B, P, C] -> the gradients of features and points."""
         features, points = ctx.saved_tensors
         last = torch.tensor(features.shape[2:], dtype=points.dtype, device=points.device) - 1
@@ -213,7 +213,7 @@ class PSViT(Backbone):
         embed_dim: int = 384,
         head_drop_rate: float = 0.0,
         reductions: dict[int, Reduction] | None = None,
-        **blocks: object,
+        **blocks: Any,
     ) -> None:
         super().__init__()
         self.num_classes, self.img_size, self.num_points = num_classes, img_size, tuple(num_points)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,7 @@ class TimeSformer(VisionTransformer):
         attention_type: str = "divided_space_time",
         temporal_embed_len: int = 8,
         reductions: dict[int, Reduction] | None = None,
-        **settings: object,
+        **settings: Any,
     ) -> None:
         assert attention_type in ATTENTION_TYPES, attention_type
         reductions = reductions or {}

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,8 @@ class VisionTransformer(Backbone):
         blocks: other arguments of `vit_blocks`.
     """
 
+    head: nn.Module
+    head_drop: nn.Module
     layouts = LAYOUTS
     resize_mode = ""  # how positions are resized, for F.interpolate; "": as in timm
 
@@ -63,7 +66,7 @@ class VisionTransformer(Backbone):
         drop_rate: float = 0.0,
         weight_init: str = "deit",
         reductions: dict[int, Reduction] | None = None,
-        **blocks: object,
+        **blocks: Any,
     ) -> None:
         super().__init__()
         self.num_classes, self.embed_dim, self.patch_size = num_classes, embed_dim, patch_size
@@ -188,7 +191,7 @@ def vit_blocks(
     eps: float = 1e-5,
 ) -> list[Block]:
     """timm's blocks; stochastic depth grows from 0 in the first to `drop_path_rate` in the last."""
-    options = {"qkv_bias": qkv_bias, "proj_drop": drop_rate, "attn_drop": attn_drop_rate}
+    options: dict[str, Any] = {"qkv_bias": qkv_bias, "proj_drop": drop_rate, "attn_drop": attn_drop_rate}
     options["norm_layer"] = partial(nn.LayerNorm, eps=eps)
     rates = (drop_path_rate * index / max(depth - 1, 1) for index in range(depth))
     return [Block(dim, num_heads, mlp_ratio, drop_path=rate, **options) for rate in rates]

@@ -8,7 +8,7 @@ called, so it would never happen here. Parametrizations happen when the weight i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Projected(NamedTuple):
     outputs: Tensor
 
 
-def linear_part(layer: nn.Module, x: Tensor | Projected, part: slice, bias: Tensor | None = None) -> Tensor:
+def linear_part(layer: Any, x: Tensor | Projected, part: slice, bias: Tensor | None = None) -> Tensor:
     """The outputs `part` of a linear layer. With a `bias` instead of the layer's, as BEiT's attention has it, the host
     reads the weight, too.
     """

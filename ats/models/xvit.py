@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,8 @@ class ShiftedATSBlock(ATSBlock):
         if not isinstance(self.attn, ShiftedAttention):
             return k, v
         rows = neighbours(tokens)
-        return tuple(shift_tokens(t.flatten(1), *rows, fold=self.attn.fold).view_as(t) for t in (k, v))
+        k, v = (shift_tokens(t.flatten(1), *rows, fold=self.attn.fold).view_as(t) for t in (k, v))
+        return k, v
 
 
 class FrameTransformer(VisionTransformer):
@@ -128,7 +129,7 @@ class FrameTransformer(VisionTransformer):
         temporal_embed_len: int,
         classify_frames: bool,
         reductions: dict[int, Reduction] | None = None,
-        **settings: object,
+        **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self.num_segments = num_segments
@@ -178,7 +179,7 @@ class TemporalHead(nn.Module):
     ) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        options = {"proj_drop": hidden_dropout_prob, "drop_path": hidden_dropout_prob}
+        options: dict[str, Any] = {"proj_drop": hidden_dropout_prob, "drop_path": hidden_dropout_prob}
         options |= {"attn_drop": attention_probs_dropout_prob, "norm_layer": partial(nn.LayerNorm, eps=1e-5)}
         blocks = (Block(embed_dim, num_attention_heads, **options) for _ in range(num_hidden_layers))
         self.temporal_encoder = nn.Sequential(*blocks)
@@ -219,7 +220,7 @@ class XViT(Backbone):
         "blocks": [(r"^base_model\.blocks\.(\d+)", None), (r"^base_model\.norm", (99999,))],
     }
 
-    def __init__(self, *, temporal_head: dict | None, before_softmax: bool = True, **settings: object) -> None:
+    def __init__(self, *, temporal_head: dict | None, before_softmax: bool = True, **settings: Any) -> None:
         super().__init__()
         num_classes, drop_rate, embed_dim = (settings[name] for name in ("num_classes", "head_drop_rate", "embed_dim"))
         # Without dropout the release's backbone ends in a classifier, even before its temporal head. The head needs

@@ -212,7 +212,7 @@ def refuse_merging(model: nn.Module, reductions: Iterable[Reduction], no_merge: 
             raise UserError(f"{option} {value} does not work with this {name}: {reason}.")
 
 
-def refusal_of_blocks(model: nn.Module, blocks: nn.Module, refusal: Callable[[nn.Module], str]) -> str:
+def refusal_of_blocks(model: nn.Module, blocks: nn.ModuleList, refusal: Callable[[nn.Module], str]) -> str:
     """Why ATS cannot be put into these blocks of `model`; "" if it can."""
     for name, module in (("it has", model), *((f"block {index} has", block) for index, block in enumerate(blocks))):
         if "forward" in vars(module) and not isinstance(module, (Patched, ATSBlock)):
@@ -257,7 +257,7 @@ def check_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
 
 def attach_to(
     parts: Sequence[nn.Module],
-    blocks: nn.Module,
+    blocks: nn.ModuleList,
     reductions: dict[int, Reduction],
     versions: Mapping[type[nn.Module], type[nn.Module]],
 ) -> None:

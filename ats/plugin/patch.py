@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -86,7 +87,7 @@ def patch(
     return model
 
 
-def _defaults(sampler: str = "inverse_transform") -> dict[str, object]:
+def _defaults(sampler: str = "inverse_transform") -> dict[str, Any]:
     """Option -> default, of all registered reductions; `sampler`'s default if several share a name."""
     kinds = [*REDUCTIONS.values(), *([REDUCTIONS[sampler]] if str(sampler) in REDUCTIONS else [])]
     options = {option.name: option.default for kind in kinds for option in options_of(kind)} | {"score": None}

@@ -203,7 +203,7 @@ class Reduction:
         return self
 
     @classmethod
-    def variants(cls) -> list[dict[str, object]]:
+    def variants(cls) -> list[dict[str, Any]]:
         """Values of other options than the amount that `ats.calibrate` may try at the same cost."""
         return []
 
@@ -302,7 +302,7 @@ class OptionOf(NamedTuple):
 
 def options_of(reduction: type[Reduction]) -> list[OptionOf]:
     """The options of a reduction, those of its base classes first."""
-    owner = {}
+    owner: dict[str, Any] = {}
     for kind in reversed(reduction.__mro__):
         owner = dict.fromkeys(get_annotations(kind), kind) | owner  # whoever declares it first
     return [

@@ -44,7 +44,7 @@ class EViT(Scheduled):
     needs_cls = True
 
     @property
-    def makes_fused(self) -> bool:
+    def makes_fused(self) -> bool:  # type: ignore[override]
         return self.fuse_token
 
     @property

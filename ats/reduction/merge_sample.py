@@ -10,7 +10,7 @@ thresholds every image leaves that share. docs/COMPARISON.md compares it with it
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ats.options import POSITIVE, PROBABILITY, SHARE, option
 from ats.reduction.base import Candidates, Reduction, Step, register
@@ -101,7 +101,7 @@ class MergeSample(Reduction):
         )
 
     @property
-    def after_attention(self) -> bool:
+    def after_attention(self) -> bool:  # type: ignore[override]
         return self.is_early
 
     @property
@@ -137,7 +137,7 @@ class MergeSample(Reduction):
         return multiply_adds(num_in - self.num_prefix_tokens, head_dim)
 
     @classmethod
-    def variants(cls) -> list[dict[str, object]]:
+    def variants(cls) -> list[dict[str, Any]]:
         return [{"switch": switch, "points": points} for switch in (0.5, 0.75, 1.0) for points in (1.25, 2.0)]
 
     @classmethod

@@ -6,7 +6,7 @@ Shapes: as in `base.py`; N rows of the longest sequence in the padded layout, C 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ats.lazy import torch
 
@@ -148,7 +148,7 @@ def only(lengths: Tensor, most: int) -> int:
     """The one entry of `lengths` [1], in a graph that learns `most` from the image."""
     from ats.compat import export_check
 
-    length = lengths.item()
+    length: Any = lengths.item()
     export_check(length >= 2)
     export_check(length <= most)
     return length
@@ -237,7 +237,7 @@ def bipartite_soft_matching(
     new_index = inverse(order)
     target = new_index.masked_fill(position >= lengths[:, None], -1)
     target[:, ::2] = torch.where(merged, new_index.gather(1, 2 * partner + 1), target[:, ::2])
-    longest = num_tokens
+    longest: Any = num_tokens
     if isinstance(r, int):  # in an exported graph the number of tokens may follow the image
         longest -= torch.sym_max(torch.sym_min(r, (num_tokens - num_prefix_tokens) // 2), 0)
     return Matching(order[:, :longest], target, lengths - num_merged)
@@ -299,5 +299,6 @@ def repack(
     layout = tokens.layout.of_lengths(lengths, longest=longest)
     if not layout.full:  # rows of padding have no position
         padded["position"] = torch.where(layout.mask, padded["position"], tokens.num_positions)
-    rows = {name: None if t is None else layout.unpad(t[:, : layout.longest]) for name, t in padded.items()}
-    return replace(tokens, x=layout.unpad(x[:, : layout.longest]), layout=layout, max_tokens=max_tokens, **rows)
+    rows: dict[str, Any] = {"layout": layout, "max_tokens": max_tokens}
+    rows |= {name: None if t is None else layout.unpad(t[:, : layout.longest]) for name, t in padded.items()}
+    return replace(tokens, x=layout.unpad(x[:, : layout.longest]), **rows)

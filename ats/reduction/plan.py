@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from ats.errors import UserError, suggest
 from ats.reduction.base import REDUCTIONS, Naming, OptionOf, Reduction, Scheduled, options_of
 
-Stage = Mapping[str, object]  # "sampler", "blocks" and options of that reduction; options that are left out: defaults
+Stage = Mapping[str, Any]  # "sampler", "blocks" and options of that reduction; options that are left out: defaults
 
 
 def config_key(setting: str, sampler: str = "") -> str:
@@ -103,21 +104,22 @@ def _plan_stage(stage: dict, network: dict, naming: Naming) -> list[Reduction]:
         for name, option in options.items()
         if name in stage
     }
-    network = network | {"stage": tuple(sorted(blocks))}
+    same: dict[str, Any] = network | {"stage": tuple(sorted(blocks))}
     planned = [
-        kind(block=block, **network, **{name: own[block] for name, own in values.items()}) for block in sorted(blocks)
+        kind(block=block, **same, **{name: own[block] for name, own in values.items()}) for block in sorted(blocks)
     ]
     if not planned:
         return []
     kind.check(planned, naming)
-    if not issubclass(kind, Scheduled):
+    scheduled = [reduction for reduction in planned if isinstance(reduction, Scheduled)]
+    if not scheduled:
         return planned
-    if planned[0].schedule != "flat" and isinstance(stage.get(kind.amount), (list, tuple)):
+    if scheduled[0].schedule != "flat" and isinstance(stage.get(kind.amount), (list, tuple)):
         raise UserError(
-            f"{naming('schedule')} {planned[0].schedule} spreads one amount over the blocks, but {naming(kind.amount)} "
-            f"is a list: give a number, or {naming('schedule')} flat."
+            f"{naming('schedule')} {scheduled[0].schedule} spreads one amount over the blocks, but "
+            f"{naming(kind.amount)} is a list: give a number, or {naming('schedule')} flat."
         )
-    return [reduction.scheduled() for reduction in planned]
+    return [reduction.scheduled() for reduction in scheduled]
 
 
 def _check_blocks(blocks: Sequence[int], depth: int, naming: Naming) -> None:
@@ -135,7 +137,7 @@ def _check_blocks(blocks: Sequence[int], depth: int, naming: Naming) -> None:
 
 def value_of_each_block(
     option: OptionOf, value: object, blocks: Sequence[int], depth: int, naming: Naming
-) -> dict[int, object]:
+) -> dict[int, Any]:
     """Block -> its value of an option.
 
     Raises:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ats.lazy import torch
 from ats.options import AMOUNT, FROM_0, PROBABILITY, option
@@ -96,7 +96,7 @@ class Sampler(Reduction):
         return "sampler" if self.dropped == "drop" else "dropped"
 
     @property
-    def makes_fused(self) -> bool:
+    def makes_fused(self) -> bool:  # type: ignore[override]
         return self.dropped == "fuse"
 
     @property
@@ -158,7 +158,7 @@ class Sampler(Reduction):
         return "K", self.num_tokens
 
     @classmethod
-    def check(cls, planned: Sequence[Sampler], naming: Naming) -> None:
+    def check(cls, planned: Sequence[Any], naming: Naming) -> None:
         super().check(planned, naming)
         _say_what_changes(planned, naming)
 

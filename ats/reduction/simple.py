@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ats.lazy import torch
 from ats.options import SEED, option
@@ -54,7 +54,7 @@ def _descending_rank(values: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(1, order, rank)
 
 
-def _of_name(name: str, values: dict[str, object]) -> Reduction:
+def _of_name(name: str, values: dict[str, Any]) -> Reduction:
     """Unpickle a reduction whose class `register_sampler` made."""
     return REDUCTIONS[name](**values)
 
@@ -75,7 +75,7 @@ def register_sampler(name: str) -> Callable[[SamplerFunction], SamplerFunction]:
         def __reduce__(self: Sampler) -> tuple:
             return _of_name, (name, {f.name: getattr(self, f.name) for f in fields(self)})
 
-        methods = {"choose": choose, "__reduce__": __reduce__, "__doc__": function.__doc__}
+        methods: dict[str, Any] = {"choose": choose, "__reduce__": __reduce__, "__doc__": function.__doc__}
         methods |= {"graphable": True, "title": f"ATS ({name})"}
         register(name)(dataclass(frozen=True)(type(name, (InverseTransform, Random), methods)))
         return function

@@ -44,9 +44,9 @@ def draw_curve(
 ) -> None:
     """One variant's accuracies y over its costs x, with standard deviations `spreads`. `style` is errorbar's."""
     order = np.argsort(x)
-    x, y, yerr = (None if values is None else np.asarray(values)[order] for values in (x, y, spreads))
+    costs, means, yerr = (None if values is None else np.asarray(values)[order] for values in (x, y, spreads))
     look = {"color": COLOURS[colour % 7], "marker": "osD^vPX"[colour % 7], "markersize": 5, "linewidth": 1.3}
-    ax.errorbar(x, y, yerr, capsize=2, **look | style)
+    ax.errorbar(costs, means, yerr, capsize=2, **look | style)
 
 
 def finish_curves(ax, *, x: str, title: str, dense: float | None = None, y: str = "top-1 %") -> None:

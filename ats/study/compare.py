@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def contrast(terms: Sequence[tuple[float, np.ndarray]], units: np.ndarray, *, ha
         terms: (weight, hits), e.g. [(1, a), (-1, b)] for the difference; hits are [seeds, canvases].
         units: [canvases] the digit on each. has_seeds: the seeds of some variant change more than the canvases.
     """
-    values = 100 * sum(weight * hits.astype(np.float64) for weight, hits in terms)
+    values: Any = 100 * sum(weight * hits.astype(np.float64) for weight, hits in terms)
     per_unit = np.array([values[:, units == unit].mean() for unit in np.unique(units)])
     half_width = NORMAL95 * standard_error(per_unit)
     if has_seeds:
@@ -69,8 +70,8 @@ def contrast(terms: Sequence[tuple[float, np.ndarray]], units: np.ndarray, *, ha
 
 def of_seeds(values: Sequence[float]) -> Estimate:
     """The mean of one value per seed."""
-    values = np.asarray(values, dtype=np.float64)
-    return Estimate(float(values.mean()), t95(len(values)) * standard_error(values))
+    seeds = np.asarray(values, dtype=np.float64)
+    return Estimate(float(seeds.mean()), t95(len(seeds)) * standard_error(seeds))
 
 
 def mean_and_spread(hits: np.ndarray) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,11 +43,11 @@ class Method:
     rival: bool = False
     options: dict = field(default_factory=dict)
 
-    def stage(self, depth: int, num_patches: int) -> dict[str, object]:
+    def stage(self, depth: int, num_patches: int) -> dict[str, Any]:
         """Its entry of ATS.STAGES in a network of `depth` blocks, without its amount."""
         kind = REDUCTIONS[self.sampler]
         blocks = {"all": range(depth), "quarter": range(depth // 4, depth), "usual": kind.usual_blocks(depth) or []}
-        stage = {"SAMPLER": self.sampler, "BLOCKS": list(blocks[self.blocks])}
+        stage: dict[str, Any] = {"SAMPLER": self.sampler, "BLOCKS": list(blocks[self.blocks])}
         stage |= {name.upper(): value for name, value in self.options.items()}
         if self.sampler == "ppt":
             stage["THRESHOLD"] = PPT_THRESHOLD / num_patches**2
@@ -190,7 +191,7 @@ class Comparison:
 
     def _tune(self, method: Method | None, budget: float, seed: int) -> dict:
         def train() -> dict:
-            subject = self.subject
+            subject: Any = self.subject  # which `can_be_tuned`
             stages = None
             if method is not None:
                 start = self._at_budget(method, budget)

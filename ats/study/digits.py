@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,8 +121,8 @@ class Canvases:
         about = json.loads((Path(cfg.DATA.PATH_TO_DATA_DIR) / "digits.json").read_text())["num_distractors"]["val"]
         names = [f"{Path(path).parent.name}/{Path(path).name}" for path in map(dataset.path, range(len(dataset)))]
         keys = [tuple(map(int, Path(name).stem.split("_"))) for name in names]  # digit, copy
-        chosen = sorted({digit for digit, _ in keys})
-        chosen = set(chosen if size.num_digits is None else chosen[:: -(-len(chosen) // size.num_digits)])
+        known = sorted({digit for digit, _ in keys})
+        chosen = set(known if size.num_digits is None else known[:: -(-len(known) // size.num_digits)])
         self.groups: list[list[Sample]] = []  # batches of each group
         digits, distractors = [], []
         for seed in range(size.num_seeds):
@@ -165,7 +166,7 @@ class DigitsStudy:
         self.cfg = self._cfg([])
         self.data_sha256 = file_sha256(data / "SHA256SUMS")
         # The rows: variant, budget, and K where it is not searched for.
-        self.plan = [(VARIANTS[id], None, None) for id in ("dense", "dense_tuned")]
+        self.plan: list[tuple[Variant, Any, Any]] = [(VARIANTS[id], None, None) for id in ("dense", "dense_tuned")]
         self.plan += [(variant, budget, None) for variant in AT_BUDGETS for budget in size.budgets]
         self.plan += [(VARIANTS[id], "saving", None) for id in ("saving", "saving_tuned")]
         self.plan += [(VARIANTS["multi_stage"], "K", k) for k in size.sweep]
@@ -266,7 +267,7 @@ class DigitsStudy:
             row.measured.append(self.results.get(f"rows/{variant.file_name}{suffix}_{seed}", inputs, evaluate))
         return row
 
-    def _inputs(self, variant: Variant, seed: int, **more: object) -> dict:
+    def _inputs(self, variant: Variant, seed: int, **more: Any) -> dict:
         """What a result depends on; kept results are compared with it, so renaming a key measures them again."""
         fields = {key: getattr(variant, key) for key in ("blocks", "sampler", "score", "rule", "weights")}
         return {

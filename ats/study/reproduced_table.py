@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def render(table: str, outcomes: Sequence[Outcome]) -> str:
     lines = []
     for outcome in outcomes:
         row, measured = outcome.row, outcome.measured or {}
-        line = [row.name, *_compare(row.top1, measured.get("top1"), ".2f")]
+        line: list[Any] = [row.name, *_compare(row.top1, measured.get("top1"), ".2f")]
         line += [*_compare(row.gflops, outcome.gflops, ".3g"), "" if outcome.num_tokens is None else outcome.num_tokens]
         lines.append(line + (_compare(row.top5, measured.get("top5"), ".2f")[:2] if has_top5 else []))
     text = f"# {table}\n\n{charts.markdown_table(headers, lines)}\n"
@@ -94,7 +95,7 @@ def draw_accuracy(ax, table: str, outcomes: Sequence[Outcome]) -> None:
     for colour, family in enumerate(dict.fromkeys(outcome.row.family for outcome in outcomes)):
         members, name = [o for o in outcomes if o.row.family == family], family or "others (paper)"
         if known := [o.row for o in members if _has_point(o.row)]:
-            style = {"label": f"{family}, paper"} if family else {"label": name, "linestyle": ""}
+            style: dict[str, Any] = {"label": f"{family}, paper"} if family else {"label": name, "linestyle": ""}
             charts.draw_curve(ax, [row.gflops for row in known], [row.top1 for row in known], colour=colour, **style)
         if found := [o for o in members if o.measured is not None]:
             style = {"label": f"{name}, measured", "linestyle": "--", "markerfacecolor": "white"}

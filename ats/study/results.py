@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,8 @@ def search_num_tokens(model: nn.Module, x: Tensor, gflops: float) -> dict:
     paper's accounting. Changes the K of the model.
     """
     nearest(model, x, gflops, accounting="paper")
-    return {"num_tokens": ats_blocks(model)[0].reduction.num_tokens}
+    first: Any = ats_blocks(model)[0].reduction
+    return {"num_tokens": first.num_tokens}
 
 
 def token_counts(measured: Sequence[dict]) -> dict[int, list[int]]:

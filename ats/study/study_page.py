@@ -139,8 +139,8 @@ class _Page:
                 axes[3].annotate(label, at, xytext=(6, -9), textcoords="offset points", fontsize=7)
             title = f"Tokens per block, blocks 3-11, K = {self.all_tokens.num_tokens[0]}"
             charts.draw_token_histograms(axes[4], token_counts(self.all_tokens.measured), title=title)
-            costs = self.all_tokens.costs / self.dense
-            charts.draw_costs(axes[5], costs, x=COST, title="Images by cost, the same network")
+            title = "Images by cost, the same network"
+            charts.draw_costs(axes[5], self.all_tokens.costs / self.dense, x=COST, title=title)
 
 
 def _summary(found: list[Claim]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ class Classifier(Subject):
         self.title, self.config, self.weights, self.data, self.size = title, config, weights, data, size
         self.has_copies = has_copies
 
-    def cfg(self, stages: Sequence[dict] | None, **more: object) -> CfgNode:
+    def cfg(self, stages: Sequence[dict] | None, **more: Any) -> CfgNode:
         """The configuration with these stages."""
         ats = ["ATS.ENABLE", stages is not None, "ATS.STAGES", list(stages or [])]
         ats += [
@@ -141,7 +141,7 @@ class Classifier(Subject):
         return [collate(samples[i : i + BATCH_SIZE]) for i in range(0, len(samples), BATCH_SIZE)]
 
     @cached_property
-    def clusters(self) -> np.ndarray | None:
+    def clusters(self) -> np.ndarray | None:  # type: ignore[override]
         if not self.has_copies:
             return None
         dataset, chosen = self.chosen
@@ -213,10 +213,11 @@ class Features(Subject):
     @torch.inference_mode()
     def values(self, model: nn.Module) -> tuple[list[list[float]], float]:
         features, costs = [], []
-        model.ats.trace, model.ats.restore = True, "nearest"
+        handle: Any = model.ats
+        handle.trace, handle.restore = True, "nearest"
         for x in self.measured.split(20):
             features.append(model.forward_features(x))
-            costs.append(gflops(model, model.ats.last, x.shape).as_run)
+            costs.append(gflops(model, handle.last, x.shape).as_run)
         cosines = 100 * torch.nn.functional.cosine_similarity(torch.cat(features), self.dense, dim=2)
         num_prefix = model.num_prefix_tokens
         return [cosines[:, 0].tolist(), cosines[:, num_prefix:].mean(dim=1).tolist()], torch.cat(costs).mean().item()

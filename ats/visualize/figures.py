@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ def _clip_strip(view: SampleView, names: Sequence[str]) -> Figure:
     lines += [(f"block {b.block}\n{int(b.num_kept)} of {b.num_tokens}", draw(view.picture, b)) for b in blocks]
     height = 1.05 * len(lines)
     figure = _figure(0.98 * num_frames + 2.4, height + 0.4)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.4, 0.98 * num_frames + 1))
+    [[left, right]] = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.4, 0.98 * num_frames + 1))
     _draw_lines(right, [(*line, [""] * num_frames) for line in lines])
     top, below = left.subplots(2, 1, height_ratios=(1.3, max(height - 1.3, 0.1)))
     _draw_guesses(top, view, names)
@@ -158,7 +158,7 @@ def draw_kept_tokens(
             below = [caption, *(int(view.num_kept[i]) for view in views)]
             lines.append(("", torch.cat([picture, *kept], dim=1), below))
         else:
-            counts = [view.kept[i].flatten(1).sum(dim=1) for view in views]  # a cell may span several frames
+            counts: list[Any] = [view.kept[i].flatten(1).sum(dim=1) for view in views]  # a cell may span several frames
             counts = [count.repeat_interleave(num_frames // len(count)).tolist() for count in counts]
             lines += [(caption or "frames", picture, [""] * num_frames), *zip(names, kept, counts, strict=True)]
     figure = _figure(1.1 * lines[0][1].shape[1] + (0.9 if num_frames > 1 else 0), 1.25 * len(lines))

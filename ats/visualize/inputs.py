@@ -81,7 +81,7 @@ def class_names(cfg: CfgNode, source: str = "") -> list[str]:
     names = [] if source else _names_of_folders(cfg)
     is_imagenet = not source and not names and num_classes == 1000 and not takes_clips(cfg)
     if source == IMAGENET_1K or is_imagenet:
-        names = ImageNetInfo(IMAGENET_1K).label_descriptions()
+        names = list(ImageNetInfo(IMAGENET_1K).label_descriptions())
     elif source:
         try:
             names = [line.strip() for line in Path(source).read_text(encoding_of(source)).splitlines() if line.strip()]

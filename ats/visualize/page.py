@@ -38,7 +38,7 @@ NO_SCORE = 255  # where there was nothing to score; scores are 0 to 254
 class Row(NamedTuple):
     """The results of one sample."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # not the method of tuples
     label: int
     ats: Guess
     dense: Guess
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 @torch.inference_mode()
 def evaluate_both(networks: Networks, loader: Iterable[Sample]) -> tuple[list[Row], float]:
     """A row for every sample of `loader`, sorted by index, and the GFLOPs of the dense network."""
-    rows, dense_gflops = [], 0.0
+    rows, dense_gflops = list[Row](), 0.0
     for batch in tqdm(loader, desc="report", unit="batch", leave=False, disable=None):
         x = batch.x.to(networks.device)
         logits, trace = networks.ats.forward_tokens(x)
@@ -200,14 +200,14 @@ def _data_url(view: SampleView) -> str:
 
 def _pack_kept(kept: Tensor) -> dict:
     """[T, h, w] bool as its size and base64 of its bits, most significant bit first."""
-    return {"size": list(kept.shape), "bits": _base64(np.packbits(kept.numpy()))}
+    return {"size": list(kept.shape), "bits": _base64(np.packbits(kept.numpy()).tobytes())}
 
 
 def _pack_scores(scores: Tensor) -> dict:
     """[T, h, w] as its size and base64 of `relative_scores`, a byte each."""
     values = (relative_scores(scores) * (NO_SCORE - 1)).round().nan_to_num(nan=NO_SCORE).byte()
-    return {"size": list(scores.shape), "bytes": _base64(values.numpy())}
+    return {"size": list(scores.shape), "bytes": _base64(values.numpy().tobytes())}
 
 
-def _base64(data: bytes | np.ndarray) -> str:
+def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ats.datasets import Sample
 from ats.errors import UserError
@@ -29,8 +28,8 @@ def as_pictures(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
     """Network inputs, images [B, 3, H, W] or clips [B, 3, T, H, W], as pictures [B, 3, T, H, W] in 0..1: without the
     normalisation by `mean` and `std`.
     """
-    mean, std = (torch.as_tensor(values)[:, None, None, None] for values in (mean, std))
-    return ((x if x.ndim == 5 else x[:, :, None]).cpu() * std + mean).clamp(0, 1)
+    shift, factor = (torch.as_tensor(values)[:, None, None, None] for values in (mean, std))
+    return ((x if x.ndim == 5 else x[:, :, None]).cpu() * factor + shift).clamp(0, 1)
 
 
 def fade(picture: Tensor, kept: Tensor) -> Tensor:
@@ -48,8 +47,8 @@ def draw(picture: Tensor, view: BlockView) -> Tensor:
 
 def blend(picture: Tensor, groups: Tensor) -> Tensor:
     """The picture [..., 3, T, H, W] with each group of cells, equal in `groups` [..., T', h, w], in its mean colour."""
-    size = picture.shape[-3:]
-    cells = F.adaptive_avg_pool3d(picture.reshape(-1, 3, *size), groups.shape[-3:]).movedim(1, -1)
+    size, (frames, height, width) = picture.shape[-3:], groups.shape[-3:]
+    cells = F.adaptive_avg_pool3d(picture.reshape(-1, 3, *size), (frames, height, width)).movedim(1, -1)
     _, group = groups.unique(return_inverse=True)
     flat = group.flatten()
     total = torch.zeros(int(flat.max()) + 1, 3).index_add(0, flat, cells.flatten(0, -2))
@@ -98,7 +97,7 @@ def sample_sheet(picture: Tensor, blocks: Sequence[BlockView]) -> Tensor:
 
 @torch.no_grad()
 def draw_fixed_images(
-    model: nn.Module, dataset: Dataset[Sample], num_images: int, *, mean: Sequence[float], std: Sequence[float]
+    model: nn.Module, dataset: Sequence[Sample], num_images: int, *, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor | None:
     """`sample_sheet`s, one below the other, of samples spread evenly over a data set: the same ones every time.
 

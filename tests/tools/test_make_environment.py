@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+CHECKS = ["ruff check .", "ruff format --check .", "mypy "]
 
 
 def make_lint(folder: Path, *words: str, fails: str = "nothing at all") -> tuple[str, list[str]]:
@@ -16,7 +17,7 @@ def make_lint(folder: Path, *words: str, fails: str = "nothing at all") -> tuple
     words contain `fails`.
     """
     (folder / "bin").mkdir(parents=True)
-    for name in ("python", "ruff"):
+    for name in ("python", "ruff", "mypy"):
         program = folder / "bin" / name
         program.write_text(f'#!/bin/sh\necho "{name} $@" >> {folder}/calls\ncase "$*" in *"{fails}"*) exit 3;; esac\n')
         program.chmod(0o755)
@@ -33,7 +34,7 @@ def test_an_active_environment_is_used_and_completed(tmp_path, is_complete):
     said, calls = make_lint(tmp_path / "env", fails="nothing at all" if is_complete else "importlib.metadata")
     assert f"Using {tmp_path}/env, the environment that is active\n" in said
     assert calls[0].startswith("python -c from importlib.metadata import version")
-    assert calls[-2:] == ["ruff check .", "ruff format --check ."]
+    assert calls[-3:] == CHECKS
     installs = [call for call in calls if call.startswith("python -m pip install")]
     assert len(installs) == (not is_complete)
     assert ("it lacks some of these packages" in said) == (not is_complete)
@@ -48,4 +49,4 @@ def test_the_one_given_comes_before_the_active_one(tmp_path):
     said, calls = make_lint(tmp_path / "env", f"VENV={given}")
     assert said == f"Using {given}\n"
     assert not calls
-    assert (given / "calls").read_text().splitlines() == ["ruff check .", "ruff format --check ."]
+    assert (given / "calls").read_text().splitlines() == CHECKS

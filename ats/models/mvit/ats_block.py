@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from ats.attention import ragged_attention
 from ats.models.block import ATSBlock, rows
 from ats.models.dense_grid import Grid, coarsen, rescale, tokens_of_cells
-from ats.models.mvit.dense import MultiScaleBlock, pool_grid, relative_index, resize_table
+from ats.models.mvit.dense import BlockSpec, MultiScaleBlock, pool_grid, relative_index, resize_table
 from ats.models.weights import projects_parts, refuse_stale
 from ats.reduction import Step
 from ats.tokens import RaggedTokens
@@ -42,6 +43,9 @@ from ats.tokens import RaggedTokens
 class MultiScaleATSBlock(ATSBlock):
     """A MultiScaleBlock on ragged tokens; `tokens.grid` says on which grid."""
 
+    attn: Any  # a MultiScaleAttention
+    pool_skip: nn.Module | None
+    spec: BlockSpec
     widens_in_attention = MultiScaleBlock.widens_in_attention
     feed_forward = MultiScaleBlock.feed_forward
     drop_path1 = property(attrgetter("drop_path"))  # one module for both branches
@@ -106,11 +110,11 @@ class MultiScaleATSBlock(ATSBlock):
         # gather a product with zeros.
         tables.append(tables[0].new_zeros(1, attn.head_dim))
         products = F.linear(q, torch.cat(tables).to(q.dtype) / attn.scale)
-        columns = F.pad(torch.cat(columns, dim=-1).flatten(0, 2), (0, fill, num_prefix, 0), value=start)
-        columns = rows(columns, queries.position)[:, None].expand(-1, q.shape[1], -1)
-        ones = F.pad(torch.cat(ones, dim=-1).flatten(0, 2), (0, fill, num_prefix, 0))
-        ones = rows(ones, keys.position)[:, None].expand(-1, k.shape[1], -1)
-        return torch.cat([q, products.gather(-1, columns)], dim=-1), torch.cat([k, ones], dim=-1)
+        gathered = F.pad(torch.cat(columns, dim=-1).flatten(0, 2), (0, fill, num_prefix, 0), value=start)
+        gathered = rows(gathered, queries.position)[:, None].expand(-1, q.shape[1], -1)
+        one_hot = F.pad(torch.cat(ones, dim=-1).flatten(0, 2), (0, fill, num_prefix, 0))
+        one_hot = rows(one_hot, keys.position)[:, None].expand(-1, k.shape[1], -1)
+        return torch.cat([q, products.gather(-1, gathered)], dim=-1), torch.cat([k, one_hot], dim=-1)
 
     def project_q(self, x: Tensor, tokens: RaggedTokens | None = None) -> Tensor:
         return self.attn.project(x, "q")[:, 0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -217,7 +218,7 @@ class MultiScaleBlock(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
-        **attention: object,
+        **attention: Any,
     ) -> None:
         super().__init__()
         self.spec = spec

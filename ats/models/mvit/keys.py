@@ -76,7 +76,7 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     stages: dict[int, int] = {}
     for stage, block in re.findall(r"^stages\.(\d+)\.blocks\.(\d+)\.norm1\.weight$", "\n".join(state), re.MULTILINE):
         stages[int(stage)] = max(stages.get(int(stage), 0), int(block) + 1)
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key):
             before = sum(count for stage, count in stages.items() if stage < int(match[1]))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -74,7 +75,7 @@ class MViT(Backbone):
         head_init_scale: float = 1.0,
         zero_decay_pos_cls: bool = True,
         reductions: dict[int, Reduction] | None = None,
-        **attention: object,
+        **attention: Any,
     ) -> None:
         super().__init__()
         dim, depth = blocks[0].dim_in, len(blocks)

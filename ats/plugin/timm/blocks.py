@@ -75,7 +75,7 @@ class TimmBlock(ATSBlock):
             k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).unbind(1)
         k = self._place(getattr(attn, "k_norm", NO_NORM)(k), tokens)
         groups = getattr(attn, "num_kv_groups", 1)
-        return (k, v) if groups == 1 else tuple(t.repeat_interleave(groups, dim=1) for t in (k, v))
+        return (k, v) if groups == 1 else (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1))
 
     def attention_bias(self, queries: RaggedTokens | None, keys: RaggedTokens) -> Tensor | None:
         """BEiT's relative position bias [S, H, Mq, Mk] of the present tokens."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from timm.layers import AttentionPoolLatent, PatchEmbed
@@ -49,7 +50,7 @@ from ats.restore import Places, restored
 from ats.tokens import SINGLE, KeptTokens, Layout, RaggedTokens, Trace
 
 
-def network(model: nn.Module) -> dict[str, object]:
+def network(model: nn.Module) -> dict[str, Any]:
     """What `plan_reductions` needs to know about a model."""
     num_prefix, has_cls = model.num_prefix_tokens, model.cls_token is not None
     return {"depth": len(model.blocks), "num_prefix_tokens": num_prefix, "has_cls": has_cls}
@@ -171,7 +172,7 @@ class TimmModel(Patched):
             longest = trace[-1].num_tokens.amax().expand(len(trace[-1].num_tokens))
             pooled = [] if self.layout == "static" else [replace(trace[-1], num_tokens=longest)]
         blocks = self.block_multiply_adds(trace, input_shape, paper=paper)
-        return sum(blocks) + self.stem_multiply_adds(pooled, input_shape)
+        return sum(blocks[1:], blocks[0]) + self.stem_multiply_adds(pooled, input_shape)
 
     def stem_multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int]) -> Tensor | float:
         """Embedding, pooling and head of each image."""

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from operator import attrgetter
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,10 @@ from ats.restore import Places, restored
 from ats.tokens import RaggedTokens, Trace
 
 # Classes whose forward pass is known, compared exactly: a subclass may compute something else.
-ATTENTIONS = (vit.ViTAttention, deit.DeiTAttention, dinov2.Dinov2Attention, registers.Dinov2WithRegistersAttention)
-ATTENTIONS += (clip.CLIPAttention, siglip.SiglipAttention, siglip2.Siglip2Attention, dinov3.DINOv3ViTAttention)
-ATTENTIONS += (vit_mae.ViTMAEAttention, videomae.VideoMAEAttention)
-MLPS = (vit.ViTMLP, deit.DeiTMLP, dinov2.Dinov2MLP, dinov2.Dinov2SwiGLUFFN)
+ATTENTIONS: tuple[type, ...] = (vit.ViTAttention, deit.DeiTAttention, dinov2.Dinov2Attention)
+ATTENTIONS += (registers.Dinov2WithRegistersAttention, clip.CLIPAttention, siglip.SiglipAttention)
+ATTENTIONS += (siglip2.Siglip2Attention, dinov3.DINOv3ViTAttention, vit_mae.ViTMAEAttention, videomae.VideoMAEAttention)
+MLPS: tuple[type, ...] = (vit.ViTMLP, deit.DeiTMLP, dinov2.Dinov2MLP, dinov2.Dinov2SwiGLUFFN)
 MLPS += (registers.Dinov2WithRegistersMLP, registers.Dinov2WithRegistersSwiGLUFFN)
 MLPS += (clip.CLIPMLP, siglip.SiglipMLP, siglip2.Siglip2MLP, dinov3.DINOv3ViTMLP, dinov3.DINOv3ViTGatedMLP)
 MLPS += (vit_mae.ViTMAEMLP, videomae.VideoMAEIntermediate, videomae.VideoMAEOutput)
@@ -52,7 +53,7 @@ NO_DROP_PATH = nn.Identity()
 FILL_DROPPED: ContextVar[bool] = ContextVar("FILL_DROPPED", default=False)
 
 
-def attention_of(layer: nn.Module) -> nn.Module:
+def attention_of(layer: Any) -> nn.Module:
     """The attention of a layer, with ATS or without."""
     return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.clip import modeling_clip as clip
@@ -124,7 +125,7 @@ def _dense(out: object) -> object:
     return out
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: Any) -> Any:
     """The base model in a classifier, or the model itself."""
     if isinstance(model, dinov3.DINOv3ViTModel):  # in which `model` is the encoder
         return model
@@ -149,7 +150,7 @@ def _behind(model: nn.Module) -> list[nn.Module]:
     return [base.norm if isinstance(base, dinov3.DINOv3ViTModel) else base.layernorm]
 
 
-def network(model: nn.Module) -> dict[str, object]:
+def network(model: nn.Module) -> dict[str, Any]:
     """What `plan_reductions` needs to know about a model."""
     layers = _layers(model)
     num_prefix = num_prefix_of(layers[0])
@@ -216,7 +217,8 @@ class HubModel(Patched):
             sides, patch = (input_shape[1], *input_shape[3:]), projection.kernel_size
         else:
             sides, patch = (1, *input_shape[2:]), (1, *projection.kernel_size)
-        return tuple(side // own for side, own in zip(sides, patch, strict=True))
+        frames, height, width = (side // own for side, own in zip(sides, patch, strict=True))
+        return frames, height, width
 
     def block_cost(self, block: nn.Module, record: BlockRecord, grid: BlockGrid, *, paper: bool, frames: int) -> Tensor:
         if not isinstance(block, ATSBlock):
@@ -236,8 +238,8 @@ class HubModel(Patched):
         return total
 
 
-BASES = (vit.ViTModel, deit.DeiTModel, dinov2.Dinov2Model, registers.Dinov2WithRegistersModel, clip.CLIPVisionModel)
-BASES += (dinov3.DINOv3ViTModel, vit_mae.ViTMAEModel, videomae.VideoMAEModel)
+BASES: tuple[type, ...] = (vit.ViTModel, deit.DeiTModel, dinov2.Dinov2Model, registers.Dinov2WithRegistersModel)
+BASES += (clip.CLIPVisionModel, dinov3.DINOv3ViTModel, vit_mae.ViTMAEModel, videomae.VideoMAEModel)
 POOLING = (siglip.SiglipVisionModel, siglip2.Siglip2VisionModel)
 READING_PREFIX = (  # classifiers of CLS, or of CLS and the distillation token
     vit.ViTForImageClassification,
@@ -247,7 +249,7 @@ READING_PREFIX = (  # classifiers of CLS, or of CLS and the distillation token
 )
 AVERAGES = "its head averages the patches, but a merged token counts for several"
 POOLS = "its head pools the patches, but a merged token counts for several"
-AVERAGING = (dinov2.Dinov2ForImageClassification, registers.Dinov2WithRegistersForImageClassification)
+AVERAGING: tuple[type, ...] = (dinov2.Dinov2ForImageClassification, registers.Dinov2WithRegistersForImageClassification)
 AVERAGING += (videomae.VideoMAEForVideoClassification,)
 VERSIONS: dict[type[nn.Module], type[HubModel]] = {
     **{kind: version_of(kind, HubModel, forward=dense_outputs(kind.forward)) for kind in BASES},
@@ -278,7 +280,7 @@ def attach(model: nn.Module, reductions: dict[int, Reduction]) -> None:
 NAMES = {nn.LayerNorm: "final norm", **dict.fromkeys(POOLING_HEADS, "pooling head")}
 
 # Why ATS refuses these related classes. It refuses all other classes as unknown.
-RECONSTRUCTING = ("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling", "ViTMAEForPreTraining")
+RECONSTRUCTING: tuple[str, ...] = ("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling", "ViTMAEForPreTraining")
 RECONSTRUCTING += ("VideoMAEForPreTraining",)
 AVERAGING_TOWERS = ("CLIPForImageClassification", "SiglipForImageClassification", "Siglip2ForImageClassification")
 REASONS = {
