@@ -75,22 +75,25 @@ def openvino(path: Path, x: Tensor, threads: int, precision: str | None = "f32")
 
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     options |= {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
-    network = openvino.Core().compile_model(str(path), "CPU", options | _openvino_options(path))
+    options = _openvino_options(path, list(x.shape), options)
+    network = openvino.Core().compile_model(str(path), "CPU", options)
     request, images = network.create_infer_request(), x.float().numpy()
     return lambda: torch.from_numpy(request.infer([images])[0])
 
 
-def _openvino_options(path: Path) -> dict[str, str]:
-    """What OpenVINO 2026.4 needs to compile the file: its own code generator ("snippets") ends the process on MViT.
-    UserError if nothing helps.
+def _openvino_options(path: Path, shape: list[int], options: dict[str, object]) -> dict[str, object]:
+    """`options` with what OpenVINO 2026.4 needs to run the file: its own code generator ("snippets") ends the process on
+    MViT, as it compiles or as it runs. UserError if nothing helps.
     """
-    for options in ({}, {"SNIPPETS_MODE": "DISABLE"}):
-        code = f"import sys, openvino; openvino.Core().compile_model(sys.argv[1], 'CPU', {options!r})"
+    for tried in (options, options | {"SNIPPETS_MODE": "DISABLE"}):
+        code = f"""import sys, numpy, openvino
+network = openvino.Core().compile_model(sys.argv[1], "CPU", {tried!r})
+network.create_infer_request().infer([numpy.zeros({shape}, numpy.float32)])"""
         done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
         if done.returncode == 0:
-            return options
+            return tried
     reason = (done.stderr.strip().splitlines() or [""])[-1]
-    raise UserError(f"OpenVINO cannot compile it (exit status {done.returncode}). {reason}")
+    raise UserError(f"OpenVINO cannot run it (exit status {done.returncode}). {reason}")
 
 
 def openvino_default(path: Path, x: Tensor, threads: int) -> Pass:
