@@ -82,8 +82,8 @@ def openvino(path: Path, x: Tensor, threads: int, precision: str | None = "f32")
 
 
 def _openvino_options(path: Path, shape: list[int], options: dict[str, object]) -> dict[str, object]:
-    """`options` with what OpenVINO 2026.4 needs to run the file: its own code generator ("snippets") ends the process on
-    MViT, as it compiles or as it runs. UserError if nothing helps.
+    """`options` with what OpenVINO 2026.4 needs to run the file: its own code generator ("snippets") ends the process
+    on MViT, as it compiles or as it runs. UserError if nothing helps.
     """
     for tried in (options, options | {"SNIPPETS_MODE": "DISABLE"}):
         code = f"""import sys, numpy, openvino

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import pickle
 import re
@@ -104,7 +105,14 @@ def save_safetensors(
         key: torch.clone(tensor.detach().cpu(), memory_format=torch.contiguous_format)
         for key, tensor in state_dict.items()
     }
-    write(path, safetensors.torch.save(tensors, {**(metadata or {}), CHECKSUM: _checksum(tensors)}))
+    contents = safetensors.torch.save(tensors, {**(metadata or {}), CHECKSUM: _checksum(tensors)})
+    # The library writes the metadata in any order; the same training shall give the same bytes.
+    end = 8 + int.from_bytes(contents[:8], "little")
+    header = json.loads(contents[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    write(path, len(text).to_bytes(8, "little") + text + contents[end:])
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

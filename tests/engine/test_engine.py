@@ -16,7 +16,7 @@ import torch
 from runs import assert_same, read_log
 from torch import nn
 
-from ats.checkpoint import load_checkpoint, save_safetensors
+from ats.checkpoint import load_checkpoint, read_metadata, save_safetensors
 from ats.cli.run_net import run
 from ats.config import SHIPPED, CfgNode, get_cfg, load_config
 from ats.datasets import Sample, build_loader, input_shape
@@ -269,6 +269,10 @@ def test_weights_say_how_they_were_trained(make_cfg, caplog):
     cfg = make_cfg("SOLVER.MAX_EPOCH", "1")
     weights = str(train.train(cfg))
     evaluate.build_trained(cfg, weights)
+    state, before = load_checkpoint(weights), Path(weights).read_bytes()
+    for _ in range(4):  # the header's order is fixed
+        save_safetensors(weights, state, read_metadata(weights))
+        assert Path(weights).read_bytes() == before
     dense = make_cfg("ATS.ENABLE", "False")
     assert "was trained with ATS" not in caplog.text
     evaluate.build_trained(dense, weights)
