@@ -186,14 +186,15 @@ def format_timing(timing: Timing) -> str:
 
 def with_overrides(text: str, cfg: CfgNode, overrides: list[str]) -> str:
     """The YAML lines plus what the command line sets and they lack, as `cfg` has it, so that the file runs by itself:
-    every key that changes a result, the weights and the data. Paths are absolute, except those of shipped files.
+    every key that changes a result, the weights for which K was found, and the data. Paths are absolute, except those
+    of shipped files.
     """
     import yaml
 
     from ats.config.keys import keys
 
     lines, known = yaml.safe_load(text), keys()
-    for name in dict.fromkeys(overrides[::2]):
+    for name in dict.fromkeys([*overrides[::2], *["TEST.CHECKPOINT_FILE_PATH"] * bool(cfg.TEST.CHECKPOINT_FILE_PATH)]):
         key = known.get(name)
         if key is None or name in ("ATS.STAGES", "OUTPUT_DIR") or (key.machine and not key.path):
             continue  # a former name, what was calibrated, or how and where a run is carried out

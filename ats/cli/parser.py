@@ -156,6 +156,8 @@ def parse_overrides(words: Iterable[str], parser: Parser) -> list[str]:
     def is_key(word: str) -> bool:
         if word.startswith("-"):
             raise UserError(f"{parser.unknown_option(word)} Keys are given without dashes: KEY VALUE.")
+        if word.endswith((".yaml", ".yml")):
+            raise UserError(f"{word} is a config: type --cfg {word}.")
         return True
 
     return split_overrides(words, is_key=is_key)[0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import re
 import shlex
 import time
 from collections.abc import Iterable
@@ -28,8 +29,8 @@ from tqdm import tqdm
 
 import ats
 from ats.checkpoint import load_weights, read_metadata, to_fine_tune
-from ats.config import SHIPPED, CfgNode, find_shipped
-from ats.config.schema import titles
+from ats.config import SHIPPED, CfgNode, find_shipped, load_yaml
+from ats.config.schema import flatten, titles
 from ats.datasets import Draw, Loader, Sample, build_loader, input_shape
 from ats.datasets.base import Split
 from ats.datasets.build import noun_of, preprocessing
@@ -224,11 +225,35 @@ def build_trained(cfg: CfgNode, weights: str, *, advice: str = "") -> nn.Module:
     model = build_model(cfg)
     if weights:
         load_weights(model, weights, advice=advice)
+        _warn_of_other_settings(cfg, Path(weights))
         settings = {} if cfg.ATS.ENABLE else json.loads(read_metadata(weights).get("ats", "{}"))
         if settings:
             keys = " ".join(f"{name} {shlex.quote(str(value).replace(' ', ''))}" for name, value in settings.items())
             logger.warning("%s was trained with ATS, and this network keeps all tokens. To sample: %s", weights, keys)
     return model
+
+
+# What a network and its input follow from; where these differ from the training's, weights may still fit, and mislead.
+OF_THE_NETWORK = re.compile(
+    r"(MODEL|VIT|TIMM|XVIT|TIMESFORMER|MVIT|CVT|PSVIT|TEMPORAL_HEAD)\.|DATA\.(MEAN|STD|TEST_CROP_\w+|NUM_FRAMES|SAMPLING_RATE)$"
+)
+
+
+def _warn_of_other_settings(cfg: CfgNode, weights: Path) -> None:
+    """Compare with the config.yaml that a training wrote beside its weights."""
+    beside = weights.with_name("config.yaml")
+    if weights.name != "model.safetensors" or not beside.is_file():
+        return
+    now = dict(flatten(cfg))
+    skipped = ("TIMM.PRETRAINED", "MODEL.ACT_CHECKPOINT", "MODEL.NUM_CLASSES")
+    others = {
+        key: value
+        for key, value in load_yaml(beside).items()
+        if OF_THE_NETWORK.match(key) and key in now and key not in skipped and value != now[key]
+    }
+    if others:
+        keys = " ".join(f"{key} {shlex.quote(str(value).replace(' ', ''))}" for key, value in others.items())
+        logger.warning("%s was trained with other settings. As there, type: %s", weights, keys)
 
 
 def write_result(cfg: CfgNode, result: Result, path: Path) -> None:

@@ -6,6 +6,7 @@ configuration, registered in MODELS (docs/EXTENDING.md).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 
@@ -41,9 +42,12 @@ def build_model(cfg: CfgNode) -> nn.Module:
     if build is None:
         raise UserError(f"MODEL.NAME {name}: choose from {', '.join(MODELS)}.{suggest(name, MODELS)}")
     if cfg.MODEL.NUM_CLASSES is None:
+        folder = cfg.DATA.PATH_TO_DATA_DIR
+        if folder and not os.path.exists(os.path.expanduser(folder)):
+            raise UserError(f"There is no folder {folder} (DATA.PATH_TO_DATA_DIR).")
         raise UserError(
             "MODEL.NUM_CLASSES is None and there are no classes to count in DATA.PATH_TO_DATA_DIR "
-            f"({cfg.DATA.PATH_TO_DATA_DIR or 'not set'}): it needs train/<class>/*.jpg, or train.csv for videos. "
+            f"({folder or 'not set'}): it needs train/<class>/*.jpg, or train.csv for videos. "
             "Give the right folder, or MODEL.NUM_CLASSES N."
         )
     if isinstance(build, str):

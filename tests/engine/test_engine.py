@@ -284,6 +284,15 @@ def test_weights_say_how_they_were_trained(make_cfg, caplog):
     assert not caplog.text
 
 
+def test_other_settings_than_those_of_the_training_are_named(make_cfg, caplog):
+    """Weights that fit another image size or network by chance would mislead in silence."""
+    weights = str(train.train(make_cfg("SOLVER.MAX_EPOCH", "1", "DATA.MEAN", "[0.5,0.5,0.5]")))
+    evaluate.build_trained(make_cfg("DATA.MEAN", "[0.5,0.5,0.5]", "ATS.NUM_TOKENS", "9"), weights)
+    assert "other settings" not in caplog.text
+    evaluate.build_trained(make_cfg(), weights)
+    assert "was trained with other settings. As there, type: DATA.MEAN '[0.5,0.5,0.5]'" in caplog.text
+
+
 def test_ema_follows_the_weights(make_cfg):
     cfg = make_cfg("EMA.ENABLE", "True", "EMA.DECAY", "0.75", "SOLVER.MAX_EPOCH", "1", "TRAIN.BATCH_SIZE", "64")
     initial = train.build_state(cfg, CPU).model.state_dict()
