@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+NEEDED = ("torch", "torchvision", "timm", "fvcore", "yaml", "numpy")
+if missing := [name for name in NEEDED if find_spec(name) is None]:
+    sys.exit(
+        f"error: {sys.executable} has no {', '.join(missing)}. Type source .venv/bin/activate if make has made one, "
+        "else pip install -r requirements.txt."
+    )
 
 # Console command of `pip install` -> the same command in a clone.
 COMMANDS = {

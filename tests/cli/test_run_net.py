@@ -290,3 +290,12 @@ def test_interrupt(run_net, tiny_config, monkeypatch, capsys):
     monkeypatch.setattr(run_net, "run", interrupt)
     assert run_net.main(["--cfg", str(tiny_config)]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_environment_without_the_packages_says_so():
+    """Not activated, for example: what is missing and what to type, no traceback."""
+    script = Path(__file__).parents[2] / "tools" / "run_net.py"
+    done = subprocess.run([sys.executable, "-S", str(script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"^error: .* has no torch.*fvcore.*\. Type source \.venv/bin/activate", done.stderr)
+    assert "Traceback" not in done.stderr
