@@ -294,16 +294,19 @@ def test_stochastic_depth_drops_whole_images(keep_all):
 
 @pytest.mark.parametrize("name", LAWS)
 def test_half_precision_and_autocast(name, keep_all):
-    """bfloat16 weights and autocast are near float32 with every token kept, and finite where some are dropped."""
+    """bfloat16 weights and autocast are near the host's with every token kept, and finite where some are dropped. (The
+    host's bfloat16 may be far from float32: PyTorch 2.11's convolution of videos.)
+    """
     model = patched(name, sampler=keep_all).float()
     x, half_x = (batch(model, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    host = small_model(name).float()
     with torch.no_grad():
-        want = first_output(model, x)
+        want_half = first_output(copy.deepcopy(host).bfloat16(), half_x).float()
         half = first_output(copy.deepcopy(model).bfloat16(), half_x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            cast = first_output(model, x)
+            want_cast, cast = first_output(host, x).float(), first_output(model, x)
     assert half.dtype == torch.bfloat16
-    for got in (half.float(), cast.float()):
+    for got, want in ((half.float(), want_half), (cast.float(), want_cast)):
         assert (got - want).abs().max() < 0.1 * want.abs().max()
     model.ats.sampler = "inverse_transform"
     with torch.no_grad():
