@@ -15,7 +15,7 @@ import platform
 import re
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import ats
 from ats.checkpoint import load_weights, read_metadata, to_fine_tune
-from ats.config import SHIPPED, CfgNode, find_shipped, load_yaml
+from ats.config import SHIPPED, CfgNode, find_shipped
 from ats.config.schema import flatten, titles
 from ats.datasets import Draw, Loader, Sample, build_loader, input_shape
 from ats.datasets.base import Split
@@ -225,35 +225,35 @@ def build_trained(cfg: CfgNode, weights: str, *, advice: str = "") -> nn.Module:
     model = build_model(cfg)
     if weights:
         load_weights(model, weights, advice=advice)
-        _warn_of_other_settings(cfg, Path(weights))
-        settings = {} if cfg.ATS.ENABLE else json.loads(read_metadata(weights).get("ats", "{}"))
-        if settings:
-            keys = " ".join(f"{name} {shlex.quote(str(value).replace(' ', ''))}" for name, value in settings.items())
-            logger.warning("%s was trained with ATS, and this network keeps all tokens. To sample: %s", weights, keys)
+        _warn_of_other_settings(cfg, weights)
     return model
 
 
-# What a network and its input follow from; where these differ from the training's, weights may still fit, and mislead.
+# What a network and its input follow from. Where these differ from the training's, weights may fit all the same.
 OF_THE_NETWORK = re.compile(
     r"(MODEL|VIT|TIMM|XVIT|TIMESFORMER|MVIT|CVT|PSVIT|TEMPORAL_HEAD)\.|DATA\.(MEAN|STD|TEST_CROP_\w+|NUM_FRAMES|SAMPLING_RATE)$"
 )
 
 
-def _warn_of_other_settings(cfg: CfgNode, weights: Path) -> None:
-    """Compare with the config.yaml that a training wrote beside its weights."""
-    beside = weights.with_name("config.yaml")
-    if weights.name != "model.safetensors" or not beside.is_file():
-        return
-    now = dict(flatten(cfg))
-    skipped = ("TIMM.PRETRAINED", "MODEL.ACT_CHECKPOINT", "MODEL.NUM_CLASSES")
-    others = {
-        key: value
-        for key, value in load_yaml(beside).items()
-        if OF_THE_NETWORK.match(key) and key in now and key not in skipped and value != now[key]
-    }
-    if others:
-        keys = " ".join(f"{key} {shlex.quote(str(value).replace(' ', ''))}" for key, value in others.items())
-        logger.warning("%s was trained with other settings. As there, type: %s", weights, keys)
+def network_settings(cfg: CfgNode) -> dict[str, object]:
+    """The keys that decide what a network computes of an image or clip, but those of ATS."""
+    others = ("TIMM.PRETRAINED", "MODEL.ACT_CHECKPOINT", "MODEL.NUM_CLASSES")
+    return {key: value for key, value in flatten(cfg) if OF_THE_NETWORK.match(key) and key not in others}
+
+
+def _warn_of_other_settings(cfg: CfgNode, weights: str) -> None:
+    """Compare with the settings that a training left in the header of its weights."""
+    said, now = read_metadata(weights), network_settings(cfg)
+    then = json.loads(said.get("network", "{}"))
+    if others := {key: value for key, value in then.items() if key in now and value != now[key]}:
+        logger.warning("%s was trained with other settings. As there, type: %s", weights, _typed(others))
+    if not cfg.ATS.ENABLE and (settings := json.loads(said.get("ats", "{}"))):
+        text = "%s was trained with ATS, and this network keeps all tokens. To sample: %s"
+        logger.warning(text, weights, _typed(settings))
+
+
+def _typed(settings: Mapping[str, object]) -> str:
+    return " ".join(f"{name} {shlex.quote(str(value).replace(' ', ''))}" for name, value in settings.items())
 
 
 def write_result(cfg: CfgNode, result: Result, path: Path) -> None:

@@ -47,7 +47,7 @@ from ats.engine.device import (
     wait_for_all,
     world_size,
 )
-from ats.engine.evaluate import build_test, check_samples, describe_model, describe_weights, evaluate
+from ats.engine.evaluate import build_test, check_samples, describe_model, describe_weights, evaluate, network_settings
 from ats.engine.output import log_plan, open_output_dir
 from ats.engine.step import NonFiniteError, Recipe, StepStats, build_optimizer, set_lr, train_step
 from ats.engine.train_log import BadFiles, TrainLog, Window, drop_lines_after
@@ -86,7 +86,8 @@ def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Pat
     weights = output_dir / "model.safetensors"
     if is_main():
         settings = {name: value for name, value in changed(cfg).items() if name.startswith("ATS.")}
-        metadata = {"ats": json.dumps(settings)} if cfg.ATS.ENABLE else {}
+        metadata = {"network": json.dumps(network_settings(cfg))}
+        metadata |= {"ats": json.dumps(settings)} if cfg.ATS.ENABLE else {}
         save_safetensors(weights, trainer.state.eval_model.state_dict(), metadata)
     wait_for_all()
     logger.info("Trained weights%s: %s", "" if trainer.state.ema is None else " (EMA)", weights)

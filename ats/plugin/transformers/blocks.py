@@ -254,7 +254,7 @@ class PresentPoolingHead(nn.Module):
     """SigLIP's attention pooling, over the tokens that are present: those that are not zero in every channel."""
 
     def forward(self, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B, N, C] -> [B, C]. The mask, SigLIP 2's, has no padding: `model.refuse_masks` has seen to that."""
+        """[B, N, C] -> [B, C]. The mask, SigLIP 2's, has no padding: `model.dense_outputs` refuses it."""
         gone = (hidden_state == 0).all(dim=2)
         probe = self.probe.expand(hidden_state.shape[0], -1, -1)
         x = self.attention(probe, hidden_state, hidden_state, key_padding_mask=gone, need_weights=False)[0]
@@ -293,7 +293,7 @@ def refusal_of_block(layer: nn.Module) -> str:
     parts = by_timms_names(attention)
     for projection in (parts.q_proj, parts.k_proj, parts.v_proj, parts.proj):
         if not is_linear(projection):
-            name = next(name for name, module in attention.named_modules() if module is projection)
+            name = next((name for name, module in attention.named_modules() if module is projection), "projection")
             return f"has attention.{name} of class {type(projection).__name__} instead of Linear"
     for mlp in mlp_of(layer):
         if original_class(mlp) not in MLPS:
