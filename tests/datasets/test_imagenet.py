@@ -168,13 +168,20 @@ def test_classes_are_counted(tree, missing):
     assert load_config(None, [*words, "MODEL.NUM_CLASSES", 5]).MODEL.NUM_CLASSES == 5  # as given, and then refused
 
 
-@pytest.mark.parametrize("data", ["", "nowhere", "."])
-def test_classes_that_cannot_be_counted(tmp_path, monkeypatch, data):
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("", r"\(not set\): it needs train/<class>.* or MODEL\.NUM_CLASSES N"),
+        (".", r"\(\.\): it needs train/<class>.* or MODEL\.NUM_CLASSES N"),
+        ("nowhere", r"There is no folder nowhere \(DATA\.PATH_TO_DATA_DIR\)"),
+    ],
+)
+def test_classes_that_cannot_be_counted(tmp_path, monkeypatch, data, message):
     """Without data the configuration loads, but builds no network; the message says what to give."""
     monkeypatch.chdir(tmp_path)
     cfg = load_config(None, ["MODEL.NUM_CLASSES", None, "DATA.PATH_TO_DATA_DIR", data])
     assert cfg.MODEL.NUM_CLASSES is None
-    with pytest.raises(UserError, match=rf"\({data or 'not set'}\): it needs train/<class>.* or MODEL\.NUM_CLASSES N"):
+    with pytest.raises(UserError, match=message):
         build_model(cfg)
 
 
