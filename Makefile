@@ -26,7 +26,10 @@ HAS_ALL = from importlib.metadata import version; [version(l.split("==")[0]) for
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	--ignore tests/benchmark/test_peers.py
 
-.PHONY: active environment lowest-versions demo demo-video demo-photos study test test-all test-lowest test-faults gpu lint docs format clean
+.PHONY: help active environment lowest-versions demo demo-video demo-photos study test test-all test-lowest test-faults gpu lint docs format clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 demo: environment
 	@$(BIN)/python tools/demo.py

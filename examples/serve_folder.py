@@ -3,7 +3,8 @@
     python examples/serve_folder.py deit_s.onnx photos                  # ONNX Runtime
     python examples/serve_folder.py deit_s.onnx photos openvino
 
-Prints one line per image: its path, the class, and the tokens left behind the last sampling block.
+Prints one line per image: its path, the class, and the tokens left after the last sampling block. If the images lie in
+folders named like the classes of the training data, the last line is the accuracy.
 """
 
 import json
@@ -46,11 +47,27 @@ def preprocess(image, facts):
 
 def main(path, folder, engine="onnxruntime"):
     """Print a line for every image below `folder`."""
+    for given in (path, folder):
+        if not Path(given).exists():
+            sys.exit(f"error: there is no {given}.")
     facts, run = load(path, engine)
-    for file in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")):
+    names, folders = (json.loads(facts.get(key, "[]")) for key in ("class_names", "class_folders"))
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
+        sys.exit(f"error: {folder} holds no .jpg, .jpeg or .png.")
+    hits = []
+    for file in files:
         logits, *counts = run(preprocess(Image.open(file), facts))
-        print(file, logits.argmax(), f"{counts[0][0, -1]} tokens" if counts else "")
+        label = int(logits.argmax())
+        tokens = f", {counts[0][0, -1]} tokens" if counts else ""
+        print(f"{file}: {names[label] if names else f'class {label}'}{tokens}")
+        if file.parent.name in folders:
+            hits.append(folders[label] == file.parent.name)
+    if hits:
+        print(f"{sum(hits)} of {len(hits)} right ({100 * sum(hits) / len(hits):.2f} %)")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python examples/serve_folder.py FILE.onnx FOLDER [openvino]")
     main(*sys.argv[1:])

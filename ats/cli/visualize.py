@@ -5,10 +5,10 @@
 
 For each image it draws a strip: the input, the tokens kept after every ATS block with their counts, the tokens'
 significance scores, and class and confidence with ATS and without it (dense, same weights). For each clip it draws a
-strip over time and a GIF. Of folders it also draws a contact sheet, with the true class where the folder of a file is
-one. --limit N draws N files, spread evenly over those given. --report runs both networks over the validation data and
-writes a page that works offline: what each block keeps of the cheapest and the most costly samples, histograms of
-tokens, accuracy by cost.
+strip over time and a GIF. Pictures of a folder lie in the same folders as its files; a contact sheet shows them all,
+with the true class where the folder of a file is one. --limit N draws N files, spread evenly over those given.
+--report runs both networks over the validation data and writes a page that works offline: what each block keeps of the
+cheapest and the most costly samples, histograms of tokens, accuracy by cost.
 
 Weights come from TEST.CHECKPOINT_FILE_PATH, for example:
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,12 +85,13 @@ def run(argv: list[str]) -> None:
     cfg = load_config(args.cfg, overrides)
     if not paths and args.report is None:
         raise UserError("There is nothing to look at: give images, clips or a folder of them, or --report FILE.html.")
+    from ats.datasets.class_names import class_names, takes_clips
     from ats.visualize.compare import Networks
-    from ats.visualize.inputs import class_names, list_files, takes_clips
+    from ats.visualize.inputs import list_files
 
-    files = list_files(paths, clips=takes_clips(cfg))
-    num_drawn = min(args.limit or len(files), len(files))
-    files = [files[index * len(files) // num_drawn] for index in range(num_drawn)]
+    pairs = list(list_files(paths, clips=takes_clips(cfg)).items())
+    num_drawn = min(args.limit or len(pairs), len(pairs))
+    files = dict(pairs[index * len(pairs) // num_drawn] for index in range(num_drawn))
     names = class_names(cfg, args.classes)
     output = args.output or Path(cfg.OUTPUT_DIR)
     if files:
@@ -111,33 +112,35 @@ def run(argv: list[str]) -> None:
 def draw_files(
     cfg: CfgNode,
     networks: Networks,
-    files: Sequence[Path],
+    files: Mapping[Path, Path],
     *,
     output: Path,
     names: Sequence[str],
     with_sheet: bool,
 ) -> list[str]:
-    """Write the pictures of each file, and the contact sheet of them all; returns an error message for each file that
-    cannot be read.
+    """Write the pictures of each file at its name below `output`, and the contact sheet of them all; returns an error
+    message for each file that cannot be read.
     """
+    from ats.datasets.class_names import labels_of_folders
     from ats.visualize.figures import draw_sheet, draw_strip, sheet_cell
-    from ats.visualize.inputs import labels_of_folders, read_input
+    from ats.visualize.inputs import read_input
 
     labels = labels_of_folders(cfg, names)
     cells: list[SheetCell] = []
     stems: Counter[str] = Counter()
     taken = set(map(real_name, files))  # the inputs, and what is drawn already
-    if output.resolve() in {file.resolve().parent for file in files}:  # a folder of pictures that are not ours
-        taken.update(map(real_name, output.iterdir()))
+    for folder in {file.resolve().parent for file in files}:
+        if folder.is_relative_to(output.resolve()):  # pictures that are not ours
+            taken.update(map(real_name, folder.iterdir()))
     bad: list[str] = []
-    for file in files:
+    for file, name in files.items():
         try:
             x = read_input(file, cfg)
         except UserError as error:
             bad.append(str(error))
             continue
         [view] = networks.compare(x[None])
-        picture = free_path(output, file.stem, stems=stems, taken=taken)
+        picture = free_path(output, str(name.with_suffix("")), stems=stems, taken=taken)
         written = [draw_strip(picture, view, title=file.name, names=names)]
         if view.picture.shape[1] > 1:
             written.append(animate_view(picture.with_suffix(".gif"), view))
@@ -156,7 +159,7 @@ def draw_files(
 
 def free_path(folder: Path, stem: str, *, stems: Counter[str], taken: set[str]) -> Path:
     """`folder/stem.png`, or with _2, _3, ... after the stem: the first path that is not in `taken`, nor is its .gif,
-    which both join.
+    which both join. A stem may lie in folders of its own.
 
     `stems` counts how often each stem was asked for.
     """

@@ -35,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ats.datasets import input_shape
 from ats.datasets.build import preprocessing
+from ats.datasets.class_names import class_names, folders_of_classes
 from ats.engine.evaluate import build_trained, check_weights
 from ats.errors import UserError
 from ats.export.runner import FACTS, Difference, Runner, check_engine, compare, format_of, load
@@ -95,9 +96,12 @@ def export(cfg: CfgNode, *, adaptive: bool = False) -> Exported:
     check_weights(cfg, cfg.TEST.CHECKPOINT_FILE_PATH)
     eager = build_trained(cfg, cfg.TEST.CHECKPOINT_FILE_PATH).eval()
     exported = export_adaptive(eager, input_shape(cfg)) if adaptive else _export_static(cfg, eager)
+    folders = folders_of_classes(cfg)
     exported.facts |= _as_text(
         model=cfg.MODEL.NAME,
         num_classes=cfg.MODEL.NUM_CLASSES,
+        class_names=class_names(cfg),
+        class_folders=folders if len(folders) == cfg.MODEL.NUM_CLASSES else [],
         channels="RGB, 0 to 1, then minus mean, over std",
         **preprocessing(cfg),
     )

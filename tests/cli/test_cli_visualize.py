@@ -21,12 +21,13 @@ from ats.checkpoint import save_safetensors
 from ats.cli.visualize import main, make_parser, split_words
 from ats.config import get_cfg, load_config
 from ats.datasets import build_dataset
+from ats.datasets.class_names import class_names, labels_of_folders
 from ats.errors import UserError, printable
 from ats.models import build_model
 from ats.visualize.compare import Guess, SampleView
 from ats.visualize.figures import sheet_cell
 from ats.visualize.grids import BlockView
-from ats.visualize.inputs import class_names, labels_of_folders, read_input
+from ats.visualize.inputs import read_input
 
 TIMM = "[[img_size,32],[patch_size,8],[embed_dim,48],[depth,3],[num_heads,3]]"
 VIDEO = {
@@ -68,18 +69,20 @@ def video_words(tmp_path):
 
 
 def test_images(words, colours, tmp_path, capsys):
-    """A strip and a line for every image, given as a file or in a folder, also if two have the same name; then a
-    contact sheet.
+    """A strip and a line for every image, given as a file or in a folder, whose class folders are kept; then a contact
+    sheet.
     """
     one = colours / "val" / "red" / "0.png"
-    assert main([str(one), *words, str(colours / "val" / "blue"), "-o", str(tmp_path / "look")]) == 0
+    (tmp_path / "some").mkdir()
+    shutil.copytree(colours / "val" / "blue", tmp_path / "some" / "blue")
+    assert main([str(one), *words, str(tmp_path / "some"), "-o", str(tmp_path / "look")]) == 0
     said = capsys.readouterr()
     assert said.err == f"Weights: {tmp_path}/w.safetensors (safetensors)\n"
     *lines, last = said.out.splitlines()
     assert len(lines) == 9
     assert last == f"Contact sheet: {tmp_path}/look/contact_sheet.png"
-    names = sorted(path.name for path in (tmp_path / "look").iterdir())
-    assert names == sorted([f"{i}.png" for i in range(8)] + ["0_2.png", "contact_sheet.png"])
+    names = sorted(str(path.relative_to(tmp_path / "look")) for path in (tmp_path / "look").rglob("*.png"))
+    assert names == ["0.png", *(f"blue/{i}.png" for i in range(8)), "contact_sheet.png"]
     assert lines[0].startswith(f"{one}: dense ")
     assert re.search(
         r"dense (blue|green|red|yellow) [\d.]+ %; with ATS (blue|green|red|yellow) [\d.]+ %; 0\.\d+ of ", lines[0]
@@ -142,7 +145,8 @@ def test_every_file_gets_a_picture_of_its_own(words, colours, tmp_path, capsys):
     written = [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
     assert len({path.casefold() for path in written}) == len(names) + 1
     assert written[-1] == str(folder / "contact_sheet.png")
-    assert sorted(map(str, folder.glob("*.png"))) == sorted([*written, str(folder / "x.png"), str(folder / "x_3.png")])
+    given = [str(folder / name) for name in names if name.endswith(".png")]
+    assert sorted(map(str, folder.rglob("*.png"))) == sorted([*written, *given])
 
 
 def test_what_lies_beside_an_input_is_not_written_over(words, colours, tmp_path):
@@ -177,7 +181,7 @@ def test_odd_names(words, colours, tmp_path, capsys):
     words += ["DATA.PATH_TO_DATA_DIR", str(tmp_path / "data"), "-o", str(tmp_path / "look")]
     assert main([*words, str(tmp_path / "data")]) == 1
     said = capsys.readouterr()
-    assert len(said.out.splitlines()) == len(list((tmp_path / "look").iterdir())) == 8 + 1  # and the contact sheet
+    assert len(said.out.splitlines()) == len(list((tmp_path / "look").rglob("*.png"))) == 8 + 1  # and the contact sheet
     assert r"/\udcffé.png: dense " in said.out
     assert r"/clear\x1b[2J\x9b.png: dense " in said.out
     assert r"/two\nerror: lines.png: dense " in said.out
@@ -196,9 +200,9 @@ def test_clips(video_words, tmp_path, capsys):
     """A strip and an animation of the frames; the folders name the classes."""
     assert main([*video_words, str(tmp_path / "videos"), "-o", str(tmp_path / "look")]) == 0
     assert re.search(r"clip\.mp4: dense (falling|rising) ", capsys.readouterr().out)
-    names = sorted(path.name for path in (tmp_path / "look").iterdir())
-    assert names == ["clip.gif", "clip.png", "clip_2.gif", "clip_2.png", "contact_sheet.png"]
-    with Image.open(tmp_path / "look" / "clip.gif") as animation:
+    names = sorted(str(path.relative_to(tmp_path / "look")) for path in (tmp_path / "look").rglob("*.*"))
+    assert names == ["contact_sheet.png", "falling/clip.gif", "falling/clip.png", "rising/clip.gif", "rising/clip.png"]
+    with Image.open(tmp_path / "look" / "rising" / "clip.gif") as animation:
         assert animation.n_frames == 4
 
 

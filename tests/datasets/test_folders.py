@@ -12,12 +12,13 @@ from image_folders import make_cfg, make_tree
 
 from ats.cli import prepare_kinetics
 from ats.datasets import ImageNet, build_dataset
+from ats.datasets.class_names import class_names
 from ats.datasets.decode import Video
 from ats.datasets.folders import class_folders, files_below
 from ats.datasets.imagenet import read_image
 from ats.datasets.transforms import eval_transform
 from ats.errors import UserError
-from ats.visualize.inputs import class_names, list_files
+from ats.visualize.inputs import list_files
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_hidden_names_are_left_out_of_pictures_and_lists_of_videos(tmp_path):
             (tmp_path / split / name / "x.mp4").touch()
         hide(tmp_path / split / "a", "x.mp4")
     want = ["train/a/x.mp4", "train/b/x.mp4", "val/a/x.mp4", "val/b/x.mp4"]
-    assert list_files([tmp_path], clips=True) == [tmp_path / name for name in want]
+    assert list(list_files([tmp_path], clips=True)) == [tmp_path / name for name in want]
     assert decoding.find_videos(str(tmp_path), make_cfg(tmp_path)) == [str(tmp_path / name) for name in want]
     items = prepare_kinetics.find_videos(tmp_path)
     assert [(item.name, item.label) for item in items] == list(zip(want, (0, 1, 0, 1), strict=True))
@@ -128,7 +129,7 @@ def test_pictures_of_linked_folders(val, tmp_path):
     (folder / "linked").symlink_to(val / "n00000000")
     (folder / "sub" / "loop").symlink_to(folder)
     (folder / "sub" / "again").symlink_to(val / "n00000000")
-    assert list_files([folder], clips=False) == [folder / "linked" / f"{i}.png" for i in range(4)]
+    assert list(list_files([folder], clips=False)) == [folder / "linked" / f"{i}.png" for i in range(4)]
 
 
 def test_two_linked_loops_end(val):

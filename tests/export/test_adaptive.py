@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,12 +110,26 @@ def test_the_file_says_that_it_is_adaptive(digits_file):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_serve_folder_classifies_as_the_evaluation(digits_file, digits_truth, digits, engine, capsys):
-    """Classes and tokens left of every validation image."""
+    """Classes by name and tokens left of every validation image, and the accuracy."""
     serve_folder.main(str(digits_file[0]), str(digits / "val"), engine)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = [re.fullmatch(r"(.+/(.)/.+\.png): (.), (\d+) tokens", line).groups() for line in lines]
     _, logits, counts = digits_truth
-    assert [int(words[1]) for words in lines] == logits.argmax(dim=1).tolist()
-    assert sum(int(words[2]) != count for words, count in zip(lines, counts[:, -1].tolist(), strict=True)) <= 1
+    assert [name for _, _, name, _ in found] == [str(label) for label in logits.argmax(dim=1).tolist()]
+    assert sum(int(words[3]) != count for words, count in zip(found, counts[:, -1].tolist(), strict=True)) <= 1
+    hits = sum(folder == name for _, folder, name, _ in found)
+    assert last == f"{hits} of 20 right ({5 * hits:.2f} %)"
+
+
+@pytest.mark.parametrize("words", [["absent.onnx", "."], ["{}", "absent"], ["{}", "empty"], ["{}"]])
+def test_serve_folder_names_mistakes(words, digits_file, tmp_path):
+    """What is missing, in one line."""
+    (tmp_path / "empty").mkdir()
+    script = Path(serve_folder.__file__).resolve()
+    words = [word.format(digits_file[0]) for word in words]
+    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert re.match("error: (there is no absent|empty holds no)|usage: ", done.stderr)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
@@ -138,7 +153,7 @@ def test_serve_folder_needs_the_engine_alone(digits_file, digits):
     )
     words = [sys.executable, "-c", script, str(digits_file[0]), str(digits / "val")]
     done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 20), done.stderr
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 21), done.stderr
 
 
 @pytest.mark.long
