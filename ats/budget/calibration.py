@@ -95,7 +95,8 @@ class Calibration:
     def spread(self) -> dict[str, float]:
         """GFLOPs over the images: mean, its standard error, standard deviation, smallest, quantiles, largest."""
         values = self.found.gflops
-        std = values.std(correction=1).item() if len(values) > 1 else 0.0
+        is_constant = len(values) < 2 or torch.equal(values, values[:1].expand_as(values))
+        std = 0.0 if is_constant else values.std(correction=1).item()  # of equal values, round-off
         quantiles = torch.quantile(values, values.new_tensor([0.0, 0.05, 0.5, 0.95, 1.0])).tolist()
         head = {"mean": values.mean().item(), "standard error": std / len(values) ** 0.5, "std": std}
         return head | dict(zip(("min", "p5", "p50", "p95", "max"), quantiles, strict=True))

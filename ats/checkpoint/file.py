@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ats.checkpoint.safe_types import SAFE_TYPES
-from ats.config import find_shipped
-from ats.errors import UserError
+from ats.config import SHIPPED, find_shipped
+from ats.errors import UserError, suggest
 from ats.files import atomic_write, write
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         how = f" A training writes it: the dense network's config with TRAIN.ENABLE True OUTPUT_DIR {path.parent}."
         trained = how if path.name == "model.safetensors" else ""
-        raise UserError(f"No checkpoint file {path}.{trained}")
+        raise UserError(f"No checkpoint file {path}.{_nearby(path) or trained}")
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below
     except OSError as error:
@@ -89,6 +89,15 @@ def load_checkpoint(path: str | Path) -> dict:
         many = f" of {len(contents)}" if isinstance(contents, (list, tuple)) else ""
         raise UserError(f"{path} holds a {type(contents).__name__}{many}, not a dictionary of weights.")
     return contents
+
+
+def _nearby(path: Path) -> str:
+    """A hint at the file of weights in the same folder, or among the shipped ones, that `path` may mean."""
+    inside = path.parent.relative_to("configs") if path.parts[:1] == ("configs",) else path.parent
+    for folder in (path.parent, SHIPPED / inside):
+        if folder.is_dir():
+            return suggest(path.name, sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES))
+    return ""
 
 
 def save_checkpoint(path: str | Path, contents: dict) -> None:

@@ -182,7 +182,10 @@ def _check(expected: dict[str, Tensor], state: dict[str, Tensor], name: str, adv
     others = f" or, to fine-tune it for others, {advice}" if advice else ""
     heads = [key for key in misshapen | missing if "head" in key or "new_fc" in key]
     classes = [state[key].shape[0] for key in heads if key in misshapen and state[key].ndim]
-    hint = "Compare MODEL.NAME and the VIT keys with the network that the file belongs to (see --print-config all)."
+    hint = (
+        "Compare MODEL.NAME and its keys (VIT; TIMM.KWARGS for timm/<name>) with the network that the file belongs to: "
+        "--print-config all shows them."
+    )
     if not unexpected and not types and len(heads) == len(misshapen | missing):
         if classes and not missing:
             number = counted(classes[0], "class", "classes")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import re
+import shlex
 import textwrap
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -155,6 +159,23 @@ def parse(value: object) -> object:
         with suppress(UserError):
             return parse_yaml(text)
     return value
+
+
+def typed(settings: Mapping[str, object]) -> str:
+    """`KEY VALUE KEY VALUE`, as a user types them in a shell: `parse` gives the values back."""
+    return " ".join(f"{key} {shlex.quote(_text(value, top=True))}" for key, value in settings.items())
+
+
+def _text(value: object, *, top: bool = False) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{_text(key)}: {_text(item)}' for key, item in value.items())}}}"
+    if isinstance(value, str) and not top:  # without quotes of its own where they are not needed
+        return value if re.fullmatch(r"[A-Za-z_][\w./-]*", value) and parse_yaml(value) == value else json.dumps(value)
+    if value is None:
+        return "None" if top else "null"
+    return re.sub(r"^(-?\d+)e", r"\1.0e", str(value))  # without a point, 1e-07 is no number for YAML
 
 
 def _is_deep(value: object, levels: int) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import nn
 
 from ats.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ats.config import CfgNode, get_cfg
+from ats.config.key import typed
 from ats.config.keys import keys
 from ats.engine.device import broadcast, is_main
 from ats.engine.output import settings
@@ -191,7 +191,7 @@ def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = F
         )
     if misfit := _misfit(state, contents, changes):
         reason, causes, start = misfit
-        put_back = " ".join(f"{key} {_typed(changes[key][0])}" for key in causes if key in changes)
+        put_back = typed({key: changes[key][0] for key in causes if key in changes})
         advice = [f"put back {put_back}"] if put_back else []
         if start is not None:
             weights = f"OUTPUT_DIR FOLDER TRAIN.CHECKPOINT_FILE_PATH {path}{start}"
@@ -243,11 +243,6 @@ def _start_from(model: nn.Module, weights: dict) -> str | None:
             load_weights(model, weights, skip=skip)
             return words
     return None
-
-
-def _typed(value: object) -> str:
-    """A setting's value as it is typed in a shell."""
-    return shlex.quote(str(value).replace(" ", ""))
 
 
 def _read_newest(output_dir: Path) -> tuple[Path | None, dict]:

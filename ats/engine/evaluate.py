@@ -13,9 +13,8 @@ import json
 import logging
 import platform
 import re
-import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from tqdm import tqdm
 import ats
 from ats.checkpoint import load_weights, read_metadata, to_fine_tune
 from ats.config import SHIPPED, CfgNode, find_shipped
+from ats.config.key import typed
 from ats.config.schema import flatten, titles
 from ats.datasets import Draw, Loader, Sample, build_loader, input_shape
 from ats.datasets.base import Split
@@ -246,14 +246,10 @@ def _warn_of_other_settings(cfg: CfgNode, weights: str) -> None:
     said, now = read_metadata(weights), network_settings(cfg)
     then = json.loads(said.get("network", "{}"))
     if others := {key: value for key, value in then.items() if key in now and value != now[key]}:
-        logger.warning("%s was trained with other settings. As there, type: %s", weights, _typed(others))
+        logger.warning("%s was trained with other settings. As there, type: %s", weights, typed(others))
     if not cfg.ATS.ENABLE and (settings := json.loads(said.get("ats", "{}"))):
         text = "%s was trained with ATS, and this network keeps all tokens. To sample: %s"
-        logger.warning(text, weights, _typed(settings))
-
-
-def _typed(settings: Mapping[str, object]) -> str:
-    return " ".join(f"{name} {shlex.quote(str(value).replace(' ', ''))}" for name, value in settings.items())
+        logger.warning(text, weights, typed(settings))
 
 
 def write_result(cfg: CfgNode, result: Result, path: Path) -> None:

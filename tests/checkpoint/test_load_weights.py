@@ -151,6 +151,11 @@ def test_missing_file_and_wrong_contents(tmp_path):
     how = r"A training writes it: .* TRAIN\.ENABLE True OUTPUT_DIR output/a\."
     with pytest.raises(UserError, match=rf"file output/a/model\.safetensors\. {how}"):
         load_checkpoint("output/a/model.safetensors")
+    with pytest.raises(UserError, match=r"deit_at\.safetensors\. Did you mean deit_ats\.safetensors"):  # shipped
+        load_checkpoint("configs/Digits/weights/deit_at.safetensors")
+    (tmp_path / "best_model.pth").touch()
+    with pytest.raises(UserError, match=r"bestmodel\.pth\. Did you mean best_model\.pth\?"):
+        load_checkpoint(tmp_path / "bestmodel.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
         load_checkpoint(tmp_path / "list.pth")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 import timm
 import torch
+from huggingface_hub import constants as hub
 
 import ats
 from ats.checkpoint import load_weights, save_safetensors
 from ats.config import get_cfg, load_config
 from ats.errors import UserError
 from ats.models import build_model
+from ats.plugin.timm import backbone
 
 SMALL = "[[img_size, 32], [patch_size, 8], [embed_dim, 48], [depth, 4], [num_heads, 3]]"
 
@@ -133,9 +136,35 @@ def test_nothing_is_downloaded_unless_asked(monkeypatch):
     original = timm.create_model
     monkeypatch.setattr(timm, "create_model", create_model)
     build_model(config())
-    with pytest.raises(UserError, match=r"no network\n.*TEST\.CHECKPOINT_FILE_PATH"):
+    with pytest.raises(UserError, match=r"Type TIMM\.PRETRAINED False and.*TEST\.CHECKPOINT_FILE_PATH.*no network"):
         build_model(config("deit3_small_patch16_224", "TIMM.PRETRAINED", True))
     assert asked == [False, True]
+
+
+def unknown_host(*args):
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+@pytest.mark.parametrize(
+    ("resolve", "proxies", "offline"),
+    [(unknown_host, {}, True), (unknown_host, {"https": "proxy:80"}, False), (lambda *args: [], {}, False)],
+    ids=["no address", "no address, proxy", "address"],
+)
+def test_without_a_way_to_the_hub_its_cache_is_asked_at_once(resolve, proxies, offline, monkeypatch):
+    """And not for a minute. Other code in the process finds the hub as it was."""
+    seen = []
+
+    def create_model(name, pretrained, **kwargs):
+        seen.append(hub.is_offline_mode())
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr(backbone.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(backbone, "getproxies", lambda: proxies)
+    with pytest.raises(UserError, match="not in the cache"):
+        build_model(config("deit3_small_patch16_224", "TIMM.PRETRAINED", True))
+    assert seen == [offline]
+    assert not hub.is_offline_mode()
 
 
 def test_evaluates_what_timm_downloads(monkeypatch, tiny_config):

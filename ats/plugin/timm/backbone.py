@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
 import timm
 from fvcore.common.config import CfgNode
+from huggingface_hub import constants as hub
 from torch import nn
 
 from ats.config.preprocessing import PREFIX
@@ -27,12 +34,14 @@ def timm_from_cfg(cfg: CfgNode) -> nn.Module:
         raise UserError(f"TIMM.KWARGS {pairs}: give pairs of name and value, e.g. [[img_size, 384]].")
     kwargs = {"num_classes": cfg.MODEL.NUM_CLASSES, "drop_rate": cfg.MODEL.DROPOUT_RATE} | dict(pairs)
     try:
-        model = timm.create_model(name, pretrained=cfg.TIMM.PRETRAINED, **kwargs)
+        with hub_or_cache(cfg.TIMM.PRETRAINED):
+            model = timm.create_model(name, pretrained=cfg.TIMM.PRETRAINED, **kwargs)
     except Exception as error:  # timm checks little: wrong arguments can end in any
         if cfg.TIMM.PRETRAINED and isinstance(error, (RuntimeError, OSError)):
             raise UserError(
-                f"TIMM.PRETRAINED True: timm could not get the weights of {name}: {error}\nWithout a network, set it "
-                "to False and give a file: TEST.CHECKPOINT_FILE_PATH (or TRAIN. to start from)."
+                f"TIMM.PRETRAINED True: timm cannot get the weights of {name} from {hub.ENDPOINT}. Type "
+                "TIMM.PRETRAINED False and, if you have them as a file, TRAIN.CHECKPOINT_FILE_PATH FILE to train "
+                f"from it, TEST.CHECKPOINT_FILE_PATH FILE to evaluate it. The reason: {error}"
             ) from error
         reason = str(error) or type(error).__name__
         raise UserError(f"TIMM.KWARGS {pairs}: timm cannot build {name} with these: {reason}") from error
@@ -52,3 +61,20 @@ def timm_from_cfg(cfg: CfgNode) -> nn.Module:
                 )
     attach(model, reductions_from_cfg(cfg, **network(model)))
     return model
+
+
+@contextmanager
+def hub_or_cache(pretrained: bool) -> Iterator[None]:
+    """Within, the Hugging Face hub answers from its cache alone if its host has no address here: it would retry for a
+    minute. A proxy may know the address, so with one nothing changes.
+    """
+    before = hub.HF_HUB_OFFLINE
+    if pretrained and not before and not getproxies():
+        try:
+            socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, None)
+        except OSError:
+            hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
