@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+LEGEND = """\
+GFLOPs: multiply-adds of one sample, as run; "paper": as the paper counts them.
+efficiency: (dense time / time) / (dense FLOPs / FLOPs). At 1, time falls as much as FLOPs do.
+linear alone: the efficiency of the linear layers by themselves, a bound for the network's.
+MB: peak memory with the weights; in training, what is kept for the backward pass.
+Parts of a network: per cent of its time. In brackets: 5th to 95th percentile; of tokens, the standard deviation."""
+
+
 def machine() -> dict[str, str | int]:
     """Processor with its widest instructions that PyTorch uses, GPU if there is one, and versions."""
     import timm

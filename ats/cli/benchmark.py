@@ -153,6 +153,7 @@ def run_config(args: argparse.Namespace) -> None:
                 text += [*heading, tables.all_tables(found)]
                 print("", *text[-len(heading) - 1 :], sep="\n\n", flush=True)
                 tables.write(output, entries, "\n\n".join(text), **about)
+    print(f"\n{tables.LEGEND}")
     print(f"\nWritten: {output}/results.json, table.md, speed.png{', size.png' if len(set(sides)) > 1 else ''}")
 
 

@@ -193,7 +193,11 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
     if is_main():
         write_result(cfg, result, output_dir / "result.json")
         table = format_table({model_name(cfg): result})
-        table += f"\n\n{noun_of(cfg)}s/s is no benchmark: tools/benchmark.py times the network beside the dense one."
+        noun = noun_of(cfg)
+        table += (
+            f"\n\nGFLOPs: multiply-adds of one {noun}, as run. paper: as the paper counts them. dense: without ATS.\n"
+            f"{noun}s/s is no benchmark: tools/benchmark.py times the network beside the dense one."
+        )
         logger.debug("Result:\n%s", table)  # for log.txt; the console gets it on stdout
         print(f"\n{table}\n")
     logger.info("Result: %s; log: %s", output_dir / "result.json", output_dir / "log.txt")
