@@ -70,7 +70,7 @@ def render(found: list[tuple[str, str, str]]) -> str:
     lines += [f"**{kind}** ({len(names)}): {', '.join(names)}.\n" for kind, names in sorted(accepted.items())]
     lines += [f"Refused, {reason} ({len(names)}): {', '.join(names)}.\n" for reason, names in sorted(refused.items())]
     rows = [f"| {name} | {reason} |\n" for name, reason in REASONS.items()]
-    return "\n".join(lines) + "\nClasses refused, among transformers:\n\n| class | why |\n|---|---|\n" + "".join(rows)
+    return "\n".join(lines) + "\nRelated classes that are refused:\n\n| class | why |\n|---|---|\n" + "".join(rows)
 
 
 def split(text: str) -> tuple[str, str, str]:
