@@ -71,8 +71,9 @@ def write_comparison(found: Sequence[Compared], *, folder: Path, command: str, m
         sections="\n\n".join(_section(one) for one in found),
         command=command,
         machine=f"{machine['cpu']} ({machine['instructions']}), PyTorch {machine['torch']}",
+        evaluated=_each(found, lambda size: f"{size.images}"),
         images=_each(found, lambda size: f"{size.calibration_images}"),
-        rounds=_each(found, lambda size: f"medians of {size.rounds} rounds"),
+        rounds=_each(found, lambda size: f"{size.rounds}"),
         tuned=_about_tuning(found),
     )
     contents = {one.subject.title: [_as_dict(cell) for cell in (*one.cells, *one.tuned)] for one in found}
@@ -95,8 +96,8 @@ def _about_tuning(found: Sequence[Compared]) -> str:
         return ""
     size = next(one.size for one in found if one.tuned)
     return (
-        f"* **Fine-tuned**: {size.tune_steps} steps from the dense weights with the method at work, {size.num_seeds} "
-        "seeds; the budget is\n  then met again.\n"
+        f"* **Fine-tuned**: {size.tune_steps} steps from the dense weights with the method in place, {size.num_seeds} "
+        "seeds. The amount is\n  then searched again.\n"
     )
 
 
@@ -126,14 +127,14 @@ def _answer(one: Compared) -> str:
     lines, never_behind = [], []
     for view in one.views:
         names = [METHODS[id].name for id in _never_behind(view, one.subject.clusters)]
-        never_behind.append(f"Never behind the best, {view.heading}: {', '.join(names) or 'none'}.")
+        never_behind.append(f"Never behind the best, {view.heading}: {'; '.join(names) or 'none'}.")
         for budget in view.budgets:
             own = view.at(budget)
             ours, rival = _best(own, "ours"), _best(own, "rival")
             if ours is None or rival is None:
                 continue
             lead = difference(ours, rival, one.subject.clusters)
-            verdict = {HOLDS: "ahead", FAILS: "behind"}.get(lead.verdict(), "equal within the interval")
+            verdict = {HOLDS: "ahead", FAILS: "behind"}.get(lead.verdict(), "within the noise")
             scores = (f"{ours.method.name} {ours.values.mean():.2f}", f"{rival.method.name} {rival.values.mean():.2f}")
             lines.append([view.heading, f"{budget:g}", *scores, str(lead), verdict])
     headers = ["", "GFLOPs / dense", "best of ours", "best rival", "difference, 95 % interval", "ours is"]
@@ -185,7 +186,7 @@ def _section(one: Compared) -> str:
         steps = f" for {one.size.tune_steps} steps" * (view.heading == "fine-tuned")
         text += f"## {one.subject.title}, {view.heading}{steps}\n\n{_table(one, view)}\n\n"
         if place == 0:
-            text += f"Milliseconds of an image, batches of 32, one thread; dense {one.cells[0].ms:.3g} ms:\n\n"
+            text += f"Milliseconds per image, batches of 32, one thread; dense: {one.cells[0].ms:.3g}.\n\n"
             text += f"{_times(one)}\n\n"
     return text.rstrip()
 

@@ -32,6 +32,7 @@ def write_study(rows: Sequence[Row], study: DigitsStudy, *, folder: Path, minute
         **page.tables(),
         summary=_summary(found),
         claims=_claims_table(found),
+        claims_by_budget=_budgets_table(found),
         size=study.size,
         group=len(canvases.digits),
         num_digits=len(np.unique(canvases.digits)),
@@ -144,28 +145,22 @@ class _Page:
 
 
 def _summary(found: list[Claim]) -> str:
-    """A list item per verdict."""
-    text = ""
-    for verdict in (HOLDS, FAILS, NOISE):
-        names = [f"{_short(claim)} ({_number(claim)})" for claim in found if claim.verdict == verdict]
-        text += f"* **{verdict.capitalize()}** ({len(names)} of {len(found)}): {'; '.join(names) or 'none'}.\n"
-    return text
+    """How many claims got which verdict."""
+    count = [sum(claim.verdict == verdict for claim in found) for verdict in (HOLDS, FAILS, NOISE)]
+    return f"**{count[0]} of {len(found)} claims hold, {count[1]} do not, {count[2]} are within the noise.**"
 
 
 def _claims_table(found: list[Claim]) -> str:
     lines = []
     for claim in found:
-        parts = "; ".join(f"{label}: {estimate}" for label, estimate in claim.parts)
-        here = _number(claim) + (f" ({parts})" if parts else "")
+        unit = "" if claim.unit == "points" else f" {claim.unit}"
         verdict = claim.verdict if claim.verdict == NOISE else f"**{claim.verdict}**"
-        lines.append([claim.text, claim.paper, here, verdict])
-    return charts.markdown_table(["claim", "in the paper", "here, with 95 % interval", "verdict"], lines, left=4)
+        lines.append([claim.text, claim.paper, f"{claim.overall}{unit}", verdict])
+    return charts.markdown_table(["claim", "in the paper", "here", "verdict"], lines, left=4)
 
 
-def _number(claim: Claim) -> str:
-    return f"{claim.overall}{'' if claim.unit == 'points' else f' {claim.unit}'}"
-
-
-def _short(claim: Claim) -> str:
-    text = claim.text.replace("Its lead", "The lead of inverse transform sampling")  # no claim before it to refer to
-    return text[0].lower() + text[1:]
+def _budgets_table(found: list[Claim]) -> str:
+    """The claims that were answered at single budgets, there."""
+    lines = [[claim.text, *(str(estimate) for _, estimate in claim.parts)] for claim in found if claim.parts]
+    budgets = next([label for label, _ in claim.parts] for claim in found if claim.parts)
+    return charts.markdown_table(["claim", *budgets], lines, left=1)
