@@ -44,7 +44,7 @@ EXAMPLES = {
 }
 # Keys that kept their names but not all of their meaning.
 NOTES = {
-    "TEST.CHECKPOINT_FILE_PATH": "the same, but a run that trains evaluates its own weights; SlowFast evaluates this file"
+    "TEST.CHECKPOINT_FILE_PATH": "the same, but a training run evaluates its own weights; SlowFast evaluates this file"
 }
 
 
