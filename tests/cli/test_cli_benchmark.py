@@ -35,7 +35,7 @@ def test_command_writes_json_table_and_plot(tmp_path, capsys):
         assert 0.5 < sum(blocks) / results["rows"][1][accounting]["mean"] < 1
     assert (tmp_path / "out" / "speed.png").stat().st_size > 5000
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table.startswith("Token counts: no checkpoint")
+    assert table.startswith("Token counts: imposed")
     assert all(text in table for text in ("efficiency", "tokens kept", "GFLOPs, paper"))
 
 
