@@ -20,10 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "LEGACY_KEYS.md"
 HEAD = """# Keys of older releases
 
-YAML files of the official ATS code, SlowFast's MViT, X-ViT, TimeSformer, CvT and PS-ViT load as they are. This page
-says what becomes of their keys. `python tools/legacy_keys.py` writes it from `ats/config/legacy.py`; a test compares
-the two. A key that is not listed keeps its name and meaning, or is an error that suggests the nearest key. When a file
-is read, the log says which keys were renamed and which have no effect.
+What becomes of the keys in the YAML file of an older release? Files of the official ATS code, SlowFast's MViT, X-ViT,
+TimeSformer, CvT and PS-ViT load as they are. The log says which keys were renamed and which have no effect. A
+key that is not on this page keeps its name and meaning, or is an error that suggests the nearest key.
+
+`python tools/legacy_keys.py` writes this page from `ats/config/legacy.py`; a test compares the two.
 """
 # The keys of the official release's one config, DeiT_S.yaml, in its order.
 OFFICIAL = (
@@ -42,7 +43,9 @@ EXAMPLES = {
     "model": "ps_vit_b_18",
 }
 # Keys that kept their names but not all of their meaning.
-NOTES = {"TEST.CHECKPOINT_FILE_PATH": "the same, but a run that trains evaluates what it trained; SlowFast this file"}
+NOTES = {
+    "TEST.CHECKPOINT_FILE_PATH": "the same, but a training run evaluates its own weights; SlowFast evaluates this file"
+}
 
 
 def becomes(key: str) -> str:
@@ -56,7 +59,7 @@ def cell(key: str) -> str:
     if key in legacy.RENAMED:
         return becomes(key)
     if key in legacy.FIXED:
-        return f"`{legacy.FIXED[key]}` is how it is here; anything else is an error"
+        return f"only `{legacy.FIXED[key]}`"
     if key in legacy.IGNORED:
         return f"no effect: {legacy.IGNORED[key]}"
     if key not in keys():
@@ -75,21 +78,24 @@ def render() -> str:
     logging.disable(logging.WARNING)  # messages to the user
     try:
         official = [(key, cell(key)) for key in OFFICIAL]
-        renamed = [(key, becomes(key)) for key in legacy.RENAMED]
+        renamed = {key: becomes(key) for key in legacy.RENAMED}
     finally:
         logging.disable(logging.NOTSET)
+    many = {key: text for key, text in renamed.items() if text.count(", ") > 3}
+    renamed |= {key: f"{text.count(', ') + 1} keys, see below" for key, text in many.items()}
     parts = [
         HEAD,
-        "## The official ATS release, key by key\n",
+        '## The official ATS release, key by key\n\n"Only" means that any other value is an error.\n',
         table(("its `DeiT_S.yaml`", "here"), official),
         "## Renamed, in any release\n",
-        table(("there", "here"), renamed),
+        table(("there", "here"), list(renamed.items())),
+        "\n".join(f"`{key}` sets {text}.\n" for key, text in many.items()),
         "## Names of networks\n",
         table(("`MODEL.NAME` or `MODEL.MODEL_NAME` there", "`MODEL.NAME` here"), list(legacy.NETWORKS.items())),
-        f"PS-ViT's `model` is one of {', '.join(f'`{name}`' for name in legacy.PSVIT_NETWORKS)}.\n",
-        "## One value only\n\nAny other value is an error that says so.\n",
+        f"PS-ViT's `model` takes {', '.join(f'`{name}`' for name in legacy.PSVIT_NETWORKS)}.\n",
+        "## One value only\n\nThese keys take one value; any other is an error.\n",
         table(("key", "value"), [(key, f"`{value}`") for key, value in legacy.FIXED.items()]),
-        "## Without effect\n\nA warning names them when they are read. `*` matches anything; VALUE is the value.\n",
+        "## Without effect\n\nReading one logs a warning. `*` matches anything; VALUE stands for the value.\n",
         table(("key", "why"), list(legacy.IGNORED.items())),
     ]
     return "\n".join(parts)

@@ -1,10 +1,10 @@
-"""Write docs/MODEL_ZOO.md, the table of all configs:
+"""Write docs/MODEL_ZOO.md, the tables of all configs:
 
     python tools/model_zoo.py
 
 The comment at the head of a config says what it reproduces (its first sentence) and which numbers to expect (from
-"Expected" to "Not measured here" or "Measured here: ...", which ends it). Parameters and dense GFLOPs are computed from
-the network that it builds.
+"Expected" to "Not measured here" or "Measured here: ...", which ends it). The table shows the first clause of the first
+sentence; the numbers are a list below it. Parameters and dense GFLOPs are computed from the network that it builds.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ TARGET = ROOT / "docs" / "MODEL_ZOO.md"
 NOT_THE_NETWORK = ("ATS.", "TRAIN.", "SOLVER.", "TEST.", "MIXUP.", "AUG.", "EMA.", "OUTPUT_DIR", "LOG_PERIOD")
 HEAD = """# Model zoo
 
-All configs of this repository. `python tools/model_zoo.py` writes this page, and a test compares it with the configs.
-
-Parameters and GFLOPs are those of the dense network, counted here (one multiply-add is one operation, as in the
-paper); for videos, per view x views. How much ATS saves depends on images and weights: `tools/run_net.py` reports it,
-as run and in the paper's accounting (`result.json`). Accuracies come from the sources named. To run a row:
+Which configs are there, how large are their networks, and which accuracy should they reach? To run one:
 
     python tools/run_net.py --cfg configs/<folder>/<name>.yaml DATA.PATH_TO_DATA_DIR <dir> TEST.CHECKPOINT_FILE_PATH <w>
 
-Each config begins with its own command, including the one for training if it has one.
+Every config begins with its own command, and with the one for training if it has one.
+
+* **Parameters and GFLOPs** are those of the dense network, counted here: one multiply-add is one operation, as in the
+  paper. For videos GFLOPs are per view x views.
+* **What ATS saves** depends on images and weights. `tools/run_net.py` reports it, as run and in the paper's accounting
+  (`result.json`).
+* **Accuracies** are published ones with their source, unless they say "measured here". Nothing on ImageNet or Kinetics
+  has been measured here: neither the data nor the weights are available to us.
+
+`python tools/model_zoo.py` writes this page from the configs, and a test compares the two.
 """
 
 
@@ -84,7 +89,7 @@ def size(cfg: CfgNode) -> tuple[int, float]:
 
 
 def row(path: Path, sizes: dict[str, tuple[int, float]]) -> dict[str, str]:
-    """A line of the table: the config's header, and the size of its network, which `sizes` caches."""
+    """A line of the table: what the config is, and the size of its network, which `sizes` caches."""
     from ats.config import load_config
     from ats.datasets import input_shape
     from ats.errors import rounded
@@ -98,21 +103,32 @@ def row(path: Path, sizes: dict[str, tuple[int, float]]) -> dict[str, str]:
     views = f" x {cfg.TEST.NUM_ENSEMBLE_VIEWS * cfg.TEST.NUM_SPATIAL_CROPS}" if len(shape) == 4 else ""
     return {
         "config": f"[{path.stem}](../{path.relative_to(ROOT)})",
-        "what": header.title,
+        "what": re.split(r": |; |\. ", header.title)[0],
         "parameters": f"{num_parameters / 1e6:.2f} M",
         "GFLOPs": f"{rounded(gflops)}{views}",
-        "expected, and whose number it is": header.expected or "-",
-        "measured here": header.measured,
     }
 
 
+def numbers(paths: list[Path]) -> str:
+    """The list of the numbers to expect and of those measured here; configs with the same numbers share a line."""
+    names: dict[str, list[str]] = {}
+    for path in paths:
+        header = read_header(path)
+        measured = "" if header.measured == "no" else f"measured here: {header.measured}"
+        text = ". ".join(part for part in (header.expected, measured) if part)
+        names.setdefault(text, []).append(path.stem)
+    return "".join(f"* {', '.join(f'`{name}`' for name in own)}: {text}.\n" for text, own in names.items())
+
+
 def render() -> str:
-    """The text of docs/MODEL_ZOO.md: a table for each folder of configs but Custom, whose classes are yours."""
+    """The text of docs/MODEL_ZOO.md: each folder of configs but Custom, whose classes are yours."""
     text, sizes = HEAD, {}
     for folder in sorted(path for path in (ROOT / "configs").iterdir() if path.is_dir() and path.name != "Custom"):
-        rows = [row(path, sizes) for path in sorted(folder.glob("[!_]*.yaml"))]
+        paths = sorted(folder.glob("[!_]*.yaml"))
+        rows = [row(path, sizes) for path in paths]
         cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(line.values()) for line in rows)]
         text += f"\n## {folder.name}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells)
+        text += f"\n### {folder.name}: numbers to expect\n\n{numbers(paths)}"
     return text
 
 

@@ -93,9 +93,9 @@ class Peers:
         best = min(reduced, key=lambda row: row.median)
         speedup = best.speedup(dense)
         text += f" Best ATS: {best.network} in {best.engine}, {_cell('ms', 1e3 * best.median)} ms:"
-        text += f" {speedup:.2f} times faster"
+        text += f" {speedup:.2f} times as fast"
         absolute = speedup / self.flop_ratio
-        return f"{text} with {self.flop_ratio:.2f} times fewer FLOPs, absolute efficiency {absolute:.2f}."
+        return f"{text} for {self.flop_ratio:.2f} times fewer FLOPs, absolute efficiency {absolute:.2f}."
 
     def text(self) -> str:
         """As markdown."""
@@ -154,7 +154,9 @@ def _measure_batch(cfg: CfgNode, x: Tensor, settings: BenchmarkSettings, threads
         models["ats static"] = build_variant(cfg, "static", CPU)
     checkpoint, one = cfg.TEST.CHECKPOINT_FILE_PATH, len(x) == 1
     how: dict[str, Any] = {"scale": settings.token_scale, "mean_std": settings.mean_std}
-    text = describe_counts(checkpoint, **how) + (" Here, for one sample, their mean." if one and not checkpoint else "")
+    text = describe_counts(checkpoint, **how) + (
+        " A single sample keeps the mean counts." if one and not checkpoint else ""
+    )
     # A static file takes the same time whatever is kept.
     with synthetic_counts([] if checkpoint else [models["ats"]], **how) as counts, TemporaryDirectory() as folder:
         counts.draw(x, mean=one)  # an adaptive file has its counts inside

@@ -177,7 +177,8 @@ def _run_peers(item: Measurement) -> tuple[dict, list[str]]:
             found += measure_peers(cfg, {size: read_batch(cfg, size, item.image_size)}, item.settings, engines)
     about = {name: getattr(item, name) for name in ("cfg", "overrides", "image_size")}
     entry = {"kind": "peers", "family": "", **about, "versions": versions(), "peers": [own.as_dict() for own in found]}
-    return entry | {"goals": [], "errors": errors}, [own.text() for own in found]
+    usual = f" {describe_counts('')}"  # the head of the section has it
+    return entry | {"goals": [], "errors": errors}, [own.text().replace(usual, "") for own in found]
 
 
 def _config_of(item: Measurement) -> CfgNode:

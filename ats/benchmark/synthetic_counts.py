@@ -86,12 +86,12 @@ class SyntheticCounts:
 def describe_counts(checkpoint: str, *, scale: float = 1.0, mean_std: Sequence[float] | None = None) -> str:
     """Where the token counts of inverse transform sampling come from: of weights, or imposed."""
     if checkpoint:
-        return f"Token counts: what the weights of {Path(checkpoint).name} keep."
+        return f"Token counts: those that the weights of {Path(checkpoint).name} keep."
     profile = "the paper's histograms (DeiT-S on ImageNet)"
     if mean_std is not None:
         profile = f"{mean_std[0]} +- {mean_std[1]} of {PAPER_NUM_TOKENS} tokens in every block"
     times = "" if scale == 1 else f", times {scale:g}"
-    return f"Token counts: no checkpoint, so they are imposed, drawn for every image from {profile}{times}."
+    return f"Token counts: imposed, drawn for every image from {profile}{times}, as there is no checkpoint."
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def test_both_efficiencies_by_hand():
     assert [line["absolute efficiency"] for line in lines] == pytest.approx([0.5, 0.5, 1, 0.8, 0.4])
     assert [line["ms"] for line in lines] == pytest.approx([16, 8, 8, 5, 10])
     assert table.summary() == (
-        "Fastest dense: B, 8 ms. Best ATS: ats in B, 5 ms: 1.60 times faster with 2.00 times fewer FLOPs, "
+        "Fastest dense: B, 8 ms. Best ATS: ats in B, 5 ms: 1.60 times as fast for 2.00 times fewer FLOPs, "
         "absolute efficiency 0.80."
     )
     assert "Batch 1, float32, 2 threads. Counts." in table.text()

@@ -40,7 +40,7 @@ def test_suite_writes_its_section_and_keeps_the_rest(tmp_path, capsys):
     assert memory["met"]
     assert "activations / dense" in text
     assert all("imposed" in entry["token_counts"] for entry in results if "rows" in entry)
-    assert text.count("imposed, drawn for every image") == 3  # in the head, where the counts differ, beside engines
+    assert text.count("imposed, drawn for every image") == 2  # in the head, and where the counts differ
     assert "absolute efficiency" in text
     assert [table["batch_size"] for entry in results for table in entry.get("peers", ())] == [1]
     for family in ("batch", "image", "clip", "tokens", "sampler"):

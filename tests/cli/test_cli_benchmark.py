@@ -22,7 +22,7 @@ def test_command_writes_json_table_and_plot(tmp_path, capsys):
     keys = [*map(str, TINY), "DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
     command = ["--cfg", "configs/ImageNet/DeiT_S.yaml", "--batch-size", "1", "2", "--rounds", "2", *keys]
     assert tool.main(command) == 0
-    assert "they are imposed, drawn for every image from the paper's histograms" in capsys.readouterr().out
+    assert "Token counts: imposed, drawn for every image from the paper's histograms" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(row["variant"], row["batch_size"]) for row in results["rows"]] == [
         ("dense", 1), ("ats", 1), ("dense", 2), ("ats", 2),
@@ -35,7 +35,7 @@ def test_command_writes_json_table_and_plot(tmp_path, capsys):
         assert 0.5 < sum(blocks) / results["rows"][1][accounting]["mean"] < 1
     assert (tmp_path / "out" / "speed.png").stat().st_size > 5000
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table.startswith("Token counts: no checkpoint")
+    assert table.startswith("Token counts: imposed")
     assert all(text in table for text in ("efficiency", "tokens kept", "GFLOPs, paper"))
 
 

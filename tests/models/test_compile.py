@@ -37,7 +37,7 @@ def _forget_compiled():
     [("static", 1), ("packed", 15), ("padded", 16)],
 )
 def test_graphs_and_the_reasons_for_cutting_them(layout, most_graphs):
-    """The counts of docs/BENCHMARKS.md; the only reason for a break is a number of tokens."""
+    """The counts of docs/SPEED.md; the only reason for a break is a number of tokens."""
     with torch.no_grad():
         explained = torch._dynamo.explain(vit(layout))(images(3, seed=0))
     assert 1 <= explained.graph_count <= most_graphs
