@@ -1,8 +1,8 @@
 """Golden numbers of the official ATS code (fixtures/image): kept sets, logits and gradients.
 
-The arrays were made by running the official repository unchanged, with DROP_TOKENS False (its only mode that does not
-depend on the batch); A3 by the repair of its NUM_TOKENS described in docs/FIDELITY.md. `case.json` says how each was
-produced.
+The arrays were made by running the official repository unchanged, but for A3, which needs the repair of NUM_TOKENS
+described in docs/FIDELITY.md. DROP_TOKENS is False, the only mode that does not depend on the batch, or makes no
+difference to the arrays compared (A3, A4, A5). `case.json` says how each was produced.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ tokens that it keeps (docs/DEPLOY.md). The file is run on random images, and on 
 DATA.PATH_TO_DATA_DIR exists; an output that differs from the evaluated network's is an error. `ats/export/graph.py`
 describes inputs and outputs.
 
-Works for MODEL.NAME ViT (also with VIT.DISTILLED True) and timm/<name>, with and without ATS.
+Works for MODEL.NAME ViT (also with VIT.DISTILLED True), PSViT and timm/<name>, with and without ATS.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ DEFAULT_BLOCKS = range(3, 12)  # of ATS.BLOCKS
 
 @dataclass(frozen=True)
 class ComparisonSize:
-    """How much is measured; the defaults are `make study`."""
+    """How much is measured; the defaults are those of `tools/compare.py`."""
 
     budgets: tuple[float, ...] = (0.75, 0.65, 0.5, 0.4, 0.3)  # GFLOPs / dense
     images: int = 2000  # that are evaluated, evenly spaced
