@@ -239,8 +239,8 @@ SECTIONS: tuple[Section, ...] = (
             "logits. For ViT, PSViT and timm/<name>; the others are packed."),
         Key("ATS.CPU_BACKEND", "auto", choices=tuple(BACKENDS),
             help="What computes float32 linear layers and attention on a CPU, with ATS and without. torch: PyTorch's "
-            "own choice. onednn: oneDNN. auto: the faster of them by a short measurement, once per process. Results "
-            "differ by round-off."),
+            "own choice. onednn: oneDNN. auto: the faster of them by a short measurement, once per machine (kept in "
+            "~/.cache/ats). Results differ by round-off."),
     )),
     Section("TRAIN", "Training: data set, batches, checkpoints, precision.", (
         Key("TRAIN.ENABLE", False, "Train the network.", free=True),

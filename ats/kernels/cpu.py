@@ -2,7 +2,7 @@
 
 PyTorch sends float32 products to MKL. MKL has no AVX-512 code for AMD, so there linear layers run at less than half of
 what a core can do; oneDNN, which PyTorch carries too, reaches it. On other CPUs MKL is as fast or faster. The vendor
-says little, so a clock decides, on the layers at hand: less than 0.1 s, once per process, width and number of threads.
+says little, so a clock decides, on the layers at hand: 0.1 s, once per machine, width and number of threads.
 
     with fastest(blocks, x, backend="auto", num_tokens=...):    # "torch": as PyTorch does it; "onednn": all by oneDNN
         ...                                     # F.linear and F.scaled_dot_product_attention, of this thread alone
@@ -17,25 +17,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.nn.modules import module
 from torch.overrides import TorchFunctionMode
 
 from ats.compat import current_dispatch_mode, forward_ad_level, is_functorch_wrapped_tensor, onednn_linear
+from ats.kernels.remembered import remembered
 
 logger = logging.getLogger(__name__)
 ONEDNN_LINEAR: Any = onednn_linear()
 
-MARGIN = 1.25  # so much faster another kernel must be; less may be noise, and two runs would differ in their last bits
+# So much faster another kernel must be: less may be noise, and two runs would differ in their last bits. A training
+# step has more products whose rows are a new number every time.
+MARGIN, TRAINING_MARGIN = 1.08, 1.25
 FLOPS_TO_TIME = 4e8  # of the layers of a block, in one round
-ROUNDS = 4
+ROUNDS = 4  # four times as many where these are near the margin
 MIN_ROWS = 8  # a product with fewer is over before oneDNN has looked up its kernel
 
 
@@ -74,7 +79,7 @@ def fastest(
         return nullcontext()
     if choice is None:
         choice = _fastest(blocks[0], num_tokens)
-    return nullcontext() if choice == PLAIN else Kernels(choice)
+    return nullcontext() if choice == PLAIN else Kernels(choice, before_gelu=_before_gelu(blocks))
 
 
 def choices() -> list[list]:
@@ -102,6 +107,21 @@ def _warn() -> None:
     logger.warning("ATS.CPU_BACKEND onednn: this PyTorch has no linear layers by oneDNN; its other kernels run.")
 
 
+def _before_gelu(blocks: Iterable[nn.Module]) -> frozenset[int]:
+    """The `id` of the weight of every layer whose output goes to GELU and nowhere else: the first of timm's MLP."""
+    mlps = (getattr(block, "mlp", None) for block in blocks)
+    return frozenset(id(mlp.fc1.weight) for mlp in mlps if type(mlp) is Mlp and _is_plain(mlp))
+
+
+def _is_plain(mlp: Mlp) -> bool:
+    """Whether nothing sees what lies between the first layer and GELU, which is the exact one."""
+    between = (mlp.fc1._forward_hooks, mlp.act._forward_pre_hooks, module._global_forward_hooks)
+    pre = module._global_forward_pre_hooks
+    own_code = any("forward" in part.__dict__ for part in (mlp, mlp.fc1, mlp.act))
+    is_exact = type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
+    return type(mlp.fc1) is nn.Linear and is_exact and not (own_code or pre or any(between))
+
+
 def _runs_elsewhere(block: nn.Module) -> bool:
     """Whether a block is compiled, or runs a second time in the backward pass, outside the `with`."""
     if block._compiled_call_impl is not None or "_orig_mod" in block._modules:
@@ -121,53 +141,69 @@ def _fastest(block: nn.Module, num_tokens: Callable[[], int]) -> Choice:
     if key not in _choices:
         with _lock:
             if key not in _choices:
-                _choices[key] = _measure(block, num_tokens())
+                _choices[key] = _measured_once(block, key, num_tokens)
     return _choices[key]
+
+
+def _measured_once(block: nn.Module, key: Key, num_tokens: Callable[[], int]) -> Choice:
+    """By this process, or by one before it."""
+    threads, width, training = key
+    question = {"threads": threads, "width": width, "training": training}
+    linear, attention = remembered(question, lambda: list(astuple(_measure(block, num_tokens()))))
+    return Choice(linear, attention)
 
 
 def _linears(block: nn.Module) -> Iterator[nn.Linear]:
     """The layers that both kernels compute: weights may have another dtype than the network's input."""
-    for module in block.modules():
-        if type(module) is nn.Linear and module.weight.is_contiguous() and _takes(module.weight):
-            yield module
+    for layer in block.modules():
+        if type(layer) is nn.Linear and layer.weight.is_contiguous() and _takes(layer.weight):
+            yield layer
 
 
 def _measure(block: nn.Module, num_tokens: int) -> Choice:
     """Time the linear layers of a block and, without gradients, its attention among `num_tokens`."""
-    layers = list(_linears(block))
+    layers, before_gelu = list(_linears(block)), _before_gelu([block])
     rows = int(min(max(FLOPS_TO_TIME / (2 * sum(layer.weight.numel() for layer in layers)), 32), 256))
     inputs = [layer.weight.new_full((rows, layer.in_features), 0.5) for layer in layers]
     with_gradients = torch.is_grad_enabled()
 
-    def run(linear: Callable) -> Callable[[], None]:
+    def run(linear: Callable, linear_gelu: Callable) -> Callable[[], None]:
         def through_all() -> None:
             for layer, own in zip(layers, inputs, strict=True):
-                out = linear(own, layer.weight.detach().requires_grad_(with_gradients), None)
+                product = linear_gelu if id(layer.weight) in before_gelu and not with_gradients else linear
+                out = product(own, layer.weight.detach().requires_grad_(with_gradients), None)
                 if with_gradients:
                     out.sum().backward()
 
         return through_all
 
-    linear = _first_by_far({"torch": run(F.linear), "onednn": run(_TrainedLinear.apply if with_gradients else linear_)})
+    by_onednn = _TrainedLinear.apply if with_gradients else linear_
+    runs = {"torch": run(F.linear, _linear_gelu_in_two), "onednn": run(by_onednn, linear_gelu)}
+    linear = _first_by_far(runs, TRAINING_MARGIN if with_gradients else MARGIN)
     attention = getattr(block, "attn", None) or getattr(block, "attention", None)
     num_heads = getattr(attention, "num_heads", None) or getattr(attention, "num_attention_heads", None)
     if with_gradients or not num_heads:
         return Choice(linear)
     q = inputs[0].new_full((1, num_tokens, num_heads, layers[0].in_features // num_heads), 0.5).transpose(1, 2)
-    runs = {name: partial(attend, q, q, q, 0.125) for name, attend in ATTENTION.items()}
-    return Choice(linear, _first_by_far(runs))
+    attentions = {name: partial(attend, q, q, q, 0.125) for name, attend in ATTENTION.items()}
+    return Choice(linear, _first_by_far(attentions))
 
 
-def _first_by_far(runs: Mapping[str, Callable[[], object]]) -> str:
-    """The fastest, if it beats the first by MARGIN; else the first."""
+def _first_by_far(runs: Mapping[str, Callable[[], object]], margin: float = MARGIN) -> str:
+    """The fastest, if it is `margin` times as fast as the first; else the first."""
     best = dict.fromkeys(runs, float("inf"))
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    usual, fastest = next(iter(best)), min(best, key=best.__getitem__)
-    return fastest if best[fastest] * MARGIN < best[usual] else usual
+    usual = next(iter(best))
+    for rounds in (ROUNDS, 3 * ROUNDS):
+        for _ in range(rounds):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                best[name] = min(best[name], time.perf_counter() - start)
+        fastest = min(best, key=best.__getitem__)
+        gain = best[usual] / best[fastest]
+        if not margin - 0.1 < gain < margin + 0.1:
+            break
+    return fastest if gain > margin else usual
 
 
 # ---- the kernels
@@ -180,6 +216,42 @@ def linear_(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return ONEDNN_LINEAR(x.contiguous(), weight, bias, "none", [], "")
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.gelu(F.linear(x, weight, bias))` by oneDNN in one call, without gradients."""
+    return ONEDNN_LINEAR(x.contiguous(), weight, bias, "gelu", [], "none")
+
+
+def _linear_gelu_in_two(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def _missing_rows(rows: int) -> int:
+    """How many rows to add. oneDNN makes code for each number of rows that it meets, in milliseconds and megabytes, and
+    tokens kept are a new number every time. So numbers are rounded up to six binary digits: by 1 % on average.
+    """
+    return -rows % (1 << max(rows.bit_length() - 6, 0))
+
+
+def _with_round_rows(x: Tensor) -> Tensor:
+    """x [T, C], contiguous, with rows of zeros behind it."""
+    more = _missing_rows(len(x))
+    return F.pad(x, (0, 0, 0, more)) if more else x.contiguous()
+
+
+def _on_round_rows(product: Callable, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`product` of x [..., C] with more rows behind it, whose results are left out: what lies there in memory, or 0."""
+    x = x.contiguous()
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    more = _missing_rows(rows)
+    if not more:
+        return product(x, weight, bias)
+    if x.untyped_storage().nbytes() >= (x.storage_offset() + (rows + more) * width) * x.element_size():
+        padded = x.as_strided((rows + more, width), (width, 1))
+    else:
+        padded = _with_round_rows(x.view(rows, width))
+    return product(padded, weight, bias)[:rows].view(*x.shape[:-1], weight.shape[0])
+
+
 class _TrainedLinear(torch.autograd.Function):
     """`F.linear` with its forward and backward products by oneDNN."""
 
@@ -187,17 +259,17 @@ class _TrainedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return linear_(x, weight, bias)
+        return _on_round_rows(linear_, x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         # create_graph: the gradient's gradient is wanted, which oneDNN's operator has not.
         product = F.linear if torch.is_grad_enabled() else linear_
-        rows, x_rows = grad.reshape(-1, grad.shape[-1]).contiguous(), x.reshape(-1, x.shape[-1]).contiguous()
+        rows, x_rows = (_with_round_rows(t.reshape(-1, t.shape[-1])) for t in (grad, x))
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            product(rows, weight.t()).view_as(x) if of_x else None,
+            product(rows, weight.t())[: x.numel() // x.shape[-1]].view_as(x) if of_x else None,
             product(rows.t(), x_rows.t()) if of_weight else None,
             rows.sum(dim=0) if ctx.has_bias and of_bias else None,
         )
@@ -229,19 +301,45 @@ ATTENTION = {"fused": _fused, "products": _products, "onednn": _products_by_oned
 
 
 class Kernels(TorchFunctionMode):
-    """Runs linear layers and attention by the kernels of a `Choice` where these compute the same."""
+    """Runs linear layers and attention by the kernels of a `Choice` where these compute the same.
 
-    def __init__(self, choice: Choice) -> None:
+    Args:
+        before_gelu: the `id` of each weight whose product goes to GELU and nowhere else; both then run as one.
+    """
+
+    def __init__(self, choice: Choice, *, before_gelu: frozenset[int] = frozenset()) -> None:
         super().__init__()
+        self.before_gelu = before_gelu
+        self.activated: Tensor | None = None  # what the last layer before a GELU gave: GELU has run already
         self.handlers: dict[Callable, Callable] = {}
         if choice.linear == "onednn":
-            self.handlers[F.linear] = _linear
+            self.handlers |= {F.linear: self._linear, F.gelu: self._gelu}
         if choice.attention != "fused":
             self.attend = ATTENTION[choice.attention]
             self.handlers[F.scaled_dot_product_attention] = self._attention
 
     def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
         return self.handlers.get(function, function)(*args, **(kwargs or {}))
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.linear`, by oneDNN where it can."""
+        assert self.activated is None  # else what should have gone to GELU went elsewhere
+        tensors = (x, weight) if bias is None else (x, weight, bias)
+        rows = x.numel() // max(x.shape[-1], 1)
+        if rows < MIN_ROWS or weight.ndim != 2 or not weight.is_contiguous() or not _takes(*tensors):
+            return F.linear(x, weight, bias)
+        if _has_gradient(*tensors):
+            return _TrainedLinear.apply(x, weight, bias)
+        if id(weight) not in self.before_gelu:
+            return _on_round_rows(linear_, x, weight, bias)
+        self.activated = _on_round_rows(linear_gelu, x, weight, bias)
+        return self.activated
+
+    def _gelu(self, x: Tensor, approximate: str = "none") -> Tensor:
+        if x is not self.activated:
+            return F.gelu(x, approximate=approximate)
+        self.activated = None
+        return x
 
     def _attention(
         self,
@@ -259,15 +357,6 @@ class Kernels(TorchFunctionMode):
             return self.attend(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
         options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, by oneDNN where it can."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    rows = x.numel() // max(x.shape[-1], 1)
-    if rows < MIN_ROWS or weight.ndim != 2 or not weight.is_contiguous() or not _takes(*tensors):
-        return F.linear(x, weight, bias)
-    return _TrainedLinear.apply(x, weight, bias) if _has_gradient(*tensors) else linear_(x, weight, bias)
 
 
 def _takes(*tensors: Tensor) -> bool:

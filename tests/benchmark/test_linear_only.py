@@ -13,11 +13,12 @@ from ats.models import build_model
 
 
 @pytest.mark.parametrize("cpu_backend", ["auto", "onednn"])
-def test_linear_layers_are_those_of_the_network(cpu_backend, monkeypatch):
+def test_linear_layers_are_those_of_the_network(cpu_backend, tmp_path, monkeypatch):
     """All of them, with the rows that remain, and not those by which the kernels are chosen: their FLOPs are the
     network's without embedding and attention.
     """
     monkeypatch.setattr(cpu, "_choices", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch.manual_seed(0)
     model, x = build_model(tiny("ATS.NUM_TOKENS", 0.5)).eval(), torch.randn(2, 3, 224, 224)
     model.cpu_backend = cpu_backend

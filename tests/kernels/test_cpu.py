@@ -5,24 +5,32 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from helpers import VIDEO_MODELS
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ats
 from ats.config import get_cfg
-from ats.kernels import cpu
+from ats.kernels import cpu, remembered
 from ats.models import build_model
 
 SMALL = ["MODEL.NUM_CLASSES", 5, "VIT.IMG_SIZE", 32, "VIT.PATCH_SIZE", 4, "VIT.EMBED_DIM", 48, "VIT.NUM_HEADS", 3,
          "VIT.DEPTH", 4, "ATS.ENABLE", True, "ATS.BLOCKS", [1, 2, 3], "ATS.NUM_TOKENS", 40]  # fmt: skip
 NETWORKS = {"vit": [], "distilled": ["VIT.DISTILLED", True], "tome": ["ATS.SAMPLER", "tome"]}
 NETWORKS |= {name: [*own, "DATA.NUM_FRAMES", 8] for name, own in VIDEO_MODELS.items()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def small(*overrides: object) -> nn.Module:
@@ -125,7 +133,7 @@ class Clock:
         return run
 
 
-@pytest.mark.parametrize(("onednn", "chosen"), [(0.5, "onednn"), (0.9, "torch"), (2.0, "torch")])
+@pytest.mark.parametrize(("onednn", "chosen"), [(0.5, "onednn"), (0.9, "onednn"), (0.95, "torch"), (2.0, "torch")])
 def test_the_clock_decides(onednn, chosen, monkeypatch):
     """The faster kernel runs if it is faster by more than what may be noise."""
     clock = Clock()
@@ -151,6 +159,35 @@ def test_measured_once(monkeypatch):
     model(x)
     assert cpu.choices() == found
     assert len(measured) == 2
+
+
+def test_measured_once_on_a_machine(monkeypatch):
+    """The next process takes what the first chose, for every kind of question; another PyTorch asks anew."""
+    answers = iter([cpu.Choice("onednn", "fused"), cpu.PLAIN, cpu.PLAIN])
+    monkeypatch.setattr(cpu, "_measure", lambda block, n: next(answers))
+    block, found = small().blocks[0], []
+    for training in (False, False, True, True, False):
+        monkeypatch.setattr(cpu, "_choices", {})  # a new process
+        with torch.set_grad_enabled(training):
+            found.append(cpu._fastest(block, lambda: 65).linear)
+    assert found == ["onednn", "onednn", "torch", "torch", "onednn"]
+    monkeypatch.setattr(cpu, "_choices", {})
+    monkeypatch.setattr(remembered, "_machine", lambda: {"torch": "99.0"})
+    with torch.no_grad():
+        assert cpu._fastest(block, lambda: 65) == cpu.PLAIN
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"chosen": 3}', "\x00"])
+def test_a_damaged_memory_is_no_obstacle(content):
+    """Nor is a folder that cannot be written."""
+    assert remembered.remembered({"width": 1}, lambda: ["a"]) == ["a"]
+    (path,) = remembered.folder().iterdir()
+    path.write_text(content)
+    assert remembered.remembered({"width": 1}, lambda: ["b"]) == ["b"]
+    path.unlink()
+    remembered.folder().rmdir()
+    remembered.folder().write_text("a file, not a folder")
+    assert remembered.remembered({"width": 1}, lambda: ["c"]) == ["c"]
 
 
 def test_the_measurement_itself():
@@ -279,3 +316,88 @@ def test_hooks_and_parametrizations_work_as_ever(calls):
         torch.testing.assert_close(got, model(x), atol=1e-5, rtol=0)
     assert seen
     assert calls
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the weights whose product and GELU were one call of oneDNN."""
+    found, original = [], cpu.linear_gelu
+    monkeypatch.setattr(cpu, "linear_gelu", lambda x, w, bias=None: (found.append(w.shape), original(x, w, bias))[1])
+    return found
+
+
+def test_gelu_runs_with_the_layer_before_it(fused):
+    """In every MLP, without gradients; the logits are those of two calls."""
+    model, x = small("ATS.CPU_BACKEND", "onednn"), torch.randn(2, 3, 32, 32)
+    model(x)
+    assert not fused
+    with torch.no_grad():
+        got = model(x)
+        assert fused == [(192, 48)] * 4
+        model.cpu_backend = "torch"
+        torch.testing.assert_close(got, model(x), atol=1e-5, rtol=0)
+
+
+def see_output(mlp: nn.Module, seen: list[torch.Tensor]) -> None:
+    mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out))
+
+
+def see_input(mlp: nn.Module, seen: list[torch.Tensor]) -> None:
+    mlp.act.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+
+def see_all(mlp: nn.Module, seen: list[torch.Tensor]) -> None:
+    """A forward of the instance's own, as accelerate and debuggers set it."""
+    forward = mlp.fc1.forward
+    mlp.fc1.forward = lambda x: (seen.append(out := forward(x)), out)[1]
+
+
+@pytest.mark.parametrize("look", [see_output, see_input, see_all])
+def test_who_looks_between_layer_and_gelu_sees_what_is_there(look, fused):
+    """And the other MLPs run as one."""
+    model, x, seen = small(), torch.randn(1, 3, 32, 32), []
+    look(model.blocks[2].mlp, seen)
+    for backend in ("torch", "onednn"):
+        model.cpu_backend = backend
+        with torch.no_grad():
+            model(x)
+    assert len(fused) == 3
+    torch.testing.assert_close(*seen, atol=1e-5, rtol=0)
+    assert seen[0].min() < -0.2  # the least that GELU gives is -0.17
+
+
+@pytest.mark.parametrize("act", [nn.GELU("tanh"), nn.SiLU(), nn.Sequential(nn.GELU())])
+def test_other_activations_run_by_themselves(act, fused):
+    model, x, results = small(), torch.randn(1, 3, 32, 32), []
+    for block in model.blocks:
+        block.mlp.act = act
+    for backend in ("torch", "onednn"):
+        model.cpu_backend = backend
+        with torch.no_grad():
+            results.append(model(x))
+    assert not fused
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+
+
+@given(rows=st.integers(8, 3000), behind=st.integers(0, 70), before=st.integers(0, 3))
+def test_rows_are_made_round(rows, behind, before):
+    """By zeros, or by what lies behind in memory, even NaN: the product is that of the rows given, and its shape."""
+    memory = torch.full((before + rows + behind, 4), torch.nan)
+    x, weight, bias = memory[before : before + rows].normal_(), torch.randn(3, 4), torch.randn(3)
+    shapes = []
+    out = cpu._on_round_rows(lambda x, *w: (shapes.append(len(x)), cpu.linear_(x, *w))[1], x, weight, bias)
+    torch.testing.assert_close(out, F.linear(x, weight, bias))
+    assert out.is_contiguous()
+    assert rows <= shapes[0] <= 1.04 * rows + 1
+    assert shapes[0] % (1 << max(rows.bit_length() - 6, 0)) == 0  # at most 32 numbers from 2^n to 2^(n+1)
+
+
+def test_gradients_of_rows_made_round():
+    """The added rows of zeros change no gradient."""
+    weight, bias = torch.randn(8, 6, requires_grad=True), torch.randn(8, requires_grad=True)
+    x, found = torch.randn(3, 67, 6, requires_grad=True), []
+    for kernels in (cpu.PLAIN, cpu.BACKENDS["onednn"]):
+        with cpu.Kernels(kernels):
+            found.append(torch.autograd.grad(F.linear(x, weight, bias).tanh().sum(), [x, weight, bias]))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
