@@ -12,7 +12,7 @@ From the command line: `python tools/calibrate.py --help`. The search for a cost
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -125,8 +125,8 @@ def calibrate(
     Args:
         model: any network of `ats.models` with ATS, or a model after `ats.patch`, on any device.
         images: [N, 3, H, W] or clips [N, 3, T, H, W], as the network takes them; or batches of them, e.g. a DataLoader,
-            which are held in memory; of a tuple or list, such as (images, labels), the first element is taken. A few
-            hundred: the mean is as exact as its standard error (`Calibration.spread`).
+            which are held in memory; of a tuple or list, such as (images, labels), the first element is taken, of a
+            processor's dictionary `pixel_values`. A few hundred: the mean is as exact as its standard error (`Calibration.spread`).
         gflops: mean GFLOPs of an image. keep: mean share of the tokens left behind the ATS blocks. speedup: GFLOPs of
             the dense network over the mean. latency_ms: milliseconds of a batch here. Give one of the four.
         measure: "gflops" or "time": what `speedup` is a ratio of; by default GFLOPs. `latency_ms` is always time.
@@ -163,7 +163,11 @@ def _to_batches(images: Tensor | Iterable, batch_size: int) -> list[Tensor]:
     """The batches on the CPU, without what a loader gives beside the images."""
     wanted = "Give [N, 3, H, W] (clips: [N, 3, T, H, W]) or batches of that, as a DataLoader yields them"
     batches = []
+    if isinstance(images, Mapping):  # of one batch
+        images = images.get("pixel_values", images)
     for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
+        if isinstance(batch, Mapping):
+            batch = batch.get("pixel_values", batch)
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(x, Tensor):
             raise UserError(f"images: a {type(x).__name__} is no batch of images. {wanted}.")

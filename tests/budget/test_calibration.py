@@ -258,7 +258,15 @@ def test_a_network_without_ats_or_images():
     with pytest.raises(UserError, match=r"shape \[3, 32, 32\] is no batch.*torch\.stack"):
         ats.calibrate(small_vit(), list(images(2)), keep=0.5)
     with pytest.raises(UserError, match="a dict is no batch"):
-        ats.calibrate(small_vit(), [{"pixel_values": images(2)}], keep=0.5)
+        ats.calibrate(small_vit(), [{"inputs": images(2)}], keep=0.5)
+
+
+def test_dictionaries_of_a_processor():
+    """As transformers' image processors and their loaders give them: one batch, or several."""
+    x = images(12)
+    ways = (x, {"pixel_values": x}, [{"pixel_values": own, "labels": 0} for own in x.split(5)])
+    found = [ats.calibrate(small_vit(), way, keep=0.6, progress=False).num_tokens for way in ways]
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_loader_of_images_and_labels():
