@@ -125,8 +125,9 @@ def calibrate(
     Args:
         model: any network of `ats.models` with ATS, or a model after `ats.patch`, on any device.
         images: [N, 3, H, W] or clips [N, 3, T, H, W], as the network takes them; or batches of them, e.g. a DataLoader,
-            which are held in memory; of a tuple or list, such as (images, labels), the first element is taken, of a
-            processor's dictionary `pixel_values`. A few hundred: the mean is as exact as its standard error (`Calibration.spread`).
+            which are held in memory. Of a tuple or list, such as (images, labels), the first element is taken; of a
+            processor's dictionary, `pixel_values`. A few hundred images: the mean is as exact as its standard error
+            (`Calibration.spread`).
         gflops: mean GFLOPs of an image. keep: mean share of the tokens left behind the ATS blocks. speedup: GFLOPs of
             the dense network over the mean. latency_ms: milliseconds of a batch here. Give one of the four.
         measure: "gflops" or "time": what `speedup` is a ratio of; by default GFLOPs. `latency_ms` is always time.
