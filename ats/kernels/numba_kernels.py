@@ -104,7 +104,7 @@ def _warn_of_cache(reason: str, path: str) -> None:
         return
     _warned = True
     where = f" in {path}" if path else ""
-    logger.warning("Numba's cache%s cannot be used (%s); compiling anew, which takes seconds.", where, reason)
+    logger.warning("Numba's cache%s cannot be used (%s); compiling again, which takes seconds.", where, reason)
 
 
 def native(**options: Any) -> Callable:

@@ -43,7 +43,7 @@ class HasBlocks:
     no_fuse: str = ""  # why they cannot be fused, which creates tokens without a position
     num_prefix_tokens: int  # P, tokens that are always kept, CLS first; 0: no CLS
     head_keys: tuple[str, ...] = ("head",)  # prefixes of the classifier's keys, which TRAIN.RESET_HEAD does not load
-    blocks: nn.ModuleList  # unless `block_list` is overridden
+    blocks: nn.ModuleList  # all blocks, unless `block_list` is overridden
     gives_probabilities: bool = False  # its output is probabilities, not logits
 
     def block_list(self) -> list[nn.Module]:
