@@ -20,7 +20,7 @@ from torch import Tensor
 from ats.tokens import SINGLE, Layout
 
 BACKENDS = ("auto", "padded", "loop", "varlen")
-SMALL_SEQUENCE = 2**14  # elements of a sequence's keys below which a call for each costs more than copying them
+SMALL_SEQUENCE = 2**14  # with fewer elements in a sequence's keys, a call per sequence costs more than copying them
 
 
 def ragged_attention(
@@ -55,8 +55,8 @@ def ragged_attention(
         return attend(q, k, v, queries, keys, scale, dropout_p, bias)
     if not q.is_cuda or keys.kind == "static" or torch.compiler.is_compiling():
         return attend(q, k, v, queries, keys, scale, dropout_p)
-    # cuDNN's attention makes a plan for lengths that it has not met before, which ragged sequences bring at every call;
-    # flash attention needs none. Others' traces show tens of milliseconds for a plan; not measured here, without a GPU.
+    # cuDNN attention builds a plan for lengths it has not seen before. With ragged sequences that is every call. Flash
+    # attention needs no plan. Other people's traces show tens of milliseconds per plan; we have not measured it.
     allowed = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -66,13 +66,13 @@ def ragged_attention(
 
 
 def choose_backend(q: Tensor, *, queries: Layout, keys: Layout, dropout_p: float = 0.0) -> str:
-    """The backend for these tensors: varlen where it runs; on a CPU the loop where padding would be computed."""
+    """The backend for these tensors. If lengths differ: varlen where it runs, the loop on a CPU, else padded."""
     if queries.uniform and keys.uniform:
-        return "padded"  # nothing is padded: one plain call
+        return "padded"  # already padded or equally long: one plain call
     if q.is_cuda:
         fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
         return "varlen" if fits and dropout_p == 0 and _has_varlen() else "padded"
-    # A compiled graph cannot loop over lengths that it does not know.
+    # A compiled graph cannot loop over lengths it does not know.
     return "padded" if torch.compiler.is_compiling() else "loop"
 
 
@@ -86,7 +86,7 @@ def _padded(
     dropout_p: float,
     bias: Tensor | None = None,
 ) -> Tensor:
-    if keys.kind == SINGLE:  # without the axis of sequences, an engine's product takes the heads as they lie in memory
+    if keys.kind == SINGLE:  # without the sequence axis, an engine's matmul reads the heads in place
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))
         mask = None if bias is None else bias[0].to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
@@ -130,7 +130,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scal
     if dropout_p:
         raise ValueError("variable-length attention has no dropout on the attention weights; use the padded backend")
     lengths = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
-    return varlen_attn(q, k, v, *lengths, scale=scale)  # type: ignore[return-value]  # a tuple if it is asked for more
+    return varlen_attn(q, k, v, *lengths, scale=scale)  # type: ignore[return-value]  # a tuple only on request
 
 
 def _has_varlen() -> bool:
@@ -191,7 +191,7 @@ def mean_attention(
     queries = layout if queries is None else queries
     q, k = queries.pad(q * scale), layout.pad(k)
     received: Tensor | int = 0
-    if queries.kind == SINGLE:  # a graph has no loop over a length that it does not know
+    if queries.kind == SINGLE:  # a graph cannot loop over a length it does not know
         starts, chunk = range(1), queries.longest
     else:
         starts = range(0, queries.longest, chunk)

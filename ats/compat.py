@@ -1,9 +1,8 @@
 """Private names that this package imports from PyTorch, timm and transformers: check them after an upgrade. None of
 them has a public equivalent (PyTorch 2.15, timm 1.0.31, transformers 5.23).
 
-Private attributes of their objects are read where the objects are: `_pos_embed` and `_get_rel_pos_bias` of timm's
-models in `plugin/timm/`, `_can_record_outputs` in `plugin/transformers/model.py`. Tests of the plug-in fail without
-them.
+Private attributes are read where they are used: `_pos_embed` and `_get_rel_pos_bias` of timm's models in
+`plugin/timm/`, `_can_record_outputs` in `plugin/transformers/model.py`. The plug-in's tests fail without them.
 """
 
 from __future__ import annotations
@@ -13,23 +12,23 @@ from contextlib import AbstractContextManager
 
 import torch
 
-# Tells torch.export what is known of a number that depends on the data.
+# Tells torch.export what we know about a data-dependent number.
 from torch import _check as export_check
 
-# Within it, tensors' methods do not call function modes (`kernels/cpu.py`), which takes 1.7 microseconds each.
+# Inside it, tensor methods skip function modes (`kernels/cpu.py`), which cost 1.7 microseconds per call.
 from torch._C import DisableTorchFunction
 
 # Whether a tensor is inside a torch.func transform (vmap, grad). The Numba and Triton kernels are invisible to those.
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-# Sees every operator with its outputs. PyTorch has no memory statistics for the CPU, so they are counted with this.
+# Sees every operator with its outputs. PyTorch has no memory statistics for the CPU, so we count with this.
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# The innermost `TorchDispatchMode`, such as FlopCounterMode: it wants to see PyTorch's operators, not our kernels.
+# The innermost `TorchDispatchMode`, such as FlopCounterMode, which must see PyTorch's operators, not our kernels.
 from torch.utils._python_dispatch import _get_current_dispatch_mode as current_dispatch_mode
 
-# Visits the tensors among an operator's outputs, however they are nested.
+# Visits the tensors in an operator's outputs, however nested.
 from torch.utils._pytree import tree_map_only
 
 __all__ = [
@@ -48,13 +47,13 @@ __all__ = [
 
 
 def onednn_linear() -> Callable | None:
-    """oneDNN's linear layer: (x, weight, bias, "none", [], "") -> x weight^T + bias; None where PyTorch has none."""
+    """oneDNN's linear layer: (x, weight, bias, "none", [], "") -> x weight^T + bias; None if PyTorch lacks it."""
     operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
     return None if operator is None else operator.default
 
 
 def inductor_freezing() -> AbstractContextManager:
-    """Within it, torch.compile takes weights for constants."""
+    """A context in which torch.compile treats weights as constants."""
     from torch._inductor import config
 
     return config.patch(freezing=True)
@@ -74,7 +73,7 @@ def timm_feature_indices(num_blocks: int, indices: int | list[int] | None) -> tu
 
 
 def transformers_record_registry() -> dict:
-    """str(class) -> what transformers records for output_hidden_states. It notes this when it builds a model."""
+    """str(class) -> what transformers records for output_hidden_states; filled when it builds a model."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     return _CAN_RECORD_REGISTRY

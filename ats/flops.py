@@ -7,7 +7,7 @@ A multiply-add counts as one operation, as in the paper's tables (DeiT-S: 4.6). 
 * paper: what the official code computes and the paper's tables count (all queries and the full N x N logits in ATS
   blocks).
 
-The formulas are the models' own `multiply_adds`; the parts they are made of are in `models/cost.py`.
+Each model has its formula in `multiply_adds`, built from the parts in `models/cost.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Gflops:
     """GFLOPs of a batch of B samples.
 
     Attributes:
-        as_run, paper: [B] float64, each sample's in the two accountings.
-        dense: the same network's with every token kept and no scoring.
+        as_run, paper: [B] float64, per sample, in the two accountings.
+        dense: per sample with every token kept and no scoring.
     """
 
     as_run: Tensor
@@ -50,5 +50,5 @@ def gflops(model: nn.Module, trace: list[KeptTokens], input_shape: tuple[int, ..
 
 def dense_gflops(model: nn.Module, input_shape: tuple[int, ...]) -> float:
     """GFLOPs of one sample with every token kept."""
-    # Without a trace every block keeps what it gets, and the paper's accounting of such a block is the dense one.
+    # Without a trace every block keeps all tokens, and the paper's accounting of such a block is dense.
     return model.multiply_adds([], (1, *input_shape[1:]), paper=True).item() / 1e9

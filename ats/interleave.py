@@ -21,7 +21,7 @@ MIN_ROUNDS = 3
 
 
 def timer() -> float:
-    """Seconds, once the GPU has nothing left to do. PyTorch's own warns where there is a CUDA compiler but no GPU."""
+    """Seconds, after waiting for the GPU. PyTorch's own timer warns if there is a CUDA compiler but no GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -36,7 +36,7 @@ def interleave(
     label: str = "",
     progress: bool = True,
 ) -> tuple[dict[Name, list[float]], range]:
-    """Run every pass (by its name) once per round. Returns its seconds in every round that counts, and the numbers of
+    """Run every named pass once per round. Returns each pass's seconds in the rounds that count, and the numbers of
     these rounds.
 
     Args:

@@ -1,7 +1,7 @@
-"""What is done once, on first use: the import of PyTorch, and properties.
+"""Done once, on first use: importing PyTorch, and computing cached properties.
 
-Config files and `--help` need the options that a reduction declares, not its arithmetic, and importing PyTorch takes
-seconds. The files in `ats/reduction/` therefore take `torch` from here; code of your own can import it as usual.
+Config files and `--help` need a reduction's options, not its arithmetic, and importing PyTorch takes seconds. The files
+in `ats/reduction/` therefore take `torch` from here; your own code can import it as usual.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A feature for every patch, also for patches that are gone. What their places hold:
+"""A feature for every patch, including dropped and merged ones. Their positions hold:
 
 * `zero`: zeros.
-* `last`: the value the token had when it went.
-* `nearest`: the final value of the token that stands for it: the one it was merged into or, where it was dropped, the
-  one whose key was nearest to its own (cosine, all heads as one vector) among those that its block kept.
+* `last`: the value the token had when it was dropped or merged.
+* `nearest`: the final value of the token that stands for it. For a merged token, that is the one it was merged into.
+  For a dropped token, it is the one with the nearest key (cosine, all heads as one vector) among those its block kept.
 
-Restoring changes no token that is there, and GFLOPs do not count it.
+Restoring leaves the remaining tokens unchanged, and GFLOPs do not count it.
 
 Shapes: S sequences, N original positions, T rows of all sequences together, M rows of the longest, C channels.
 """
@@ -27,7 +27,7 @@ RESTORES = ("zero", "last", "nearest")
 
 
 def check_restore(value: object) -> None:
-    """Raise a UserError if there is no such way."""
+    """Raise a UserError unless `value` is in RESTORES."""
     if value not in RESTORES:
         raise UserError(f"restore {value!r}: choose from {', '.join(RESTORES)}.{suggest(str(value), RESTORES)}")
 
@@ -36,24 +36,24 @@ def check_restore(value: object) -> None:
 class Places:
     """What stands for each original position: `RaggedTokens.places`, with `last` and `nearest`."""
 
-    row: Tensor  # [S * N] int64, a row of x; -1: none any more, which only `last` has
-    gone: Tensor | None = None  # [S * N, C], with `last`: the value of what is gone
+    row: Tensor  # [S * N] int64, a row of x; -1: none is left (only with `last`)
+    gone: Tensor | None = None  # [S * N, C], with `last`: the values of tokens that are gone
 
     @classmethod
     def begin(cls, tokens: RaggedTokens, restore: str) -> RaggedTokens:
-        """The same tokens, which are all there, with their places if they are to be restored."""
+        """Set the places of complete `tokens`, unless `restore` is zero. Returns `tokens`."""
         if restore != "zero":
             row = torch.arange(tokens.layout.total, device=tokens.x.device)
             tokens.places = cls(row, torch.zeros_like(tokens.x) if restore == "last" else None)
         return tokens
 
     def after(self, step: Step, out: RaggedTokens, reduction: Reduction | None) -> Places:
-        """Behind a block that made the tokens `out`."""
+        """The places after a block that returned `out`."""
         if reduction is None:
             return self  # all rows stay where they are
         if self.gone is None:
             return Places(_taken_by(step, out, reduction)[self.row])
-        behind = reduction.after_attention and step.index is None  # then `kept` are all tokens, behind the attention
+        behind = reduction.after_attention and step.index is None  # then `kept` is all tokens, after attention
         row = torch.where(out.row_at_position < out.layout.total, out.row_at_position, -1)
         goes = (self.row >= 0) & (row < 0)
         value = (step.kept if behind else step.tokens).x.index_select(0, self.row.clamp_min(0))
@@ -64,7 +64,7 @@ def restored(tokens: RaggedTokens, norm: Callable[[Tensor], Tensor] = lambda x: 
     """[S, N, C], a feature for every original position.
 
     Args:
-        norm: pointwise, applied to the tokens and to the values that `last` keeps.
+        norm: pointwise, applied to the tokens and to the values kept by `last`.
     """
     places, x = tokens.places, norm(tokens.x)
     if places is None:
@@ -76,13 +76,13 @@ def restored(tokens: RaggedTokens, norm: Callable[[Tensor], Tensor] = lambda x: 
 
 
 def _taken_by(step: Step, out: RaggedTokens, reduction: Reduction) -> Tensor:
-    """[T] the row of `out` that stands for each token of the block's input; of padding anything."""
+    """[T] the row of `out` that stands for each token of the block's input; arbitrary for padding."""
     layout = step.tokens.layout
     merged = reduction.merges and not (reduction.after_attention and out is step.kept)  # else it had nothing to merge
     if merged and step.taken_by is None:
         raise UserError(
-            f"restore nearest: {reduction.name} merges tokens and does not say where they went: its `merge` must set "
-            "step.taken_by, see docs/EXTENDING.md. restore last works without."
+            f"restore nearest: {reduction.name} merges tokens but does not say where they went. Its `merge` must set "
+            "step.taken_by, see docs/EXTENDING.md. restore last works without it."
         )
     if merged and not reduction.after_attention:
         taken_by = step.taken_by

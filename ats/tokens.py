@@ -1,6 +1,6 @@
 """RaggedTokens: a batch of token sequences of different lengths, and the trace of what each block did to them.
 
-Three layouts hold them, `ATS.LAYOUT`:
+`ATS.LAYOUT` chooses among three layouts:
 
 * `packed`: one sequence after the other, `x [T, C]`, without padding: padding to the longest sequence would cost what
   sampling saves. Pointwise layers (LayerNorm, Linear, MLP) run on `x` as it is; only attention and scoring ask the
@@ -9,7 +9,7 @@ Three layouts hold them, `ATS.LAYOUT`:
 * `static`: every sequence takes `max_tokens` rows. No shape depends on the data, so the network can be exported
   (`tools/export.py`), captured in a CUDA graph and compiled whole; `ATS.NUM_TOKENS` sets its cost.
 
-A token's numbers are the same in all three. Rows of padding hold some dropped token; no token attends to them.
+All three compute the same values for a token. Padding rows hold some dropped token; no token attends to them.
 
 Shapes: S sequences, T rows of all sequences together, M rows of the longest sequence, C channels, P prefix tokens (CLS,
 distillation), which come first in every sequence and are always kept.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ats.restore import Places
 
 LAYOUTS: tuple[str, ...] = ("packed", "padded", "static")
-SINGLE = "single"  # of adaptive exports: one packed sequence, whose length the graph learns from the image
+SINGLE = "single"  # for adaptive exports: one packed sequence whose length depends on the image
 
 
 class Layout:
@@ -42,22 +42,22 @@ class Layout:
 
     def __init__(self, lengths: Tensor, *, total: int, longest: int, kind: str = "packed", full: bool = True) -> None:
         self.lengths = lengths  # [S] int64, tokens per sequence
-        self.num_sequences = lengths.shape[0]  # S; `len` of a tensor would be the example's number to torch.export
+        self.num_sequences = lengths.shape[0]  # S; torch.export would bake `len` of a tensor into the graph
         self.total, self.longest = total, longest  # T, M
-        self.kind = kind  # name in LAYOUTS
+        self.kind = kind  # one of LAYOUTS, or SINGLE
         self.full = full  # there is no padding
-        # Rows of a sequence in a layout with padding, else 0.
+        # Rows per sequence in a layout with padding, else 0.
         self.padded_rows = longest if kind in ("padded", "static") else 0
         self.uniform = kind != "packed" or total == self.num_sequences * longest  # M rows each, so `pad` is a view
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, *, longest_of_none: int = 1) -> Layout:
-        """The packed layout of sequences with these lengths [S]. On a GPU this waits for the numbers, once.
+        """The packed layout for sequences of these lengths [S]. On a GPU the host waits for the lengths, once.
 
         Args:
-            longest_of_none: `longest` where there is no sequence at all: samplers want columns.
+            longest_of_none: `longest` if there are no sequences; samplers need at least one column.
         """
-        if torch.compiler.is_compiling():  # a list of lengths would be compiled anew for every batch
+        if torch.compiler.is_compiling():  # a list of lengths would recompile for every batch
             total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
             return cls(lengths, total=total, longest=longest)
         sizes = lengths.tolist()
@@ -67,10 +67,10 @@ class Layout:
 
     @classmethod
     def single(cls, length: int, like: Tensor) -> Layout:
-        """One sequence of this length; in an exported graph that is a number which the image decides.
+        """One sequence of this length, which is data-dependent in an exported graph.
 
         Args:
-            like: its device is that of `lengths`.
+            like: a tensor on the device where `lengths` should be.
         """
         lengths = torch.full((1,), length, device=like.device)
         return cls(lengths, total=length, longest=length, kind=SINGLE)
@@ -79,8 +79,8 @@ class Layout:
         """A layout of this kind for the same number of sequences.
 
         Args:
-            lengths: [S]; None: all have `longest` tokens, so nothing has to be waited for on a GPU.
-            longest: rows of each sequence where the layout has padding.
+            lengths: [S]; None: all sequences have `longest` tokens, which needs no host wait on a GPU.
+            longest: rows per sequence in a layout with padding.
         """
         if lengths is not None and self.kind == "packed":
             return Layout.from_lengths(lengths)
@@ -98,14 +98,14 @@ class Layout:
         return self.lengths.cumsum(0) - self.lengths
 
     def first_rows(self, x: Tensor) -> Tensor:
-        """[S, ...], the first row of each sequence's in x [T, ...]."""
+        """[S, ...], each sequence's first row of x [T, ...]."""
         if self.kind == SINGLE:
             return x[:1]
         return x[:: self.longest] if self.uniform else x.index_select(0, self.start)
 
     @cached
     def cu_seqlens(self) -> Tensor:
-        """[S + 1] int32, start of each packed sequence, then T, as variable-length attention wants it."""
+        """[S + 1] int32, the start of each packed sequence, then T, as variable-length attention expects."""
         return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
 
     @cached
@@ -115,7 +115,7 @@ class Layout:
 
     @cached
     def sequence(self) -> Tensor:
-        """[T] int64, the sequence a row belongs to."""
+        """[T] int64, the sequence each row belongs to."""
         sequences = torch.arange(self.num_sequences, device=self.lengths.device)
         if self.uniform:
             return sequences.repeat_interleave(self.longest)
@@ -123,17 +123,17 @@ class Layout:
 
     @cached
     def padded_index(self) -> Tensor:
-        """[T] int64, the place of a packed token among S * M."""
+        """[T] int64, each packed token's row in the padded layout of S * M rows."""
         shift = torch.arange(self.num_sequences, device=self.lengths.device) * self.longest - self.start
         return torch.arange(self.total, device=self.lengths.device) + shift[self.sequence]
 
     @cached
     def sizes(self) -> list[int]:
-        """Lengths as Python numbers; on a GPU this waits for them."""
+        """Lengths as Python integers; on a GPU the host waits for them."""
         return self.lengths.tolist()
 
     def pad(self, x: Tensor, value: float = 0) -> Tensor:
-        """[T, ...] -> [S, M, ...], `value` where there is no row. A view where the layout is uniform."""
+        """[T, ...] -> [S, M, ...], with `value` where there is no row. A view if the layout is uniform."""
         if self.uniform:
             return x.reshape(self.num_sequences, self.longest, *x.shape[1:])
         padded = x.new_full((self.num_sequences * self.longest, *x.shape[1:]), value)
@@ -147,28 +147,28 @@ class Layout:
 
 @dataclass(repr=False)
 class RaggedTokens:
-    """Sequences of tokens with their positions in the sequences that the network began with.
+    """Sequences of tokens, each token with its position in the original sequence at the network's input.
 
-    In x each sequence has its prefix tokens first, then patches by ascending position, or in any order once tokens were
-    merged or fused.
+    In x, each sequence starts with its prefix tokens. Patches follow by ascending position, or in any order once tokens
+    have been merged or fused.
     """
 
     x: Tensor  # [T, C]
     layout: Layout  # where the sequences lie in x
-    # [T] int64, index of the token in the original sequence; prefix tokens are 0 .. P - 1. Padding: N, which is no
-    # position; a fused token: -1; merged tokens: that of one of them.
+    # [T] int64, index of the token in the original sequence; prefix tokens are 0 .. P - 1. Padding has N, a fused token
+    # -1, a merged token the position of one of its parts.
     position: Tensor
     num_prefix_tokens: int  # P
     num_positions: int  # length N of the original sequences
-    max_tokens: int  # bounds a sequence's length by configuration, not data: N, then min(K, max_tokens) per ATS block
+    max_tokens: int  # upper bound on lengths by configuration, not data: N, then min(K, max_tokens) per ATS block
     frames_per_clip: int = 1  # consecutive sequences that belong together
     grid: tuple[int, int, int] | None = None  # (T, H, W) of the positions, for networks that pool or convolve them
     rotary: Tensor | None = None  # [N, h, 2D] sine and cosine of every original position; h is 1 or H
-    size: Tensor | None = None  # [T] how many original tokens each stands for, once tokens were merged
-    key_bias: Tensor | None = None  # [T] added to the logits of every key
+    size: Tensor | None = None  # [T] how many original tokens each one stands for, once tokens are merged
+    key_bias: Tensor | None = None  # [T] added to each key's logits
     places: Places | None = None  # what stands for each original position, if features are to be restored
     has_fused: bool = False  # some tokens are sums of others and have no position
-    record: BlockRecord | None = None  # of the last ATS block; it leads to those before
+    record: BlockRecord | None = None  # of the last ATS block; it links to the earlier ones
 
     @classmethod
     def from_dense(
@@ -180,7 +180,7 @@ class RaggedTokens:
         layout: str = "packed",
         grid: tuple[int, int, int] | None = None,
     ) -> RaggedTokens:
-        """Dense sequences [S, N, C] as ragged ones; `x` is not copied."""
+        """Wrap dense sequences [S, N, C]; `x` is not copied."""
         num_sequences, length, _ = x.shape
         lengths = torch.full((num_sequences,), length, device=x.device)
         places = Layout(lengths, total=num_sequences * length, longest=length, kind=layout)
@@ -196,7 +196,7 @@ class RaggedTokens:
 
     @classmethod
     def __torch_function__(cls, function: object, *_: object, **__: object) -> None:
-        """torch's functions end here: they would need a tensor."""
+        """Refuse torch functions: they need a tensor."""
         raise UserError(
             "A module without ATS got the tokens of blocks with ATS. Their lengths differ: read tokens.x, or "
             "tokens.to_grid(). If no hook of yours did this, blocks were replaced or shared between models after "
@@ -204,11 +204,11 @@ class RaggedTokens:
         )
 
     def with_x(self, x: Tensor) -> RaggedTokens:
-        """The same tokens with other values [T, C'], keeping what was computed of their places (`cached`)."""
+        """The same tokens with other values [T, C']. Keeps the indices already computed (`cached`)."""
         tokens = object.__new__(type(self))
         for name in type(self).__dataclass_fields__:  # torch.compile of PyTorch 2.11 cannot iterate over `__dict__`
             setattr(tokens, name, getattr(self, name))
-        for name in ("grid_index", "row_at_position"):  # the `cached` ones below: one left out is computed anew
+        for name in ("grid_index", "row_at_position"):  # the `cached` ones below; a missing one is recomputed
             if name in self.__dict__:
                 setattr(tokens, name, self.__dict__[name])
         tokens.x = x
@@ -216,7 +216,7 @@ class RaggedTokens:
 
     @property
     def trace(self) -> tuple[BlockRecord, ...]:
-        """What each ATS block so far did, in order."""
+        """What each ATS block has done so far, in order."""
         records, record = [], self.record
         while record is not None:
             index = record.source.index
@@ -226,7 +226,7 @@ class RaggedTokens:
         return tuple(reversed(records))
 
     def prefix(self) -> Tensor:
-        """[S, P, C], the prefix tokens."""
+        """The prefix tokens, [S, P, C]."""
         return self.x[self.prefix_index()].unflatten(0, (self.layout.num_sequences, self.num_prefix_tokens))
 
     def prefix_index(self) -> Tensor:
@@ -235,10 +235,9 @@ class RaggedTokens:
         return (start[:, None] + torch.arange(self.num_prefix_tokens, device=start.device)).flatten()
 
     def keep(self, mask: Tensor, *, max_tokens: int) -> tuple[RaggedTokens, Tensor]:
-        """The tokens marked in `mask` [S, M] (all prefix tokens True, padding False), and their indices [T'] in the old
-        x.
+        """The tokens marked in `mask` [S, M] (all prefix tokens True, padding False), and their indices [T'] in x.
 
-        The one place where a shape depends on the data, unless the layout is static: on a GPU it waits once.
+        The only data-dependent shape, unless the layout is static. On a GPU the host waits once.
         """
         if not torch.compiler.is_compiling() and self.layout.num_sequences == 0:  # an empty batch
             return replace(self, max_tokens=max_tokens), self.position
@@ -249,21 +248,21 @@ class RaggedTokens:
         elif self.layout.kind == SINGLE:
             index = mask[0].nonzero().squeeze(1)
             num_kept = index.shape[0]
-            export_check(num_kept > self.num_prefix_tokens)  # a reduction keeps a candidate; the exporter cannot know
+            export_check(num_kept > self.num_prefix_tokens)  # reductions keep a candidate; the exporter cannot know
             export_check(num_kept <= self.layout.total)
             layout = Layout.single(num_kept, index)
             position = self.position.index_select(0, index)
         elif self.layout.kind == "packed":
             layout = Layout.from_lengths(mask.sum(dim=1))
             marked = self.layout.unpad(mask)
-            # Their number is known; asking for it again would be a wait or a graph break.
+            # The count is known. Asking for it again would be a host wait or a graph break.
             known = mask.is_cuda or torch.compiler.is_compiling()
             index = (marked.nonzero_static(size=layout.total) if known else marked.nonzero()).squeeze(1)
             position = self.position.index_select(0, index)
         else:
             lengths = mask.sum(dim=1)
             longest = max_tokens if self.layout.kind == "static" else int(lengths.max())
-            # A stable sort moves the kept tokens to the front and leaves them in their order.
+            # A stable sort moves the kept tokens to the front in order.
             order = mask.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices[:, :longest]
             index = (order + self.layout.start[:, None]).flatten()
             total = lengths.shape[0] * longest
@@ -277,8 +276,8 @@ class RaggedTokens:
         return replace(self, layout=layout, max_tokens=max_tokens, **of_rows), index
 
     def to_grid(self, x: Tensor | None = None, value: float = 0) -> Tensor:
-        """Dense [S, N, ...] with every token at its original position and `value` where it was dropped; a view if none
-        was. Fused tokens have no position and are left out.
+        """Dense [S, N, ...] with every token at its original position, and `value` where tokens were dropped. A view if
+        none were. Fused tokens have no position and are left out.
 
         Args:
             x: [T, ...] values to place, by default the tokens themselves.
@@ -286,39 +285,37 @@ class RaggedTokens:
         x = self.x if x is None else x
         num_sequences = self.layout.num_sequences
         size = num_sequences * self.num_positions
-        if self.has_fused or not self.layout.full:  # what has no position goes to a column of its own, which is cut off
+        if self.has_fused or not self.layout.full:  # rows without a position go to an extra column, cut off below
             columns = self.num_positions + 1
             column = torch.where(self.position < 0, self.num_positions, self.position)
             index = self.layout.sequence * columns + column
             grid = x.new_full((num_sequences * columns, *x.shape[1:]), value).index_copy(0, index, x)
             return grid.unflatten(0, (num_sequences, columns))[:, : self.num_positions]
-        if self.layout.total == size and self.size is None:  # merging leaves tokens in another order
+        if self.layout.total == size and self.size is None:  # merging reorders tokens
             grid = x
-        elif x.requires_grad:  # backward this is a plain gather
+        elif x.requires_grad:  # its backward is a plain gather
             grid = x.new_full((size, *x.shape[1:]), value).index_copy(0, self.grid_index, x)
-        else:  # half the time, but backward all dropped positions would add to one row
+        else:  # half the time, but the backward would add all dropped positions to one row
             grid = torch.cat([x, x.new_full((1, *x.shape[1:]), value)]).index_select(0, self.row_at_position)
         return grid.unflatten(0, (num_sequences, self.num_positions))
 
     def from_grid(self, grid: Tensor) -> Tensor:
-        """[S, N, ...] -> [T, ...], the values at the positions of the tokens."""
+        """[S, N, ...] -> [T, ...], the values at the tokens' positions."""
         return grid.flatten(0, 1).index_select(0, self.grid_index)
 
     @cached
     def grid_index(self) -> Tensor:
-        """[T] int64, the place of a token in the original dense layout, counted over S * N."""
+        """[T] int64, each token's row in the original dense layout of S * N rows."""
         return self.layout.sequence * self.num_positions + self.lookup()
 
     def lookup(self) -> Tensor:
-        """[T] int64, `position` for tables of N rows. Padding and fused tokens, which have none, read some row."""
+        """[T] int64, `position` as an index into tables of N rows. Padding and fused tokens read an arbitrary row."""
         has_all = self.layout.full and not self.has_fused
         return self.position if has_all else self.position.clamp(0, self.num_positions - 1)
 
     @cached
     def row_at_position(self) -> Tensor:
-        """[S * N] int64, the row of x that holds the token of a place in the original dense layout; T where it was
-        dropped.
-        """
+        """[S * N] int64, for each row of the original dense layout the row of x with its token; T if dropped."""
         size = len(self.layout.lengths) * self.num_positions
         index = self.grid_index
         if self.has_fused or not self.layout.full:
@@ -332,8 +329,8 @@ class KeptTokens:
     """What one ATS block kept: an entry of the trace."""
 
     block: int  # index of the block in the network
-    num_tokens: Tensor  # [S] int64, tokens kept by each sequence, prefix tokens counted
-    rows: Tensor  # their original positions, sequence after sequence: [T] int64, or [S, M] with padding at the ends
+    num_tokens: Tensor  # [S] int64, tokens kept per sequence, prefix tokens included
+    rows: Tensor  # their original positions, sequence after sequence: [T] int64, or [S, M], padded at the end
     num_prefix_tokens: int  # P
 
     @classmethod
@@ -358,16 +355,16 @@ class KeptTokens:
 
     @property
     def patches(self) -> list[Tensor]:
-        """For each sequence the indices of its kept patches in the original grid (row major, prefix tokens not
-        counted), ascending.
+        """For each sequence, the ascending indices of its kept patches in the original grid (row major, without prefix
+        tokens).
         """
         num_prefix = self.num_prefix_tokens
         positions = self.position.split(self.num_tokens.tolist())
         return [p[p >= num_prefix].sort().values - num_prefix for p in positions]
 
     def compact(self, features: Tensor) -> CompactTokens:
-        """These tokens alone, out of dense features [S, N, C] (a video's [B, T, N, C]): fewer for what comes next, a
-        language model for example. Fused tokens have no place in dense features, so none here.
+        """Only these tokens of dense features [S, N, C] (video: [B, T, N, C]), so that the next stage, such as a
+        language model, gets fewer. Fused tokens have no place in dense features and are left out.
         """
         positions = [own[own >= 0].sort().values for own in self.position.split(self.num_tokens.tolist())]
         position = pad_sequence(positions, batch_first=True, padding_value=-1)
@@ -387,31 +384,31 @@ class CompactTokens(NamedTuple):
 
 @dataclass
 class BlockRecord:
-    """What one ATS block did, sampling or not; the numbers are those it worked with, so recording costs nothing.
+    """What one ATS block did, whether or not it samples. The block needs these numbers anyway, so recording is free.
 
-    Counts are [S] int64, prefix tokens included. In ViT the first three are the same.
+    Counts are [S] int64, prefix tokens included. In ViT the first three are equal.
     """
 
     block: int  # index of the block in the network
-    num_in: Tensor  # tokens that came in
-    num_queries: Tensor  # before any was dropped
+    num_in: Tensor  # tokens in
+    num_queries: Tensor  # before any were dropped
     num_keys: Tensor
-    num_out: Tensor  # tokens that go on
-    max_tokens: int = 0  # of the tokens that go on, see `RaggedTokens`
-    rows_in: int = 0  # that each sequence takes in a layout with padding, before and after the block; 0: no padding
+    num_out: Tensor  # tokens out
+    max_tokens: int = 0  # of the tokens out, see `RaggedTokens`
+    rows_in: int = 0  # rows per sequence in a layout with padding, before and after the block; 0: no padding
     rows_out: int = 0
-    reduction: Any = None  # `ats.reduction.Reduction`: how the block loses tokens; None: it keeps all
+    reduction: Any = None  # `ats.reduction.Reduction` of the block; None: it keeps all tokens
     idle: bool = False  # the reduction had nothing to merge, and computed nothing
     kept: KeptTokens | None = None  # None without a reduction
     candidates: Any = None  # `ats.reduction.Candidates` with scores, if `ATSBlock.record_scores` is set
-    places: Places | None = None  # behind the block, if `ATSBlock.record_places` is set
-    # During the forward pass the record before and the ATSBlock, whose index `RaggedTokens.trace` fills in. A tuple of
-    # records or the number itself would make torch.compile compile every block anew.
+    places: Places | None = None  # after the block, if `ATSBlock.record_places` is set
+    # During the forward pass: the previous record, and the ATSBlock, whose index `RaggedTokens.trace` fills in. A tuple
+    # of records, or the index itself, would make torch.compile recompile for every block.
     previous: BlockRecord | None = None
     source: Any = None
 
     def with_padding(self) -> BlockRecord:
-        """The record with rows counted instead of tokens, because the block computes its padding too."""
+        """This record counting rows instead of tokens, because the block computes padding too."""
         if not self.rows_out:
             return self
         rows_in, rows_out = (torch.full_like(self.num_in, rows) for rows in (self.rows_in, self.rows_out))
@@ -419,10 +416,10 @@ class BlockRecord:
 
 
 class Trace(list[KeptTokens]):
-    """What a forward pass did: a list with one `KeptTokens` for every block that has a reduction, in order.
+    """What a forward pass did: a list with one `KeptTokens` for every block with a reduction, in order.
 
     Attributes:
-        records: of all ATS blocks, those that keep everything too.
+        records: one per ATS block, including those that keep everything.
     """
 
     def __init__(self, records: Iterable[BlockRecord] = ()) -> None:

@@ -1,8 +1,8 @@
 """Scoring and sampling without PyTorch's operations: Triton kernels on a GPU, Numba functions on a CPU.
 
-Each function returns its result or None. On None the caller runs its plain operations, which are the reference: nothing
-is installed for this device, the dtype does not fit, or something must see PyTorch's own operations (a compiler, a
-tracer, a FLOP counter, a torch.func transform).
+Each function returns its result, or None if it cannot run: nothing is installed for this device, the dtype is not
+supported, or something must see PyTorch's own operations (a compiler, a tracer, a FLOP counter, a torch.func
+transform). On None, the caller runs plain PyTorch operations, which are the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 class Rows(Protocol):
-    """Where sequences lie among rows: what is asked here of a `Layout` (`tokens.py`, which builds on this module)."""
+    """The part of a `Layout` that this module uses (`tokens.py` imports this module, not the reverse)."""
 
     lengths: Tensor
     longest: int
@@ -39,7 +39,7 @@ def official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points:
 
     Args:
         scores, lengths, full_length: see `ats.reduction.Candidates`.
-        num_points: sample points, K less the prefix tokens.
+        num_points: sample points, K minus the prefix tokens.
     """
     if _triton_may_run(scores):
         from ats.kernels.triton_sampling import try_official_rule
@@ -53,10 +53,10 @@ def official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points:
 
 
 def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Rows, scale: float) -> Tensor | None:
-    """Significance scores [S, M] of all tokens, prefix tokens included; 0 behind the end of a sequence.
+    """Significance scores [S, M] of all tokens, prefix tokens included; 0 past the end of a sequence.
 
     Args:
-        q: [S, H, D], of CLS. k, v: [T, H, D] of the tokens; without v its norm is left out. keys: their layout.
+        q: [S, H, D], of CLS. k, v: [T, H, D] of the tokens; if v is None, its norm is omitted. keys: their layout.
     """
     if _triton_may_run(k):
         from ats.kernels.triton_scores import try_cls_scores
@@ -72,14 +72,13 @@ def cls_scores(q: Tensor, k: Tensor, v: Tensor | None, *, keys: Rows, scale: flo
 
 
 def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The tokens that a mask keeps of packed sequences.
+    """The tokens of packed sequences that a mask keeps.
 
     Args:
-        mask: [S, M] bool, False behind the end of a sequence. position: [T] int64. lengths: [S] int64.
+        mask: [S, M] bool, False past the end of a sequence. position: [T] int64. lengths: [S] int64.
 
     Returns:
-        Their rows [T'] int64 among the packed ones, their entries of `position` [T'], and each sequence's number of
-        them [S].
+        Their packed rows [T'] int64, their entries of `position` [T'], and how many each sequence keeps [S].
     """
     numba = _numba_for(mask)
     if numba is None:
@@ -101,14 +100,14 @@ def _numba_for(x: Tensor) -> ModuleType | None:
 
 @cache
 def _numba_kernels() -> ModuleType | None:
-    """`numba_kernels`; None without Numba. Imported when the first image is sampled, as that takes a moment."""
+    """`numba_kernels`; None without Numba. The import takes a moment, so it waits for the first image to be sampled."""
     try:
         from ats.kernels import numba_kernels
 
         numba_kernels.prepare()
     except ImportError:
         return None
-    except Exception as error:  # Numba raises anything
-        logger.warning("Numba's functions cannot run (%s); PyTorch scores and samples instead, slower.", error)
+    except Exception as error:  # Numba can raise anything
+        logger.warning("Numba's functions cannot run (%s); PyTorch scores and samples instead, more slowly.", error)
         return None
     return numba_kernels

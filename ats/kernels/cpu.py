@@ -1,15 +1,16 @@
-"""Linear layers and attention on a CPU by the fastest kernels that PyTorch has for them, found by timing them once.
+"""Runs linear layers and attention on a CPU with the fastest kernels in PyTorch, found by timing them once.
 
-PyTorch sends float32 products to MKL. MKL has no AVX-512 code for AMD, so there linear layers run at less than half of
-what a core can do; oneDNN, which PyTorch carries too, reaches it. On other CPUs MKL is as fast or faster. The vendor
-says little, so a clock decides, on the layers at hand: 0.1 s, once per machine, width and number of threads.
+PyTorch sends float32 products to MKL, which has no AVX-512 code for AMD: there, linear layers can run at less than half
+of a core's speed. oneDNN, which PyTorch also contains, has that code. On other CPUs MKL is as fast or faster. The
+vendor alone does not tell which wins, so we time the actual layers: 0.1 s, once per machine, width and number of
+threads.
 
-    with fastest(blocks, x, backend="auto", num_tokens=...):    # "torch": as PyTorch does it; "onednn": all by oneDNN
-        ...                                     # F.linear and F.scaled_dot_product_attention, of this thread alone
+    with fastest(blocks, x, backend="auto", num_tokens=...):    # "torch": PyTorch's own; "onednn": all by oneDNN
+        ...                                     # F.linear and F.scaled_dot_product_attention, in this thread only
 
-All kernels compute in float32 and differ by round-off. Another dtype, autocast, a compiler, a FLOP counter or a
-torch.func transform gets PyTorch's own operations. A `TorchFunctionMode` replaces the two functions, so hooks, adapters
-and parametrizations around them work as ever, and nothing outside the `with` changes.
+All kernels compute in float32 and differ by round-off. Other dtypes, autocast, compilers, FLOP counters and torch.func
+transforms get PyTorch's own operations. A `TorchFunctionMode` replaces the two functions, so hooks, adapters and
+parametrizations around them still work, and nothing changes outside the `with`.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from ats.kernels.remembered import remembered
 logger = logging.getLogger(__name__)
 ONEDNN_LINEAR: Any = onednn_linear()
 
-# So much faster another kernel must be: less may be noise, and two runs would differ in their last bits. A training
-# step has more products whose rows are a new number every time.
+# How much faster another kernel must be. Less may be noise, and then two runs would differ in their last bits. A
+# training step has more products with a new number of rows every time.
 MARGIN, TRAINING_MARGIN = 1.08, 1.25
-FLOPS_TO_TIME = 4e8  # of the layers of a block, in one round
-ROUNDS = 4  # four times as many where these are near the margin
-MIN_ROWS = 8  # a product with fewer is over before oneDNN has looked up its kernel
+FLOPS_TO_TIME = 4e8  # in a block's layers, per round
+ROUNDS = 4  # four times as many if the result is near the margin
+MIN_ROWS = 8  # with fewer, a product is done before oneDNN has looked up its kernel
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Choice:
     """Which kernels run."""
 
     linear: str = "torch"  # or "onednn"
-    attention: str = "fused"  # without gradients: or a name in ATTENTION
+    attention: str = "fused"  # or another name in ATTENTION, which runs without gradients only
 
 
 PLAIN = Choice()
@@ -62,13 +63,13 @@ _lock = threading.Lock()
 def fastest(
     blocks: Sequence[nn.Module], x: Tensor, *, backend: str, num_tokens: Callable[[], int]
 ) -> AbstractContextManager:
-    """Within it, this thread's F.linear and F.scaled_dot_product_attention run by the kernels of `backend`.
+    """A context in which this thread's F.linear and F.scaled_dot_product_attention run on the kernels of `backend`.
 
     Args:
-        blocks: of the network; the linear layers of the first are timed.
-        x: the network's input, or another tensor of the device and dtype in which it computes.
+        blocks: the network's blocks; the linear layers of the first one are timed.
+        x: the network's input, or another tensor with the device and dtype it computes in.
         backend: a name in BACKENDS.
-        num_tokens: how many tokens a sequence has in the first block, for the attention that is timed.
+        num_tokens: returns the tokens per sequence in the first block, for timing attention.
     """
     choice = BACKENDS[backend]
     if choice == PLAIN or not blocks or not _may_replace(x, blocks):
@@ -83,12 +84,12 @@ def fastest(
 
 
 def choices() -> list[list]:
-    """What was found fastest so far in this process, in plain types for a checkpoint."""
+    """The choices made so far in this process, in plain types for a checkpoint."""
     return [[*key, choice.linear, choice.attention] for key, choice in _choices.items()]
 
 
 def restore(found: list[list]) -> None:
-    """Take over another process's `choices`, so that a resumed training computes the same bits."""
+    """Take over another process's `choices`, so that a resumed run computes the same bits."""
     _choices.update({(threads, width, training): Choice(*names) for threads, width, training, *names in found})
 
 
@@ -104,7 +105,7 @@ def _may_replace(x: Tensor, blocks: Sequence[nn.Module]) -> bool:
 
 @cache  # once
 def _warn() -> None:
-    logger.warning("ATS.CPU_BACKEND onednn: this PyTorch has no linear layers by oneDNN; its other kernels run.")
+    logger.warning("ATS.CPU_BACKEND onednn: this PyTorch has no linear layers by oneDNN; using its other kernels.")
 
 
 def _before_gelu(blocks: Iterable[nn.Module]) -> frozenset[int]:
@@ -114,7 +115,7 @@ def _before_gelu(blocks: Iterable[nn.Module]) -> frozenset[int]:
 
 
 def _is_plain(mlp: Mlp) -> bool:
-    """Whether nothing sees what lies between the first layer and GELU, which is the exact one."""
+    """Whether GELU is exact and nothing can see the tensor between the first layer and GELU."""
     between = (mlp.fc1._forward_hooks, mlp.act._forward_pre_hooks, module._global_forward_hooks)
     pre = module._global_forward_pre_hooks
     own_code = any("forward" in part.__dict__ for part in (mlp, mlp.fc1, mlp.act))
@@ -146,7 +147,7 @@ def _fastest(block: nn.Module, num_tokens: Callable[[], int]) -> Choice:
 
 
 def _measured_once(block: nn.Module, key: Key, num_tokens: Callable[[], int]) -> Choice:
-    """By this process, or by one before it."""
+    """The choice measured by this process, or by an earlier one."""
     threads, width, training = key
     question = {"threads": threads, "width": width, "training": training}
     linear, attention = remembered(question, lambda: list(astuple(_measure(block, num_tokens()))))
@@ -154,14 +155,14 @@ def _measured_once(block: nn.Module, key: Key, num_tokens: Callable[[], int]) ->
 
 
 def _linears(block: nn.Module) -> Iterator[nn.Linear]:
-    """The layers that both kernels compute: weights may have another dtype than the network's input."""
+    """The layers that both kernels can compute. Weights may have another dtype than the network's input."""
     for layer in block.modules():
         if type(layer) is nn.Linear and layer.weight.is_contiguous() and _takes(layer.weight):
             yield layer
 
 
 def _measure(block: nn.Module, num_tokens: int) -> Choice:
-    """Time the linear layers of a block and, without gradients, its attention among `num_tokens`."""
+    """Time the linear layers of a block and, without gradients, its attention over `num_tokens`."""
     layers, before_gelu = list(_linears(block)), _before_gelu([block])
     rows = int(min(max(FLOPS_TO_TIME / (2 * sum(layer.weight.numel() for layer in layers)), 32), 256))
     inputs = [layer.weight.new_full((rows, layer.in_features), 0.5) for layer in layers]
@@ -190,7 +191,7 @@ def _measure(block: nn.Module, num_tokens: int) -> Choice:
 
 
 def _first_by_far(runs: Mapping[str, Callable[[], object]], margin: float = MARGIN) -> str:
-    """The fastest, if it is `margin` times as fast as the first; else the first."""
+    """The fastest run if it is more than `margin` times as fast as the first, else the first."""
     best = dict.fromkeys(runs, float("inf"))
     usual = next(iter(best))
     for rounds in (ROUNDS, 3 * ROUNDS):
@@ -226,20 +227,20 @@ def _linear_gelu_in_two(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def _missing_rows(rows: int) -> int:
-    """How many rows to add. oneDNN makes code for each number of rows that it meets, in milliseconds and megabytes, and
-    tokens kept are a new number every time. So numbers are rounded up to six binary digits: by 1 % on average.
+    """How many rows to add. oneDNN builds code for each new number of rows, which takes milliseconds and megabytes, and
+    the number of kept tokens is new every time. So round it up to six binary digits: by 1 % on average.
     """
     return -rows % (1 << max(rows.bit_length() - 6, 0))
 
 
 def _with_round_rows(x: Tensor) -> Tensor:
-    """x [T, C], contiguous, with rows of zeros behind it."""
+    """x [T, C], contiguous, with rows of zeros appended."""
     more = _missing_rows(len(x))
     return F.pad(x, (0, 0, 0, more)) if more else x.contiguous()
 
 
 def _on_round_rows(product: Callable, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`product` of x [..., C] with more rows behind it, whose results are left out: what lies there in memory, or 0."""
+    """`product` of x [..., C], padded by whatever follows in memory, or zeros. The padding's results are cut off."""
     x = x.contiguous()
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
     more = _missing_rows(rows)
@@ -264,7 +265,7 @@ class _TrainedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        # create_graph: the gradient's gradient is wanted, which oneDNN's operator has not.
+        # create_graph: someone needs the gradient's gradient, which oneDNN's operator does not have.
         product = F.linear if torch.is_grad_enabled() else linear_
         rows, x_rows = (_with_round_rows(t.reshape(-1, t.shape[-1])) for t in (grad, x))
         of_x, of_weight, of_bias = ctx.needs_input_grad
@@ -284,7 +285,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _products_by_onednn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same by oneDNN, which has no batched product for float32: one for every sequence and head."""
+    """The same by oneDNN, which has no batched float32 product: one product per sequence and head."""
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     q, k, v = (q * scale).contiguous(), k.contiguous(), v.transpose(2, 3).contiguous()
     for sequence in zip(out, q, k, v, strict=True):
@@ -301,16 +302,16 @@ ATTENTION = {"fused": _fused, "products": _products, "onednn": _products_by_oned
 
 
 class Kernels(TorchFunctionMode):
-    """Runs linear layers and attention by the kernels of a `Choice` where these compute the same.
+    """Runs linear layers and attention on the kernels of a `Choice` wherever these compute the same.
 
     Args:
-        before_gelu: the `id` of each weight whose product goes to GELU and nowhere else; both then run as one.
+        before_gelu: the `id` of each weight whose product goes to GELU and nowhere else; both then run as one call.
     """
 
     def __init__(self, choice: Choice, *, before_gelu: frozenset[int] = frozenset()) -> None:
         super().__init__()
         self.before_gelu = before_gelu
-        self.activated: Tensor | None = None  # what the last layer before a GELU gave: GELU has run already
+        self.activated: Tensor | None = None  # output of the last layer before a GELU, GELU included
         self.handlers: dict[Callable, Callable] = {}
         if choice.linear == "onednn":
             self.handlers |= {F.linear: self._linear, F.gelu: self._gelu}
@@ -323,7 +324,7 @@ class Kernels(TorchFunctionMode):
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear`, by oneDNN where it can."""
-        assert self.activated is None  # else what should have gone to GELU went elsewhere
+        assert self.activated is None  # else an output meant for GELU went elsewhere
         tensors = (x, weight) if bias is None else (x, weight, bias)
         rows = x.numel() // max(x.shape[-1], 1)
         if rows < MIN_ROWS or weight.ndim != 2 or not weight.is_contiguous() or not _takes(*tensors):
@@ -360,8 +361,8 @@ class Kernels(TorchFunctionMode):
 
 
 def _takes(*tensors: Tensor) -> bool:
-    """Plain float32 tensors of a CPU. Subclasses (quantised, distributed) have products of their own, and torch.func's
-    transforms rules of their own.
+    """Whether all are plain float32 tensors on a CPU. Subclasses (quantised, distributed) and torch.func transforms
+    have their own rules for products.
     """
     plain = (type(t) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in tensors)
     return all(plain) and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)

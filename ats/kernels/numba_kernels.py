@@ -1,8 +1,8 @@
-"""Scores, inverse transform sampling (official rule) and the choice of rows: native functions for a CPU, by Numba.
+"""Native CPU functions built by Numba: scores, inverse transform sampling (official rule), and rows to keep.
 
-In PyTorch these are about eighty operations, dispatch-bound for a few images. Here they are three calls. Each goes
-through the sequences one by one, so a sequence's result cannot depend on its batch. PyTorch's operations (`reduction/`,
-`tokens.py`) are the reference and run everywhere else; tests/kernels/test_numba_kernels.py compares the two: the choice
+In PyTorch these are about eighty operations, dispatch-bound for a few images. Here they are three calls. Each one
+handles the sequences one by one, so a sequence's result cannot depend on its batch. PyTorch's operations (`reduction/`,
+`tokens.py`) are the reference and run everywhere else. tests/kernels/test_numba_kernels.py compares the two: the choice
 of tokens exactly, the scores to round-off.
 
 `prepare` compiles the functions (seconds), or loads them from Numba's cache on disk. They take addresses, because
@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 _warned = False
 
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
-# Nothing reads past a tensor's end, which follows from shape and strides. Slices are cut at the array's declared end,
-# so none is declared.
+# Shapes and strides keep all reads inside the tensor. Numba cuts slices at an array's declared end, so declare none.
 _ENDLESS = 2**48
 
 
@@ -47,10 +46,10 @@ def official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points:
 def cls_scores(
     q: Tensor, k: Tensor, v: Tensor | None, *, lengths: Tensor, longest: int, rows_apart: int, scale: float
 ) -> Tensor:
-    """See `ats.kernels.cls_scores`; computed in float32, channels side by side.
+    """See `ats.kernels.cls_scores`; computes in float32, channels must have stride 1.
 
     Args:
-        rows_apart: rows from the start of a sequence to the start of the next; 0: its length.
+        rows_apart: rows from the start of one sequence to the start of the next; 0: its length.
     """
     q, k, with_norm = q.float(), k.float(), v is not None
     v = v.float() if with_norm else k
@@ -77,8 +76,8 @@ def kept_rows(mask: Tensor, position: Tensor, lengths: Tensor) -> tuple[Tensor, 
 
 
 def prepare() -> None:
-    """Load or compile each function, by a call with nothing to do. A cache that cannot be read or written is emptied,
-    or else not used; the log says so.
+    """Load or compile each function by calling it with nothing to do. A cache that cannot be read or written is
+    emptied, or not used if that fails; the log says so.
     """
     for name, nothing in (
         ("_official_rule", (0,) * 9),
@@ -88,7 +87,7 @@ def prepare() -> None:
         function = globals()[name]
         try:
             function(*nothing)
-        except Exception as error:  # of unpickling: anything
+        except Exception as error:  # unpickling can raise anything
             _warn_of_cache(f"{type(error).__name__}: {error}", str(function.stats.cache_path))
             try:
                 function.recompile()  # empties its cache
@@ -99,13 +98,13 @@ def prepare() -> None:
 
 
 def _warn_of_cache(reason: str, path: str) -> None:
-    """Once for all functions."""
+    """Log one warning for all functions."""
     global _warned
     if _warned:
         return
     _warned = True
     where = f" in {path}" if path else ""
-    logger.warning("Numba's cache%s cannot be used (%s); compiling anew, which takes seconds.", where, reason)
+    logger.warning("Numba's cache%s cannot be used (%s); compiling again, which takes seconds.", where, reason)
 
 
 def native(**options: Any) -> Callable:
@@ -123,7 +122,7 @@ def native(**options: Any) -> Callable:
 
 
 def _pointer_to(element: types.Type) -> Callable:
-    """For Numba's functions: the pointer to elements of this type, from a tensor's address."""
+    """For Numba functions: turns a tensor's address into a pointer to elements of this type."""
 
     @intrinsic
     def pointer(context, address):
@@ -152,7 +151,7 @@ def _official_rule(scores, scores_row, scores_column, lengths, full_length, num_
         for i in range(count):
             total += scores[s * scores_row + i * scores_column]
         usable = total > 0 and total < np.inf
-        # Bits of a float that is not negative order like the float: sorting them with the index below is stable.
+        # The bits of a non-negative float sort like the float. With the index in the lower half, the sort is stable.
         keys = np.empty(count, np.uint64)
         row = np.ones(count, np.float32)
         if usable:
@@ -236,7 +235,7 @@ def _cls_scores(
 
 @native()
 def _kept_rows(mask, mask_row, mask_column, position, lengths, num_sequences, size, kept):
-    """`kept` holds rows [size], positions [size], lengths [num_sequences]; returns the number of the first two."""
+    """`kept` receives rows [size], positions [size] and lengths [num_sequences]. Returns how many rows were kept."""
     mask = carray(_booleans(mask), _ENDLESS)
     position, lengths = carray(_integers(position), size), carray(_integers(lengths), num_sequences)
     kept = carray(_integers(kept), 2 * size + num_sequences)

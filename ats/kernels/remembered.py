@@ -1,4 +1,4 @@
-"""What a clock chose on this machine, kept in a folder of the user: two runs of a command compute the same bits."""
+"""Choices made by timing, stored in the user's cache folder so that two runs of a command compute the same bits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 
 
 def remembered(question: Mapping[str, object], choose: Callable[[], list[str]]) -> list[str]:
-    """The answer of the first process that asked `question` on a CPU of this kind with this PyTorch; without one, that
-    of `choose()`, which is kept. To have it chosen anew, delete the folder.
+    """The stored answer to `question` for this kind of CPU and this version of PyTorch; if there is none, `choose()`,
+    which is then stored. To choose again, delete the folder.
     """
     about = _machine() | dict(question)
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -50,7 +50,7 @@ def _read(path: Path) -> list[str] | None:
 
 @cache
 def _machine() -> dict[str, str]:
-    """The kind of CPU, by all that the system says of it, and the version of PyTorch."""
+    """The kind of CPU, as the system describes it, and the version of PyTorch."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text() if cpuinfo.is_file() else ""
     said = re.findall(r"^(?:model name|cpu family|model|stepping|flags)\s*: (.+)", lines.partition("\n\n")[0], re.M)

@@ -48,8 +48,8 @@ def official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points:
 
 
 def try_official_rule(scores: Tensor, lengths: Tensor, full_length: int, num_points: int) -> Tensor | None:
-    """`official_rule` where it can run: float32 on a GPU, at most MAX_CANDIDATES; elsewhere None. Also None once Triton
-    has failed to build the kernel (it needs a C compiler); the log says so once.
+    """`official_rule` if it can run: float32 on a GPU, at most MAX_CANDIDATES; else None. Also None once Triton has
+    failed to build the kernel (it needs a C compiler); the log says so once.
     """
     global _failed
     num_sequences, num_candidates = scores.shape
@@ -73,10 +73,10 @@ def _official_rule(scores, lengths, keep, num_candidates, score_row, full_length
     length = tl.load(lengths + row).to(tl.int32)
     is_valid = index < length
 
-    # `usable`: a sequence whose scores are not finite or have no mass counts all its tokens the same.
+    # As in `usable`: if a sequence's scores are not finite or have no mass, all its tokens count equally.
     score = tl.where(is_valid, tl.load(scores + row * score_row + index, mask=is_valid, other=0.0), 0.0)
     total = tl.sum(score, axis=0)
-    score = tl.where((total > 0) & (total < float("inf")), score, 1.0)  # false of NaN
+    score = tl.where((total > 0) & (total < float("inf")), score, 1.0)  # false for NaN
 
     bits = tl.where(is_valid, score, float("inf")).to(tl.int32, bitcast=True)
     keys = tl.sort((bits.to(tl.int64) << 32) | index.to(tl.int64))
@@ -92,7 +92,7 @@ def _official_rule(scores, lengths, keep, num_candidates, score_row, full_length
     first = tl.min(tl.where(cdf > 0, cdf, float("inf")), axis=0)
     step = tl.div_rn(1 - first, tl.maximum(num_points - 1, 1).to(tl.float32))
 
-    # `nearest_to_points`: points below the midpoint to the next entry, less those below the midpoint to the last one.
+    # As in `nearest_to_points`: points below the midpoint to the next entry, minus those below that to the previous.
     middle = (cdf + tl.gather(cdf, tl.minimum(index + 1, BLOCK - 1), axis=0)) * 0.5
     step = tl.maximum(step, 1.1754943508222875e-38)  # the smallest normal float32
     below = tl.floor(tl.div_rn(middle - first, step + tl.zeros_like(cdf))) + 1

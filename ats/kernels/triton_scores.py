@@ -1,7 +1,7 @@
 """Significance scores (sum over heads of CLS's attention, times the value's norm) in two GPU kernels.
 
-They read packed keys and values in their own precision: no float32 copy, no padded keys, nothing of size N x H x D is
-written. `ats.reduction.scores.score_candidates` in PyTorch is the reference and runs everywhere else;
+They read packed keys and values in their own precision: no float32 copy, no padded keys, and nothing of size N x H x D
+is written. `ats.reduction.scores.score_candidates` in PyTorch is the reference and runs everywhere else;
 tests/kernels/test_triton_scores.py compares the two.
 
 * `_logits`: a program per sequence and tile of tokens; reads each key and value once, in float32 on the chip.
@@ -27,7 +27,7 @@ _failed = False
 def cls_scores(
     q: Tensor, k: Tensor, v: Tensor | None, *, start: Tensor, lengths: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """See `ats.kernels.cls_scores`. The channels of q, k and v lie side by side; scores are float32."""
+    """See `ats.kernels.cls_scores`. The channels of q, k and v must have stride 1; scores are float32."""
     num_sequences, num_heads, head_dim = q.shape
     logits = torch.empty(num_sequences, num_heads, longest, device=k.device, dtype=torch.float32)
     norms = torch.empty(num_sequences, longest, device=k.device, dtype=torch.float32)
@@ -50,8 +50,8 @@ def cls_scores(
 def try_cls_scores(
     q: Tensor, k: Tensor, v: Tensor | None, *, start: Tensor, lengths: Tensor, longest: int, scale: float
 ) -> Tensor | None:
-    """`cls_scores` where it can run: on a GPU, in float32 or less, at most MAX_TOKENS a sequence. None elsewhere, and
-    from then on where Triton could not build its kernels, which the log says once.
+    """`cls_scores` if it can run: on a GPU, float32 or less, at most MAX_TOKENS per sequence; else None. Also None once
+    Triton has failed to build the kernels; the log says so once.
     """
     global _failed
     tensors = [t for t in (q, k, v) if t is not None]

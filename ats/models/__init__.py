@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[[CfgNode], nn.Module] | str] = {
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
-    """The network described by `cfg`, on the CPU, with fresh weights. Warns of keys set for another network or sampler.
+    """The network described by `cfg`, on the CPU, with fresh weights. Warns about keys of another network or sampler.
 
     Raises:
         UserError: unknown MODEL.NAME, or keys that do not fit together.
@@ -55,10 +55,10 @@ def build_model(cfg: CfgNode) -> nn.Module:
         build = getattr(import_module(module), function)
     model = build(cfg)
     if cfg.ATS.ENABLE:
-        layouts = getattr(model, "layouts", ("packed",))  # a network of your own may derive from nn.Module alone
+        layouts = getattr(model, "layouts", ("packed",))  # your own network may be a plain nn.Module
         if cfg.ATS.LAYOUT not in layouts:
             raise UserError(
-                f"ATS.LAYOUT {cfg.ATS.LAYOUT}: MODEL.NAME {name} has the layout {' and '.join(layouts)} only."
+                f"ATS.LAYOUT {cfg.ATS.LAYOUT}: MODEL.NAME {name} supports the layout {' and '.join(layouts)} only."
             )
         model.layout = cfg.ATS.LAYOUT
     model.cpu_backend = cfg.ATS.CPU_BACKEND

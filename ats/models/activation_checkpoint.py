@@ -1,9 +1,9 @@
-"""Activation checkpointing (Chen et al., 2016): a block keeps only its input and runs again in the backward pass. It
-saves memory for the time of one more forward pass; losses and gradients do not change.
+"""Activation checkpointing (Chen et al., 2016): a block keeps only its input and runs again in the backward pass. This
+saves memory at the cost of one more forward pass. Losses and gradients do not change.
 
-The second pass repeats the first: dropout and stochastic depth restore their generators, so the block has the same
-scores and keeps the same tokens. Only batch norm's running statistics (CvT) must not be updated twice: they are
-restored.
+The second pass repeats the first: random states for dropout and stochastic depth are restored, so the block has the
+same scores and keeps the same tokens. Batch norm (CvT) must not update its running statistics twice, so these are
+restored too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ats.tokens import RaggedTokens
 
-BLOCK_LISTS = ("blocks", "trans_layers")  # names of a network's lists of blocks
+BLOCK_LISTS = ("blocks", "trans_layers")  # names of block lists in networks
 
 
 def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:
@@ -47,7 +47,7 @@ def run_block(block: nn.Module, x: Tensor | RaggedTokens, *args: object) -> Any:
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    # Restored, not switched off: the operator must save the same tensors for backward as the first time.
+    # Restore the statistics instead of switching updates off: the operator must save the same tensors as before.
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:

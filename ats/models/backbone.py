@@ -1,8 +1,8 @@
-"""What every network here has: logits and trace, its blocks, where its tokens lie, its cost, what it supports.
+"""The interface of every network here: logits and trace, blocks, token grids, cost, supported features.
 
 A backbone derives from `Backbone` and defines `blocks` (or `block_list`), `run`, `block_grids` and
 `stem_multiply_adds`; docs/EXTENDING.md shows one. GFLOPs, `calibrate`, pictures and benchmarks call these methods and
-read the trace. None of them asks for a network's name or class.
+read the trace. None of them checks a network's name or class.
 
 Shapes: B samples (images or clips), S sequences (images, clips, or the frames of clips), C channels.
 """
@@ -34,16 +34,16 @@ UNDECAYED = ("cls_token", "dist_token", "pos_embed", "temp_embed", "time_embed",
 
 
 class HasBlocks:
-    """What a network says about its blocks: every `Backbone`, and every model that `ats.patch` took."""
+    """What a network says about its blocks. Base class of `Backbone` and of patched models."""
 
     layouts: ClassVar[tuple[str, ...]] = ("packed",)  # names in `tokens.LAYOUTS` that it supports
     layout: str = "packed"  # the current one
-    cpu_backend: str = "auto"  # what computes on a CPU, a name in `kernels.cpu.BACKENDS`
+    cpu_backend: str = "auto"  # kernels to use on a CPU, a name in `kernels.cpu.BACKENDS`
     no_merge: str = ""  # why its tokens cannot be merged or fused; "" if they can
     no_fuse: str = ""  # why they cannot be fused, which creates tokens without a position
     num_prefix_tokens: int  # P, tokens that are always kept, CLS first; 0: no CLS
     head_keys: tuple[str, ...] = ("head",)  # prefixes of the classifier's keys, which TRAIN.RESET_HEAD does not load
-    blocks: nn.ModuleList  # where `block_list` says nothing else
+    blocks: nn.ModuleList  # all blocks, unless `block_list` is overridden
     gives_probabilities: bool = False  # its output is probabilities, not logits
 
     def block_list(self) -> list[nn.Module]:
@@ -59,20 +59,20 @@ class HasBlocks:
         raise NotImplementedError
 
     def token_places(self, input_shape: Sequence[int]) -> Tensor | None:
-        """Where the last batch's tokens lie if on no grid: [B, N, 2], y and x from 0 to 1. None: on the grids."""
+        """Where the last batch's tokens lie if not on a grid: [B, N, 2], y and x from 0 to 1. None: on the grids."""
         return None
 
     def refusal(self, reduction: Reduction) -> str:
-        """Why this network cannot lose tokens by `reduction`; "" if it can."""
+        """Why this network does not support `reduction`; "" if it does."""
         return (reduction.merges and self.no_merge) or (reduction.makes_fused and self.no_fuse) or ""
 
     def fastest_kernels(self, x: Tensor) -> AbstractContextManager:
-        """For a forward pass of x: on a CPU, its products by the fastest kernels (`kernels/cpu.py`)."""
+        """A context for a forward pass of x; on a CPU, it runs on the fastest kernels (`kernels/cpu.py`)."""
 
         def num_tokens() -> int:
             return self.prefix_of(0) + size(self.block_grids(x.shape)[0].queries)
 
-        # A checkpointed block runs again outside of this, in the backward pass.
+        # A checkpointed block runs again in the backward pass, outside this context.
         recomputes = torch.is_grad_enabled() and getattr(self, "grad_checkpointing", False)
         backend = "torch" if recomputes else self.cpu_backend
         return fastest(self.block_list(), x, backend=backend, num_tokens=num_tokens)
@@ -115,7 +115,7 @@ class HasBlocks:
 
 
 class Backbone(HasBlocks, nn.Module):
-    """Base class of the networks in `ats.models`. Their `reductions`: block -> how it loses tokens; None: dense."""
+    """Base class of the networks in `ats.models`. Their argument `reductions`: block -> its reduction; None: dense."""
 
     layer_patterns: ClassVar[dict] = {  # see `group_matcher`
         "stem": r"^(?:cls_token|dist_token|pos_embed|time_embed|patch_embed)",
@@ -154,7 +154,7 @@ class Backbone(HasBlocks, nn.Module):
         blocks: nn.ModuleList | None = None,
         first_index: int = 0,
     ) -> None:
-        """Replace, in place, the first block that has a reduction and all later ones by ATSBlocks of `block_type`.
+        """Replace, in place, the first block that has a reduction and all later ones with ATSBlocks of `block_type`.
 
         Args:
             blocks: by default `self.blocks`. first_index: index of the first of them in the network.
@@ -189,7 +189,7 @@ class Backbone(HasBlocks, nn.Module):
         """Dense tokens [S, N, C] through `blocks`, by default `self.blocks`: the kept tokens, with their trace.
 
         Args:
-            restore: what `ats.restore.restored` shall give for tokens that are gone.
+            restore: what `ats.restore.restored` should return for dropped and merged tokens.
         """
 
         def begin(x: Tensor) -> RaggedTokens:
@@ -208,7 +208,7 @@ def reductions_from_cfg(
     can_sample: Container[int] | None = None,
 ) -> dict[int, Reduction]:
     """The reductions that the ATS keys describe for a network of `depth` blocks; none with ATS.ENABLE False.
-    `can_sample`: the blocks to which ATS.BLOCKS None is limited; None: all. The others are those of `plan_reductions`.
+    `can_sample`: the blocks that ATS.BLOCKS None may choose; None: all. For the other arguments see `plan_reductions`.
     """
     if not cfg.ATS.ENABLE:
         return {}
@@ -217,7 +217,7 @@ def reductions_from_cfg(
     for index, stage in enumerate(cfg.ATS.STAGES or [{}]):
         given = {str(name).lower(): value for name, value in stage.items()}
         if len(given) < len(stage):
-            raise UserError(f"ATS.STAGES[{index}] {stage}: a key is there twice.")
+            raise UserError(f"ATS.STAGES[{index}] {stage}: a key is listed twice.")
         sampler = given.get("sampler", cfg.ATS.SAMPLER)
         options = {}
         for option in options_of(REDUCTIONS[sampler]) if isinstance(sampler, str) and sampler in REDUCTIONS else ():

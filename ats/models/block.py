@@ -1,13 +1,13 @@
-"""A transformer block that loses tokens, and the one loop that runs a network's blocks.
+"""A transformer block that drops or merges tokens, and the one loop that runs a network's blocks.
 
 `ATSBlock` replaces a pre-norm ViT block with timm's names: norm1, attn.{qkv, q_norm, k_norm, proj}, ls1, drop_path1,
 norm2, mlp, ... It differs from that block in three ways:
 
 * tokens are packed (`RaggedTokens`): sequences have different lengths;
 * it projects keys and values of all tokens, the query of CLS to score them, then the queries of the kept tokens only.
-  Kept queries attend to all tokens of the block's input. The result is that of "attend N x N, then drop rows", with
-  fewer operations and no N x N matrix;
-* stochastic depth still drops whole sequences, though packed tokens have no axis for them.
+  Kept queries attend to all tokens of the block's input. The result equals "attend N x N, then drop rows", with fewer
+  operations and no N x N matrix;
+* stochastic depth still drops whole sequences, although packed tokens have no sequence axis.
 
 It has no parameters or buffers of its own and keeps the base block's names, so state dicts do not change. Blocks of
 other families (MViT, CvT, timm, transformers) override its hooks.
@@ -33,7 +33,7 @@ from ats.reduction.scores import average_over_frames, score_candidates
 from ats.restore import Places
 from ats.tokens import BlockRecord, KeptTokens, Layout, RaggedTokens
 
-Clock = Callable[[str], None]  # called with the name of the part of the block that starts
+Clock = Callable[[str], None]  # called at the start of each part of the block, with the part's name
 
 
 class ATSBlock(nn.Module):
@@ -41,12 +41,12 @@ class ATSBlock(nn.Module):
 
     Args:
         base_block: the block to replace. It shares its modules with this one; do not use it afterwards.
-        reduction: how it loses tokens; None for an ordinary block after an ATS block.
-        index: of the block in the network; by default the reduction's.
+        reduction: how to drop or merge tokens; None for an ordinary block after an ATS block.
+        index: index of the block in the network; by default the reduction's.
     """
 
     record_scores: bool = False  # keep each pass's `Candidates` in its `BlockRecord`
-    record_places: bool = False  # and which token stands for each patch; to be set in the first block that has ATS
+    record_places: bool = False  # and which token stands for each patch; set it in the first ATS block
     # (candidates, reduction) -> mask that replaces the reduction's selection, which still runs.
     imposed: Callable[[Candidates, Any], Tensor] | None = None
     clock: Clock | None = None  # set by `benchmark/breakdown.py`
@@ -54,7 +54,7 @@ class ATSBlock(nn.Module):
 
     def __init__(self, base_block: nn.Module, reduction: Reduction | None, index: int | None = None) -> None:
         super().__init__()
-        self.__dict__.update(base_block.__dict__)  # modules, and what the block knows of its configuration
+        self.__dict__.update(base_block.__dict__)  # modules, and attributes from the block's configuration
         self.reduction = reduction
         self.index = index if index is not None else getattr(reduction, "block", 0)
 
@@ -67,7 +67,7 @@ class ATSBlock(nn.Module):
         if tokens.places is not None:
             attended.places = tokens.places.after(step, attended, self.reduction)
             record.places = attended.places if self.record_places else None
-        del step  # its keys and values: memory that the MLP needs
+        del step  # frees keys and values: the MLP needs the memory
         self._begin("rest")
         out = self.finish(attended)
         out.record = record
@@ -76,8 +76,8 @@ class ATSBlock(nn.Module):
     def attend(self, tokens: RaggedTokens) -> tuple[Step, RaggedTokens]:
         """The first half of the block: score, select, attend from the kept tokens, add the residual.
 
-        All tensor work before the data-dependent shape is in here, not in `forward`: torch.compile cuts both there, and
-        this leaves `forward` nothing to compile before the cut.
+        All tensor work before the data-dependent shape is in here, not in `forward`. torch.compile breaks both graphs
+        there, and this leaves `forward` nothing to compile before the break.
         """
         self._begin("qkv")
         reduction = self.reduction
@@ -93,7 +93,7 @@ class ATSBlock(nn.Module):
         if merges and not reduction.after_attention:
             self._begin("scoring and sampling")
             step.kept = reduction.merge(step)
-            step.kept_input, step.q = self.attention_input(step.kept.x), None  # queries are those of the merged tokens
+            step.kept_input, step.q = self.attention_input(step.kept.x), None  # queries come from the merged tokens
         self._begin("qkv")
         q = self.kept_queries(step)
         self._begin("attention")
@@ -124,7 +124,7 @@ class ATSBlock(nn.Module):
         if self.imposed is not None:
             self._begin("rest")  # not the reduction's work
             chosen, keep = keep, self.imposed(candidates, reduction)
-            if torch.compiler.is_compiling():  # a graph leaves out what nothing reads; a choice is never empty
+            if torch.compiler.is_compiling():  # graphs drop unused results; `chosen` is never empty
                 keep = keep & chosen.any(dim=1, keepdim=True)
             self._begin("scoring and sampling")
         step.candidates = candidates
@@ -180,7 +180,7 @@ class ATSBlock(nn.Module):
         return q, self.attention_bias(None, tokens)
 
     def spread(self, keep: Tensor, max_tokens: int, step: Step) -> tuple[Tensor, int]:
-        """The mask of kept keys [S, M] and their bound -> the same for queries, where they differ from keys."""
+        """The mask of kept keys [S, M] and their bound -> the same for queries, if these differ from keys."""
         return keep, max_tokens
 
     def kept_queries(self, step: Step) -> Tensor:
@@ -220,18 +220,18 @@ class ATSBlock(nn.Module):
         return self.ls2(self.mlp(self.norm2(x)))
 
     def attention_bias(self, queries: RaggedTokens | None, keys: RaggedTokens) -> Tensor | None:
-        """Bias of the attention's logits by position or size, [S, 1 or H, 1 or Mq, Mk], or None. No `queries`: CLS."""
+        """Bias on the attention's logits by position or size, [S, 1 or H, 1 or Mq, Mk], or None. No `queries`: CLS."""
         return None if keys.key_bias is None else keys.layout.pad(keys.key_bias)[:, None, None]
 
     def project_q(self, x: Tensor, tokens: RaggedTokens | None = None) -> Tensor:
-        """Queries [T, H, D] of tokens [T, C] (the first third of the joint projection). `tokens` gives their positions;
-        None: of CLS.
+        """Queries [T, H, D] of tokens [T, C] (the first third of the joint projection). `tokens` has their positions;
+        None: x is CLS.
         """
         q = self.joint_projection(x, slice(self.attn.proj.in_features))
         return self.attn.q_norm(q.unflatten(-1, (self.attn.num_heads, -1)))
 
     def project_kv(self, x: Tensor, tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [T, H, D], of tokens [T, C]. `tokens` gives their positions."""
+        """Keys and values, each [T, H, D], of tokens [T, C]. `tokens` has their positions."""
         kv = self.joint_projection(x, slice(self.attn.proj.in_features, None))
         k, v = kv.unflatten(-1, (2, self.attn.num_heads, -1)).unbind(1)
         return self.attn.k_norm(k), v
@@ -271,9 +271,9 @@ def ats_blocks(model: nn.Module) -> list[ATSBlock]:
 
 
 def change_reductions(model: nn.Module, reductions: Mapping[int, Reduction]) -> None:
-    """Give a network built here other reductions (block -> how it loses tokens), in place. Blocks before the first are
-    ordinary ones again, as fast as those of the dense network, which `{}` makes of it. Only blocks that were ATSBlocks
-    when the network was built can have a reduction.
+    """Replace the reductions (block -> reduction) of a network built here, in place. Blocks before the first one become
+    ordinary blocks again, as fast as in the dense network; `{}` gives the dense network. Only blocks that were
+    ATSBlocks when the network was built can have a reduction.
     """
     first = min(reductions, default=math.inf)
     block: Any
@@ -310,7 +310,7 @@ def run_blocks(
         elif tokens is None:
             x = call(block, x, place)
         else:
-            raise UserError(f"Block {place} is a {type(block).__name__} without ATS behind blocks with ATS.")
+            raise UserError(f"Block {place} is a {type(block).__name__} without ATS after blocks with ATS.")
         if after is not None:
             after(place, begin(x) if tokens is None else tokens)
     return begin(x) if tokens is None else tokens

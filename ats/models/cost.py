@@ -1,11 +1,11 @@
-"""Multiply-adds of the parts of networks; float64 tensors, one number per sequence.
+"""Multiply-adds of the parts of networks, as float64 tensors with one number per sequence.
 
-They count matrix products and convolutions, the scoring row included, but no element-wise work (LayerNorm, softmax,
-GELU, residuals, norms of values, sorting), as is usual.
+As usual, they count matrix products and convolutions, including the scoring row, but no element-wise work (LayerNorm,
+softmax, GELU, residuals, norms of values, sorting).
 
 There are two accountings. As run: an ATS block projects and attends from kept queries only, plus one query (CLS) and
 its row of scores. Paper: what the official code computes and the paper's tables count, i.e. all queries and the whole
-N x N matrix of logits, without the dropped rows from A^s V on.
+N x N matrix of logits; dropped rows are gone from A^s V on.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def vit_block_multiply_adds(block: nn.Module, record: BlockRecord, *, paper: boo
     if parts:
         projecting = n * kv + m * q
     else:
-        projecting = (n + m * reduction.merges) * (q + kv)  # queries of merged tokens are projected anew
+        projecting = (n + m * reduction.merges) * (q + kv)  # queries of merged tokens are projected again
     return projecting + scoring + 2 * m * n * attn_dim + after
 
 
@@ -90,7 +90,7 @@ def linear_multiply_adds(layer: nn.Module, num_tokens: int = 1) -> int:
 
 
 def linears_multiply_adds(module: nn.Module) -> int:
-    """Every linear layer of a module, once, on one token; of one that wraps others (an adapter), those."""
+    """Every linear layer of a module, once, on one token. For a layer that wraps others (an adapter), count those."""
     total: Any = 0
     for layer in module.modules():
         wraps = any(isinstance(own, nn.Linear) for own in layer.modules() if own is not layer)

@@ -71,9 +71,9 @@ class SamplingLayer(nn.Module):
 
     Args:
         block: the transformer block.
-        gamma: factor on the offsets for sampling only: the points themselves move by the whole offset.
+        gamma: factor on the offsets, for sampling only: the points themselves move by the whole offset.
         predicts: whether another iteration follows.
-        point_gradient: one of POINT_GRADIENTS, else it raises a UserError.
+        point_gradient: a name in POINT_GRADIENTS; raises a UserError for any other.
     """
 
     def __init__(
@@ -98,9 +98,8 @@ class SamplingLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The next tokens [B, P, C], offsets [B, P, 2] (None in the last iteration) and points [B, P, 2].
 
-        Points and offsets are float32 or better, also under autocast and with weights in bfloat16, which would round
-        them to a quarter of a pixel.
-        Offsets get no gradient from the positions or from the next iteration's points.
+        Points and offsets are float32 or better, even under autocast or with bfloat16 weights: bfloat16 would round
+        them to a quarter of a pixel. Offsets get no gradient from the positions or from the next iteration's points.
 
         Args:
             features: [B, C, H, W].
@@ -123,7 +122,7 @@ class SamplingLayer(nn.Module):
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer in the type of its input, which may be finer than that of its weights."""
+    """A linear layer in the dtype of its input, which may be more precise than its weights."""
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
@@ -139,9 +138,9 @@ def sample_at(features: Tensor, points: Tensor) -> Tensor:
 class ReleasedGradient(torch.autograd.Function):
     """`sample_at` with the backward pass of the release's CUDA kernel (`layers/cinclude/cuda_helper.hpp` there).
 
-    Inside the border this is the exact gradient. A point less than a pixel beyond the border is treated as on it, where
-    values do not fade to zero: its pixels get their shares at the nearest border position. Its own gradient is the
-    slope of these pixels, extrapolated beyond the upper and left border, 0 beyond the lower and right border.
+    Inside the border this is the exact gradient. A point less than a pixel outside is treated as if it were on the
+    border, where values do not fade to zero: its pixels get their shares at the nearest border position. Its own
+    gradient is the slope of these pixels, extrapolated beyond the upper and left border, 0 beyond the lower and right.
     """
 
     @staticmethod
@@ -268,7 +267,7 @@ class PSViT(Backbone):
         return self.head(self.head_drop(self.norm(tokens.prefix()[:, 0]))), tokens.trace
 
     def embed(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> the tokens after the last iteration [B, P, C]; images must have the size of training."""
+        """[B, 3, H, W] -> the tokens after the last iteration [B, P, C]; images must have the training size."""
         if x.ndim != 4 or x.shape[1:] != (3, self.img_size, self.img_size):
             raise UserError(
                 f"This PS-ViT takes images [B, 3, {self.img_size}, {self.img_size}], not {list(x.shape)}: its "

@@ -39,8 +39,8 @@ ATTENTION_TYPES = ("divided_space_time", "joint_space_time", "space_only")
 
 
 def tubes(tokens: RaggedTokens) -> tuple[Tensor, Layout]:
-    """The patches grouped by tube, one position in the frames of a clip that kept it: [P] rows of the patches in
-    `tokens.x`, sorted by their tube's length, and the tubes' layout.
+    """Group patches into tubes: a tube is one position in all frames of a clip that kept it. Returns [P] rows of the
+    patches in `tokens.x`, sorted by tube length, and the tubes' layout.
     """
     rows = torch.nonzero(tokens.position >= tokens.num_prefix_tokens).squeeze(1)
     clip = tokens.layout.sequence[rows] // tokens.frames_per_clip
@@ -92,7 +92,7 @@ class DividedBlock(ATSBlock):
 
 
 def add_temporal_attention(block: Block, *, attn_drop: float, proj_drop: float) -> Block:
-    """Give a ViT block the modules of the temporal step. Its last layer is zero: at first it is the image block."""
+    """Give a ViT block the modules of the temporal step. Its last layer is zero, so at first it is the image block."""
     dim, num_heads, qkv_bias = block.attn.qkv.in_features, block.attn.num_heads, block.attn.qkv.bias is not None
     block.temporal_norm1 = nn.LayerNorm(dim, eps=1e-6)
     block.temporal_attn = Attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
@@ -181,7 +181,7 @@ class TimeSformer(VisionTransformer):
                 logger.info("Time embedding resized from %d frames to %d.", released.shape[1], num_frames)
                 state["time_embed"] = _resize_time(released, num_frames)
             return state
-        logger.warning("Weights of an image network: the temporal ones are made from the spatial ones.")
+        logger.warning("Weights of an image network: initialising the temporal weights from the spatial ones.")
         state["time_embed"] = torch.zeros_like(self.time_embed)
         if self.attention_type == "divided_space_time":
             for key in [key for key in state if ".attn." in key or ".norm1." in key]:

@@ -1,7 +1,7 @@
 """Vision Transformer / DeiT (Touvron et al., ICML 2021) with adaptive token sampling.
 
 Names, shapes and numbers are timm's and DeiT's, so their checkpoints load unchanged. Dense blocks are timm's; the first
-block that loses tokens and all later blocks are ATSBlocks (`block.py`).
+block with a reduction and all later blocks are ATSBlocks (`block.py`).
 
 Shapes: B images, N = P + grid tokens, P prefix tokens (CLS; with distillation CLS and DIST), C channels.
 """
@@ -109,14 +109,14 @@ class VisionTransformer(Backbone):
         return self.classify(self.norm(tokens.prefix())), tokens.trace
 
     def encode(self, x: Tensor, *, restore: str = "zero") -> RaggedTokens:
-        """Images or clips -> the tokens that are left, before the final norm."""
+        """Images or clips -> the kept tokens, before the final norm."""
         return self.run_blocks(self.embed(x), restore=restore)
 
     def forward_features(self, x: Tensor, *, restore: str = "zero") -> Tensor:
         """[S, N, C] normalised features of all tokens; sequences are images, or the frames of clips in order.
 
         Args:
-            restore: what tokens that are gone hold: zero, last or nearest, see `ats/restore.py`.
+            restore: values of dropped and merged tokens: zero, last or nearest, see `ats/restore.py`.
         """
         check_restore(restore)
         with self.fastest_kernels(x):
@@ -198,8 +198,8 @@ def vit_blocks(
 
 
 def vit_settings_from_cfg(cfg: CfgNode) -> dict:
-    """What the VIT keys say about any network of ViT blocks, as arguments of `VisionTransformer`. Raises a UserError
-    for keys that do not fit together.
+    """The VIT keys, for any network of ViT blocks, as arguments of `VisionTransformer`. Raises a UserError for keys
+    that do not fit together.
     """
     vit = cfg.VIT
     if vit.DISTILLED and cfg.MODEL.NAME != "ViT":

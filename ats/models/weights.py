@@ -1,9 +1,9 @@
-"""Weights that blocks read themselves, without calling the layer, to compute only a part of its outputs.
+"""To compute only part of a linear layer's outputs, blocks read its weight instead of calling it.
 
-Only of a plain linear layer. Adapters, quantised and offloaded layers, and layers with hooks, are called as they are.
+They do so for plain linear layers only. Adapters, quantised and offloaded layers, and layers with hooks are called.
 
-What the older functions of torch.nn.utils (weight_norm, spectral_norm, prune) do to a weight happens when the layer is
-called, so it would never happen here. Parametrizations happen when the weight is read.
+The older functions of torch.nn.utils (weight_norm, spectral_norm, prune) compute a weight when the layer is called, so
+reading it would skip them. Parametrizations compute it when it is read.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ats.errors import UserError
 
-# Modules whose classes are made while a program runs, a subclass of the layer's own: FSDP2, replicate, parametrize.
+# Python modules that create subclasses of a layer's class at run time: FSDP2, replicate, parametrize.
 WRAPPERS = ("torch.distributed.", "torch.nn.utils.parametrize")
-# Hook -> what to type instead of it.
+# Hook -> what to type instead.
 REMEDIES = {
     WeightNorm: "torch.nn.utils.remove_weight_norm(layer, {name!r}), or use {new}.weight_norm",
     SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer, {name!r}), or use {new}.spectral_norm",
@@ -29,7 +29,7 @@ REMEDIES = {
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a call of the layer is the product with its weight and nothing else."""
+    """Whether calling the layer is the product with its weight and nothing else."""
     of_torch = type(layer) is nn.Linear or (
         isinstance(layer, nn.Linear) and type(layer).__module__.startswith(WRAPPERS)
     )
@@ -39,28 +39,28 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def is_linear(layer: nn.Module | None) -> bool:
-    """Whether it maps features of every token by itself: a linear layer, with adapters or quantised too."""
+    """Whether it is a linear layer, including quantised ones and ones with adapters."""
     sizes = [getattr(layer, name, None) for name in ("in_features", "out_features")]
     return all(isinstance(size, int) for size in sizes)
 
 
 def projects_parts(attn: nn.Module) -> bool:
-    """Whether queries of some tokens, and keys and values of all, cost only that. A joint projection that has to be
-    called gives all of them.
+    """Whether queries, keys and values can be projected separately. A joint projection that must be called cannot: it
+    computes all three.
     """
     qkv = getattr(attn, "qkv", None)
     return qkv is None or getattr(attn, "q_bias", None) is not None or is_plain(qkv)
 
 
 class Projected(NamedTuple):
-    """What a layer made of some rows when it was called as a whole; `linear_part` takes it for these rows."""
+    """All outputs of a layer for some rows, from one call; `linear_part` takes them instead of these rows."""
 
     outputs: Tensor
 
 
 def linear_part(layer: Any, x: Tensor | Projected, part: slice, bias: Tensor | None = None) -> Tensor:
-    """The outputs `part` of a linear layer. With a `bias` instead of the layer's, as BEiT's attention has it, the host
-    reads the weight, too.
+    """The outputs `part` of a linear layer. A `bias` replaces the layer's, as in BEiT's attention, whose own code reads
+    the weight directly too.
     """
     if isinstance(x, Projected):
         return x.outputs[..., part]
@@ -72,13 +72,13 @@ def linear_part(layer: Any, x: Tensor | Projected, part: slice, bias: Tensor | N
 
 
 def refuse_stale(layer: nn.Module) -> None:
-    """Raise a UserError if a hook of the layer's call computes its weights. Any other hook is none of our business."""
+    """Raise a UserError if a forward pre-hook computes the layer's weights. Other hooks do not matter."""
     if layer._forward_pre_hooks and (reason := stale(layer)):
         raise UserError(f"A block with ATS has a {type(layer).__name__} {reason}.")
 
 
 def stale(layer: nn.Module) -> str:
-    """Which weight of the layer a hook of its call computes, and what to type; "" if none."""
+    """Which weight of the layer a forward pre-hook computes, and what to type; "" if none."""
     computed = [
         name for name, value in vars(layer).items() if isinstance(value, Tensor)
     ]  # neither parameter nor buffer

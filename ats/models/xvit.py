@@ -1,9 +1,9 @@
-"""X-ViT (Bulat et al., NeurIPS 2021) with adaptive token sampling: a ViT on each frame whose keys and values see the
-neighbouring frames, and a small transformer over the frames' CLS tokens.
+"""X-ViT (Bulat et al., NeurIPS 2021) with adaptive token sampling: a ViT on each frame, with keys and values shifted
+between neighbouring frames, and a small transformer over the frames' CLS tokens.
 
 Names, shapes and numbers are the authors' (1adrianb/video-transformers), so released checkpoints load unchanged. Each
-frame is a sequence: it has a CLS and scores and keeps its own patches (with ATS.SHARE_FRAMES: the frames of a segment
-keep the same patches).
+frame is a sequence with its own CLS: it scores and keeps its own patches. With ATS.SHARE_FRAMES, all frames of a
+segment keep the same patches.
 
 The shift reads the same patch in the next and the previous frame. After an ATS block such a neighbour may be missing;
 its channels are then zeros, as at the ends of a segment. A fused token has no position and keeps its own channels.
@@ -64,8 +64,8 @@ def neighbours(tokens: RaggedTokens) -> tuple[Tensor, Tensor]:
 
 
 def shift_tokens(x: Tensor, following: Tensor, preceding: Tensor, *, fold: int) -> Tensor:
-    """`shift_frames` of packed tokens [R, C] with the rows of `neighbours`: equals scattering to the grid, shifting and
-    gathering, but moves the shifted channels only.
+    """`shift_frames` for packed tokens [R, C], with the rows of `neighbours`. The same as scattering to the grid,
+    shifting and gathering, but moves only the shifted channels.
     """
     shifted = F.pad(x[:, : 2 * fold], (0, 0, 0, 1))  # row R: no neighbour
     parts = shifted[:, :fold].index_select(0, following), shifted[:, fold:].index_select(0, preceding), x[:, 2 * fold :]
@@ -114,7 +114,7 @@ class FrameTransformer(VisionTransformer):
             if it is 1).
         shifted_blocks: the blocks that shift; blocks that do not exist are ignored, as in the released configs.
         temporal_embed_len: length F of the temporal embedding; frame i of a clip gets entry i mod F.
-        classify_frames: whether the backbone ends in a classifier; if not, it ends in dropout.
+        classify_frames: the backbone ends in a classifier; otherwise in dropout.
     """
 
     layouts = ("packed",)
@@ -149,7 +149,7 @@ class FrameTransformer(VisionTransformer):
         return self.classify(self.norm(tokens.prefix())), tokens.trace
 
     def encode(self, x: Tensor, *, restore: str = "zero") -> RaggedTokens:
-        """The frames must divide into segments and temporal embeddings, else it raises a UserError."""
+        """As in ViT. Raises a UserError unless the frames divide into segments and temporal embeddings."""
         frames = self.embed(clip_to_frames(x))
         lengths = {"XVIT.NUM_SEGMENTS": self.num_segments, "XVIT.TEMPORAL_EMBED_LEN": self.temp_embed.shape[1]}
         for name, length in lengths.items():
@@ -224,7 +224,7 @@ class XViT(Backbone):
         super().__init__()
         num_classes, drop_rate, embed_dim = (settings[name] for name in ("num_classes", "head_drop_rate", "embed_dim"))
         # Without dropout the release's backbone ends in a classifier, even before its temporal head. The head needs
-        # embed_dim inputs: for any other number of classes the release breaks, and here there is no classifier.
+        # embed_dim inputs, so for any other number of classes the release breaks, and we leave the classifier out.
         classify_frames = drop_rate == 0 and (temporal_head is None or num_classes == embed_dim)
         self.base_model = FrameTransformer(classify_frames=classify_frames, **settings)
         self.consensus = self.new_fc = None
@@ -255,8 +255,8 @@ class XViT(Backbone):
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the release, or of an image ViT to start training from, for this model.
 
-        It drops classifiers that this network does not have and keeps the initial values of weights that an image ViT
-        does not have, and logs both.
+        Drops classifiers that this network does not have, keeps the initial values of weights that an image ViT does
+        not have, and logs both.
         """
         expected = self.state_dict()
         if not any(key.startswith("base_model.") for key in state):

@@ -1,6 +1,6 @@
-"""How a block loses tokens: the paper's sampling, its rivals, and what is registered besides.
+"""How a block drops or merges tokens: the paper's sampling, its rivals, and whatever else is registered.
 
-A reader of the paper starts with `inverse_transform.py`; a reduction of one's own with `base.py` and docs/EXTENDING.md.
+Readers of the paper: start with `inverse_transform.py`. To write a reduction: see `base.py` and docs/EXTENDING.md.
 """
 
 from ats.reduction import inverse_transform, simple, tome, evit, ppt, pitome, merge_sample  # isort: skip  # noqa: F401  in the order of --help

@@ -1,16 +1,16 @@
-"""What a reduction is: the way one block of a network loses tokens. `register` makes one known under a name.
+"""A reduction is the way one block of a network drops or merges tokens. `register` gives it a name.
 
 A reduction is a frozen dataclass whose fields are its options. It may define
 
-* `select`: which of the block's tokens go on, by their significance scores. Decided before the attention, so only
-  kept tokens query (A^s V, `models/block.py`);
-* `merge`: what the tokens that go leave behind in those that stay; before the attention, or after it with
+* `select`: which of the block's tokens to keep, by significance score. It runs before the attention, so only kept
+  tokens have queries (A^s V, `models/block.py`);
+* `merge`: how the other tokens are merged into the kept ones. It runs before the attention, or after it with
   `after_attention`;
-* `limit` and `multiply_adds`: how many tokens may be left, and what finding them costs.
+* `limit` and `multiply_adds`: how many tokens can be left, and what the reduction costs.
 
-What it does not define costs nothing; `select` costs the scores. From the fields follow the config keys
-(`ATS.NUM_TOKENS`, `TOME.R`), their checks and help texts, and the arguments of `ats.patch`; docs/EXTENDING.md writes
-one in a page.
+A method that is not defined costs nothing; `select` costs the scoring. The fields define the config keys
+(`ATS.NUM_TOKENS`, `TOME.R`), their checks and help texts, and the arguments of `ats.patch`. docs/EXTENDING.md writes a
+reduction in a page.
 
 Shapes: S sequences, H heads, D channels of a head, T rows of all sequences together, M rows of the longest sequence,
 P prefix tokens (CLS, distillation), which no reduction drops. A candidate is a token that is not a prefix token.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ats.tokens import RaggedTokens
 
 SCORES = ("cls_attention_value_norm", "cls_attention", "mean_attention")
-Naming = Callable[[str], str]  # the name of an option -> what the user typed for it: "r" -> "TOME.R"
+Naming = Callable[[str], str]  # name of an option -> what the user typed for it: "r" -> "TOME.R"
 
 
 class Candidates:
@@ -41,11 +41,11 @@ class Candidates:
 
     Args:
         scores: [S, M] significance scores, 0 where not valid.
-        lengths: [S] int64 candidates of each sequence; they come first in its row.
-        max_tokens: a sequence with this many candidates has not lost a token yet. A number of the configuration.
-        num_positions: length of the sequence the network began with.
-        position: computes the property.
-        merged: tokens were merged in an earlier block, so that no sequence counts as complete.
+        lengths: [S] int64 candidates per sequence; they come first in its row.
+        max_tokens: a sequence with this many candidates has not lost a token yet. Depends on the configuration only.
+        num_positions: length of the original sequence at the network's input.
+        position: computes the property `position`.
+        merged: an earlier block merged tokens, so no sequence counts as complete.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Candidates:
 
     @cached
     def position(self) -> Tensor:
-        """[S, M] index of the token in the sequence the network began with."""
+        """[S, M] index of the token in the original sequence."""
         return self._position()
 
     @property
@@ -78,7 +78,7 @@ class Candidates:
 
     @cached
     def complete(self) -> Tensor:
-        """[S] bool, nothing has been dropped yet."""
+        """[S] bool, True where nothing has been dropped yet."""
         return self.lengths == self.full_length
 
 
@@ -90,26 +90,26 @@ class Step:
     """
 
     tokens: RaggedTokens  # the block's input, before its norm
-    x: Tensor  # [T, C] what the attention reads of it, normalised
-    queries: RaggedTokens  # where the output tokens lie before any is dropped
+    x: Tensor  # [T, C] the attention's input, normalised
+    queries: RaggedTokens  # where the output tokens lie before any are dropped
     keys: RaggedTokens  # where keys and values lie
     k: Tensor  # [T, H, D] of the keys
     v: Tensor
     scale: float  # of the attention's logits
-    kept: RaggedTokens  # the tokens that go on; x is the block's input before the attention, its output after it
+    kept: RaggedTokens  # the kept tokens; x is the block's input before the attention, the attention's output after it
     q: Tensor | None = None  # [T, H, D] of the queries, if projected before the selection, or after the attention
     bias: Tensor | None = None  # of the logits, [S, 1 or H, 1 or Mq, M]; known after the attention
     candidates: Candidates | None = None  # with scores, if the block selects
-    mask: Tensor | None = None  # [S, M] bool over the queries, True where a token goes on; None: all do
+    mask: Tensor | None = None  # [S, M] bool over the queries, True where a token is kept; None: all are
     index: Tensor | None = None  # [T'] rows of `kept` among the queries; None: all
-    kept_input: Tensor | None = None  # [T', C] what the attention reads of the kept tokens, once they are projected
-    # [T] int64, set by `merge`, at least where `follows`: the row of its result that took in each token of `tokens` (of
+    kept_input: Tensor | None = None  # [T', C] the attention's input for the kept tokens, once they are projected
+    # [T] int64, set by `merge`, at least if `follows`: the row of its result that absorbed each token of `tokens` (of
     # `kept`, with `after_attention`); -1: none.
     taken_by: Tensor | None = None
 
     @property
     def follows(self) -> bool:
-        """Whether somebody wants to know where tokens go (`ats/restore.py`)."""
+        """Whether `ats/restore.py` needs to know where tokens go."""
         return self.tokens.places is not None
 
 
@@ -118,18 +118,18 @@ class Reduction:
     """Base class. Subclasses add their options as fields with defaults."""
 
     block: int = 0  # index of the block in the network
-    depth: int = 12  # blocks of the network
+    depth: int = 12  # number of blocks in the network
     stage: tuple[int, ...] = ()  # the blocks that share these options, ascending
     num_prefix_tokens: int = 1  # P
     has_cls: bool = True  # the first of the prefix tokens is CLS
 
-    name: ClassVar[str] = ""  # under which it is registered
+    name: ClassVar[str] = ""  # the registered name
     section: ClassVar[str] = ""  # config section of the options that a class adds; by default its name in capitals
     title: ClassVar[str] = ""  # for tables: "ToMe"
-    amount: ClassVar[str] = ""  # the option that says how many tokens go, which `ats.calibrate` searches
-    after_attention: ClassVar[bool] = False  # `merge` works on the attention's output; all tokens have queried
-    makes_fused: ClassVar[bool] = False  # some tokens it leaves have no position of their own
-    graphable: ClassVar[bool] = True  # can be part of an exported or captured graph: nothing is drawn on the CPU
+    amount: ClassVar[str] = ""  # the option that sets how many tokens are removed, which `ats.calibrate` searches
+    after_attention: ClassVar[bool] = False  # `merge` gets the attention's output, for which all tokens had queries
+    makes_fused: ClassVar[bool] = False  # some of its output tokens have no position of their own
+    graphable: ClassVar[bool] = True  # can be part of an exported or captured graph: no random numbers from the CPU
     score = SCORES[0]  # which significance score `select` gets
     share_frames = False  # the frames of a clip keep the same tokens
 
@@ -140,81 +140,81 @@ class Reduction:
 
     @property
     def merges(self) -> bool:
-        """Whether `merge` is."""
+        """Whether `merge` is defined."""
         return type(self).merge is not Reduction.merge
 
     @property
     def drops(self) -> bool:
-        """Whether some tokens go without a trace in those that stay."""
+        """Whether some tokens are dropped without being merged into others."""
         return not self.merges
 
     @property
     def merging_option(self) -> str:
-        """The option that makes it merge: "sampler", or one of its own."""
+        """The option that makes it merge: "sampler", or one of its own options."""
         return "sampler"
 
     @property
     def size_factor(self) -> float | None:
-        """Once tokens have sizes, log(size) times this is added to the logits of keys, in this block and those behind
-        it (proportional attention); None: what the blocks before decided stays.
+        """Proportional attention: once tokens have sizes, this times log(size) is added to the keys' logits, in this
+        block and later ones. None: keep what earlier blocks set.
         """
         return None
 
     def select(self, candidates: Candidates) -> Tensor:
-        """[S, M] bool, True where a candidate goes on: at least one of a sequence that has any, none that is not valid,
-        and independent of the rest of the batch.
+        """[S, M] bool, True where a candidate is kept: at least one per sequence that has any, valid ones only, and
+        independent of the rest of the batch.
         """
         raise NotImplementedError
 
     def merge(self, step: Step) -> RaggedTokens:
-        """The tokens that go on, `step.kept` with what they take over from the others."""
+        """The kept tokens, `step.kept`, with the others merged into them."""
         raise NotImplementedError
 
     def limit(self, max_tokens: int) -> int:
-        """The most tokens of a sequence behind this block if at most `max_tokens` come in; prefix tokens counted. It
-        must follow from the configuration alone.
+        """The most tokens a sequence can have after this block if at most `max_tokens` come in; both include prefix
+        tokens. It must depend on the configuration only.
         """
         return max_tokens
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor | int:
-        """What this reduction computes on top of the block, [S], for sequences of `num_in` [S] tokens, `num_out` left.
-        Scoring is counted by the block.
+        """Multiply-adds of this reduction on top of the block, [S], for `num_in` [S] tokens in and `num_out` [S] left.
+        The block counts scoring.
         """
         return 0
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> Reduction:
-        """This reduction with its `amount` at a scale: cost must not fall as the scale grows. For `ats.calibrate`.
+        """This reduction with its `amount` at a scale, for `ats.calibrate`. Cost must not fall as the scale grows.
 
         Args:
-            scale: 0 keeps the fewest, 1 is the neutral setting; above 1 only sampling has more to give.
-            max_tokens: candidates and prefix tokens that can come in. stagger: in (0, 1), to be added before rounding
-                down: the blocks then step one after the other.
+            scale: 0 keeps the fewest tokens, 1 is neutral; above 1, only sampling can keep more.
+            max_tokens: the most tokens that can come in, prefix tokens included. stagger: in (0, 1), added before
+                rounding down so that the blocks do not all step at the same scale.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `scaled`, so no budget can be searched for it")
 
     def learning(self, found: dict[int, list[float]]) -> Reduction:
-        """This reduction as one that meets its amount over a batch, not in every image, and adds to `found[block]` what
-        it needs to do so with other images. For `ats.calibrate`; by default there is nothing to learn.
+        """A version of this reduction, for `ats.calibrate`, that meets its amount on average over a batch instead of in
+        every image, and appends to `found[block]` what it needs to do so on other images. By default, nothing to learn.
         """
         return self
 
     def learned(self, found: dict[int, list[float]]) -> Reduction:
-        """This reduction with what was found."""
+        """This reduction with the values found by `learning`."""
         return self
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
-        """Values of other options than the amount that `ats.calibrate` may try at the same cost."""
+        """Settings of options other than the amount that `ats.calibrate` may try at the same cost."""
         return []
 
     @classmethod
     def usual_blocks(cls, depth: int) -> list[int] | None:
-        """The blocks its authors use in a network of `depth` blocks; None: those of the config."""
+        """The blocks its authors use in a network of `depth` blocks; None: those in the config."""
         return None
 
     @property
     def needs_cls(self) -> bool:
-        """Whether it works in networks with a CLS token alone."""
+        """Whether it works only in networks with a CLS token."""
         return self.selects and self.score != "mean_attention"
 
     @property
@@ -224,10 +224,13 @@ class Reduction:
 
     @classmethod
     def check(cls, planned: Sequence[Reduction], naming: Naming) -> None:
-        """Refuse or warn of what the options of these blocks' reductions ask for; ranges are checked already.
+        """Check that these reductions' options fit together; ranges are checked already. May also log warnings.
 
         Args:
-            planned: of one stage, by ascending block.
+            planned: the reductions of one stage, by ascending block.
+
+        Raises:
+            UserError: options that do not fit the network or each other.
         """
         first = planned[0]
         if first.needs_cls and not first.has_cls:
@@ -242,34 +245,34 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Scheduled(Reduction):
-    """A reduction whose amount can differ from block to block by a rule."""
+    """A reduction whose amount can vary over the blocks by a schedule."""
 
     section: ClassVar[str] = "ATS"
 
     schedule: str = option(
         "flat",
-        "How tokens that go are spread over ATS.BLOCKS. flat: the same amount in each. late: in block l in proportion "
-        "to ((l + 1) / depth)^2, at the same total.",
+        "How the removed tokens are spread over ATS.BLOCKS. flat: the same amount in each block. late: in block l in "
+        "proportion to ((l + 1) / depth)^2, with the same total.",
         choices=("flat", "late"),
     )
 
     @property
     def schedule_factor(self) -> float:
-        """This block's amount over the mean of the stage."""
+        """This block's amount divided by the stage's mean."""
         return self._weight(self.block) * len(self.stage) / sum(map(self._weight, self.stage)) if self.stage else 1.0
 
     def _weight(self, block: int) -> float:
         return ((block + 1) / self.depth) ** 2 if self.schedule == "late" else 1.0
 
     def scheduled(self) -> Reduction:
-        """This reduction with the amount of its block, where the stage's amount is a number."""
+        """This reduction with its block's share of the stage's amount, which must be a number."""
         amount = getattr(self, self.amount)
         if self.schedule == "flat":
             return self
-        if isinstance(getattr(type(self), self.amount), float):  # a share that stays
+        if isinstance(getattr(type(self), self.amount), float):  # a share to keep
             return replace(self, **{self.amount: min(max(1 - (1 - amount) * self.schedule_factor, 1e-3), 1.0)})
         total, weights = amount * len(self.stage), [self._weight(block) for block in self.stage]
-        place = self.stage.index(self.block)  # rounded so that the total is kept
+        place = self.stage.index(self.block)  # rounding below preserves the total
         before, after = (round(total * sum(weights[:end]) / sum(weights)) for end in (place, place + 1))
         return replace(self, **{self.amount: after - before})
 
@@ -304,7 +307,7 @@ def options_of(reduction: type[Reduction]) -> list[OptionOf]:
     """The options of a reduction, those of its base classes first."""
     owner: dict[str, Any] = {}
     for kind in reversed(reduction.__mro__):
-        owner = dict.fromkeys(get_annotations(kind), kind) | owner  # whoever declares it first
+        owner = dict.fromkeys(get_annotations(kind), kind) | owner  # the first class that declares it
     return [
         OptionOf(f.name, f"{owner[f.name].section}.{f.name.upper()}", f.default, f.metadata.get("option", Option()))
         for f in fields(reduction)

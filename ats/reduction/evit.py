@@ -1,5 +1,5 @@
-"""EViT (Liang et al., Not All Patches are What You Need, ICLR 2022): the tokens that CLS attends to most stay, and one
-more that is the weighted sum of the others. How many is a share of the tokens present.
+"""EViT (Liang et al., Not All Patches are What You Need, ICLR 2022): keep a share of the present tokens, those that CLS
+attends to most, and fuse the others into one token, their weighted sum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @register("evit")
 @dataclass(frozen=True)
 class EViT(Scheduled):
-    """Keep by the attention of CLS, behind the attention."""
+    """Keep tokens by the attention of CLS, after the attention."""
 
     title = "EViT"
     amount = "keep_rate"
@@ -30,15 +30,15 @@ class EViT(Scheduled):
 
     keep_rate: float = option(
         0.7,
-        "Of ATS.SAMPLER evit: share of the tokens present, prefix tokens not counted, that each of ATS.BLOCKS keeps; "
-        "or a list with one entry per block of the network.",
+        "Of ATS.SAMPLER evit: share of the present tokens, prefix tokens excluded, that each of ATS.BLOCKS keeps; or a "
+        "list with one entry per block of the network.",
         within=SHARE,
         types=(float, list),
         per_block=True,
         give="a share in (0, 1]",
     )
     fuse_token: bool = option(
-        True, "Of ATS.SAMPLER evit: the others become one token, weighted by CLS's attention; False: they are dropped."
+        True, "Of ATS.SAMPLER evit: fuse the others into one token, weighted by CLS's attention; False: drop them."
     )
 
     needs_cls = True
@@ -52,12 +52,12 @@ class EViT(Scheduled):
         return not self.fuse_token
 
     def num_kept(self, lengths: Tensor) -> Tensor:
-        """Tokens that stay of `lengths`, prefix tokens counted in both, the fused token in neither."""
+        """How many of `lengths` tokens are kept; both include prefix tokens but not the fused token."""
         share = self.keep_rate * (lengths.double() - self.num_prefix_tokens)
         return self.num_prefix_tokens + share.ceil().to(lengths.dtype)
 
     def most_kept(self, max_tokens: int) -> int:
-        """The same of a number of the configuration."""
+        """`num_kept` of an integer."""
         return self.num_prefix_tokens + math.ceil(self.keep_rate * (max_tokens - self.num_prefix_tokens))
 
     def limit(self, max_tokens: int) -> int:
@@ -65,16 +65,16 @@ class EViT(Scheduled):
         return kept + (self.fuse_token and kept < max_tokens)
 
     def merge(self, step: Step) -> RaggedTokens:
-        """Kept tokens in descending order of CLS's attention; the fused token behind the last.
+        """Kept tokens in descending order of CLS's attention, then the fused token.
 
-        In the blocks behind, the fused token gets attention as any other. Its size, if tokens have sizes, is the sum: a
-        reduction behind that weighs by size reads it. Gradients flow through its weights; dropout on the
-        attention weights does not reach them.
+        Later blocks treat the fused token like any other. If tokens have sizes, its size is the sum of theirs, for
+        later reductions that weight by size. Gradients flow through the fusion weights; dropout on the attention
+        weights does not affect them.
         """
         tokens, layout, num_prefix = step.kept, step.kept.layout, self.num_prefix_tokens
         num_patches = tokens.max_tokens - num_prefix
-        if math.ceil(self.keep_rate * num_patches) == num_patches:  # numbers of the configuration
-            return tokens  # then every sequence keeps all, in any batch
+        if math.ceil(self.keep_rate * num_patches) == num_patches:  # depends on the configuration only
+            return tokens  # every sequence keeps all tokens, in any batch
         score = cls_row(step).mean(dim=1)  # [S, N]
         ranked = score[:, num_prefix:].detach().masked_fill(~layout.mask[:, num_prefix:], -1)
         order = ranked.sort(dim=1, descending=True, stable=True).indices + num_prefix
@@ -83,7 +83,7 @@ class EViT(Scheduled):
             None if t is None else rows_of(layout.pad(t), order)
             for t in (tokens.x, tokens.position, tokens.size, tokens.key_bias)
         )
-        if torch.compiler.is_compiling():  # engines would compute it in float32, where some shares round otherwise
+        if torch.compiler.is_compiling():  # engines would compute this in float32, where some shares round differently
             table = [self.most_kept(length) for length in range(tokens.max_tokens + 1)]
             lengths = torch.tensor(table, device=order.device)[layout.lengths]
         else:
@@ -92,7 +92,7 @@ class EViT(Scheduled):
         if self.fuse_token:
             column = torch.arange(layout.longest, device=order.device)
             fuses = (column >= lengths[:, None]) & layout.mask
-            last = (column == lengths[:, None]) & fuses  # the row behind the last kept one
+            last = (column == lengths[:, None]) & fuses  # the row after the last kept one
             weight = (score.gather(1, order) * fuses)[..., None]
             x = torch.where(last[..., None], (x * weight).sum(dim=1, keepdim=True).to(x.dtype), x)
             position = position.masked_fill(last, -1)
@@ -116,12 +116,12 @@ class EViT(Scheduled):
         return replace(kept, has_fused=tokens.has_fused or self.fuse_token)
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
-        """Of the row of CLS."""
+        """Of the attention row of CLS."""
         return num_in * head_dim * num_heads
 
     @classmethod
     def usual_blocks(cls, depth: int) -> list[int]:
-        """Behind a quarter, a half and three quarters of the depth."""
+        """After a quarter, a half and three quarters of the depth."""
         return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> EViT:

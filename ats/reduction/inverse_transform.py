@@ -1,5 +1,5 @@
 """Adaptive Token Sampling (Fayyaz et al., ECCV 2022), section 3: from significance scores to kept tokens.
-The numbers are ours, in the order of the text.
+Equation numbers are ours, in the order of the text.
 
     (1)  s_j = sum_h A_h[cls, j] * ||v_j||                significance score     `scores.significance_score`
     (2)  c_i = sum_{j <= i} s_j / sum_j s_j               its CDF
@@ -7,16 +7,16 @@ The numbers are ours, in the order of the text.
     (4)  kept = { argmin_i |c_i - y_k| : k = 1 .. n }     inverse transform      `nearest_to_points`
     (5)  A^s V                                            kept queries over all tokens: `models/block.py`
 
-n (`num_points`) is K less the prefix tokens. A token picked by several sample points is kept once, so the number of
-kept tokens follows the image. `official_rule` is the released code where it is batch independent (DROP_TOKENS False),
-`paper_rule` the text. Both look at one sequence at a time.
+n (`num_points`) is K minus the prefix tokens. A token picked by several sample points is kept once, so the number of
+kept tokens depends on the image. `official_rule` follows the released code where that is independent of the batch
+(DROP_TOKENS False), `paper_rule` the text. Both handle each sequence by itself.
 
-`ats/kernels/` has native copies of the official rule and of CLS scores, which run where they can; tests compare them
+`ats/kernels/` has native versions of the official rule and of CLS scores, used where they can run. Tests compare them
 with these functions. Change all of them together.
 
 Degenerate scores never raise and never drop everything:
 
-* a NaN or infinite score, or all scores zero: all tokens count the same, so n of them are kept, spread evenly;
+* a NaN or infinite score, or all scores zero: all tokens count equally, so n of them are kept, evenly spread;
 * equal scores: ranked by position, the earliest lowest;
 * one candidate: kept.
 """
@@ -37,13 +37,14 @@ if TYPE_CHECKING:
 
 
 def official_rule(candidates: Candidates, num_points: int) -> Tensor:
-    """[S, M] bool. As the official code: scores sorted, the lowest one subtracted from the CDF while nothing has been
-    dropped (so it is not kept), sample points evenly from the smallest non-zero CDF value to 1.
+    """[S, M] bool. As in the official code: sort the scores, subtract the lowest from the CDF if nothing has been
+    dropped yet (so that token is not kept), and space the sample points evenly from the smallest non-zero CDF value
+    to 1.
     """
     valid, scores = candidates.valid, usable(candidates.scores, candidates.valid)
-    ranked, order = scores.sort(dim=1, stable=True)  # padding, being 0, comes first, where it adds nothing
+    ranked, order = scores.sort(dim=1, stable=True)  # padding is 0, comes first and adds nothing
     cdf = ranked.cumsum(dim=1)
-    # (2), less its lowest entry. A single candidate is its own lowest: keep it.
+    # (2), minus its lowest entry, unless that is all there is: keep a single candidate.
     lowest = scores.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
     subtract = candidates.complete[:, None] & (lowest < cdf[:, -1:])
     lowest = torch.where(subtract, lowest, 0)
@@ -57,18 +58,18 @@ def official_rule(candidates: Candidates, num_points: int) -> Tensor:
 
 
 def paper_rule(candidates: Candidates, num_points: int) -> Tensor:
-    """[S, M] bool. As the text: no sorting by score, no subtraction, sample points (2k - 1) / 2n.
+    """[S, M] bool. As in the text: no sorting by score, no subtraction, sample points (2k - 1) / 2n.
 
-    A token of score 0 has probability 0 and is never kept: of equal entries of the CDF the first, which carries the
-    mass, takes the points. A score too small to move the CDF counts as 0: below about 6e-8 of the mass in float32,
-    1e-16 in float64.
+    A token of score 0 has probability 0 and is never kept: of several equal CDF entries, the first carries the mass and
+    takes the points. A score too small to change the CDF counts as 0: below about 6e-8 of the mass in float32, 1e-16 in
+    float64.
     """
     scores = usable(candidates.scores, candidates.valid)
     # (2)
     cdf = scores.cumsum(dim=1)
     cdf = cdf / cdf[:, -1:]
-    # Entries that add no mass go to the back. `scores > 0` as well: sums made in parallel on a GPU can differ by
-    # rounding where nothing was added.
+    # Move entries that add no mass to the back. Check `scores > 0` too: parallel sums on a GPU can differ by rounding
+    # even where nothing was added.
     moved = (scores > 0) & (cdf > torch.nn.functional.pad(cdf[:, :-1], (1, 0)))
     cdf, order = cdf.masked_fill(~moved, torch.inf).sort(dim=1, stable=True)
     # (3)
@@ -79,15 +80,14 @@ def paper_rule(candidates: Candidates, num_points: int) -> Tensor:
 
 
 def nearest_to_points(cdf: Tensor, *, first: Tensor, step: Tensor, num_points: int) -> Tensor:
-    """Which entries of a CDF are the nearest to at least one of the points `first + i * step`, i = 0 .. num_points - 1.
+    """Which CDF entries are nearest to at least one of the points `first + i * step`, i = 0 .. num_points - 1.
 
     Entry i takes the points between the midpoints to its two neighbours (a point on a midpoint goes to the lower
     entry). So it is picked if and only if more points lie below its upper midpoint than below its lower one. With
-    evenly spaced points that number is one floor: no search, no sort, no `unique`, fixed shapes.
+    evenly spaced points, one floor gives that number: no search, no sort, no `unique`, fixed shapes.
 
     Args:
-        cdf: [S, M], non-decreasing. Entries of padding are zeros in front of all points, or infinite behind them:
-            neither is picked.
+        cdf: [S, M], non-decreasing. Padding is zero, before all points, or infinite, after them: it is never picked.
         first, step: [S, 1].
 
     Returns:
@@ -113,7 +113,7 @@ class InverseTransform(Sampler):
 
     rule: str = option(
         "official",
-        "Details of inverse transform sampling: as the official code with DROP_TOKENS False, or as the paper's text.",
+        "Details of inverse transform sampling: as in the official code with DROP_TOKENS False, or as in the paper.",
         choices=tuple(RULES),
     )
 

@@ -1,10 +1,10 @@
-"""Merge early, sample late: redundant tokens merge in the first blocks, where scores say little yet; behind them tokens
-are sampled by their scores (ATS), and what is dropped merges into its nearest kept token.
+"""Merge early, sample late. The first blocks, where scores say little yet, merge redundant tokens. Later blocks sample
+by score (ATS) and merge each dropped token into the nearest kept one.
 
-Merging is adaptive, too. Tokens are ranked and paired by their energy, as in PiToMe, and a pair merges where the cosine
-of its keys is above the block's threshold: an image with much background loses more tokens than a crowded one.
-`ats.calibrate` finds the thresholds, those with which an image leaves `ratio` of its tokens on average. Without
-thresholds every image leaves that share. docs/COMPARISON.md compares it with its two halves and with others.
+Merging is adaptive, too. Tokens are ranked and paired by energy, as in PiToMe, and a pair merges if the cosine of its
+keys is above the block's threshold: an image with much background loses more tokens than a crowded one.
+`ats.calibrate` finds the thresholds that keep `ratio` of the tokens on average. Without thresholds, every image keeps
+that share. docs/COMPARISON.md compares this reduction with its two halves and with others.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from ats.tokens import RaggedTokens
 
 MARGIN = 0.75  # of the energy in block 0; it falls linearly, as in PiToMe
-EQUAL = 0.9999  # cosines above differ by round-off, and no threshold may lie among them
+EQUAL = 0.9999  # larger cosines differ by round-off only; no threshold may lie among them
 
 
 @register("merge_sample")
 @dataclass(frozen=True)
 class MergeSample(Reduction):
-    """Merging of what is redundant in the first blocks, ATS with merging behind them."""
+    """Merge redundant tokens in the first blocks; ATS with merging in the later ones."""
 
     title = "merge, then ATS"
     amount = "ratio"
 
     ratio: float = option(
         0.9,
-        "Of ATS.SAMPLER merge_sample: share of the tokens present, prefix tokens not counted, that each block that "
-        "merges leaves, with THRESHOLD on average; or a list with one entry per block of the network.",
+        "Of ATS.SAMPLER merge_sample: share of the present tokens, prefix tokens excluded, that each merging block "
+        "keeps, with THRESHOLD on average; or a list with one entry per block of the network.",
         within=SHARE,
         types=(float, list),
         per_block=True,
@@ -47,8 +47,8 @@ class MergeSample(Reduction):
     )
     threshold: float = option(
         0.0,
-        "Of ATS.SAMPLER merge_sample: tokens merge whose keys have a cosine above it, how many depends on the image; a "
-        "list with one entry per block of the network, found by calibration. 0: of every image the same share.",
+        "Of ATS.SAMPLER merge_sample: merge tokens whose keys have a cosine above this; how many depends on the image. "
+        "A list with one entry per block of the network, found by calibration. 0: the same share for every image.",
         within=PROBABILITY,
         types=(float, list),
         per_block=True,
@@ -56,18 +56,18 @@ class MergeSample(Reduction):
     )
     switch: float = option(
         0.75,
-        "Of ATS.SAMPLER merge_sample: share of the network's blocks, from the first, that merge; those behind sample.",
+        "Of ATS.SAMPLER merge_sample: share of the network's blocks, from the first, that merge; later blocks sample.",
         within=PROBABILITY,
     )
     points: float = option(
         2.0,
-        "Of ATS.SAMPLER merge_sample: sample points for each token that is left when sampling begins; K / tokens.",
+        "Of ATS.SAMPLER merge_sample: sample points per token left when sampling begins; K / tokens.",
         within=POSITIVE,
     )
     size_bias: float = option(
         0.75,
-        "Of ATS.SAMPLER merge_sample: factor of log(size) on the logits of keys in the blocks that sample; it is 1 in "
-        "those that merge.",
+        "Of ATS.SAMPLER merge_sample: factor on log(size), which is added to the keys' logits, in blocks that sample; "
+        "it is 1 in blocks that merge.",
         within=PROBABILITY,
     )
 
@@ -86,7 +86,7 @@ class MergeSample(Reduction):
         return self.num_merging < self.depth
 
     def sampling(self, max_tokens: int) -> InverseTransform:
-        """What a late block does where at most `max_tokens` can come in."""
+        """The sampler of a late block, if at most `max_tokens` can come in."""
         num_early = sum(block < self.num_merging for block in self.stage) if self.threshold else 0
         left = self.num_prefix_tokens + (max_tokens - self.num_prefix_tokens) * self.ratio**num_early
         return InverseTransform(
@@ -123,7 +123,7 @@ class MergeSample(Reduction):
         return merge_redundant(step, ratio, margin=margin, size_factor=self.size_factor, above=above)
 
     def above(self, step: Step) -> Callable[[Tensor], float] | None:
-        """From the cosines of a batch's proposals [S, A] to the one above which they merge; None: by `ratio` alone."""
+        """A function from a batch's cosines of proposals [S, A] to the threshold; None: merge by `ratio` alone."""
         return (lambda cosines: self.threshold) if self.threshold else None
 
     def limit(self, max_tokens: int) -> int:
@@ -145,7 +145,7 @@ class MergeSample(Reduction):
         return list(range(depth))
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> MergeSample:
-        """Above 1, there are more sample points for each token."""
+        """A scale above 1 gives more sample points per token."""
         ratio = min(max(scale, 0.5), 1.0)
         return replace(self, ratio=ratio, threshold=0.0, points=self.points * max(scale, 1.0))
 
@@ -161,7 +161,7 @@ class MergeSample(Reduction):
 
 @dataclass(frozen=True)
 class _Learning(MergeSample):
-    """Finds this block's threshold from a batch: over all its images, `ratio` of the tokens are left."""
+    """Finds this block's threshold from a batch: the one that keeps `ratio` of the tokens over all its images."""
 
     found: dict[int, list[float]] = field(default_factory=dict, compare=False)
 

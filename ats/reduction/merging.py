@@ -1,4 +1,4 @@
-"""Parts that merging reductions are made of, on ragged tokens: groups of tokens, their weighted means, and who is near.
+"""Building blocks of merging reductions on ragged tokens: groups of tokens, their weighted means, nearest tokens.
 
 Shapes: as in `base.py`; N rows of the longest sequence in the padded layout, C channels.
 """
@@ -25,22 +25,22 @@ def sizes(tokens: RaggedTokens, dtype: torch.dtype) -> Tensor:
 
 
 def size_bias(size: Tensor | None, factor: float) -> Tensor | None:
-    """What is added to the logits of keys that stand for several tokens: log(size), times a factor; None if nothing."""
+    """The bias on the logits of keys that stand for several tokens: factor * log(size); None if there is none."""
     if size is None or factor == 0:
         return None
     return size.log() if factor == 1 else factor * size.log()
 
 
 def weighted_mean(x: Tensor, weight: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of every group of rows, and each group's total weight. A row that is alone in its group stays exactly
-    what it is.
+    """The weighted mean of every group of rows, and each group's total weight. A row alone in its group stays exactly
+    the same.
 
     Args:
         x: [T, C]. weight: [T], float32 or better. target: [T] int64, the group of each row; -1: in no group.
-        index: [T'] int64, for each group a row that is in it; of a group without rows, which is padding, any.
+        index: [T'] int64, a row of each group; arbitrary for padding, a group without rows.
 
     Returns:
-        [T', C] in the dtype of x, and [T']; for padding anything finite that its sequence has, and 1.
+        [T', C] in the dtype of x, and [T']; for padding arbitrary finite values, and 1.
     """
     num_groups = index.shape[0]
     total = group_sums(weight, target, num_groups)
@@ -50,7 +50,7 @@ def weighted_mean(x: Tensor, weight: Tensor, target: Tensor, index: Tensor) -> t
     own = torch.arange(x.shape[0], device=x.device)
     joins = (target >= 0) & (index.index_select(0, group) != own)  # the others of each group
     mean = x.index_select(0, index) * share.index_select(0, index)[:, None]
-    if x.is_cuda or torch.compiler.is_compiling():  # asking which would be a wait, or a shape that depends on the data
+    if x.is_cuda or torch.compiler.is_compiling():  # nonzero would be a host wait, or a data-dependent shape
         group = torch.where(joins, group, num_groups)  # an extra row, cut off: NaN * 0 is NaN
         mean = torch.cat([mean, mean.new_zeros(1, mean.shape[1])])
         mean = mean.index_add(0, group, x * share[:, None])[:num_groups]
@@ -68,10 +68,10 @@ def group_sums(x: Tensor, target: Tensor, num_targets: int) -> Tensor:
 
 
 def nearest_kept(step: Step) -> Tensor:
-    """[T] int64: for every token of a block's input the row of `step.kept` that takes it in: itself where it is kept,
-    else the kept candidate whose key is nearest, by the cosine of the keys of all heads as one vector; -1 for padding.
+    """[T] int64: for every token of a block's input the row of `step.kept` that absorbs it. For a kept token that is
+    itself, else the kept candidate with the nearest key (cosine, all heads as one vector); -1 for padding.
 
-    Prefix tokens take in no others.
+    Prefix tokens absorb no others.
     """
     layout, kept, num_prefix = step.tokens.layout, step.kept.layout, step.tokens.num_prefix_tokens
     dtype = torch.promote_types(step.k.dtype, torch.float32)
@@ -82,15 +82,15 @@ def nearest_kept(step: Step) -> Tensor:
         similarity = similarity.masked_fill(~kept.mask[:, None], -torch.inf)
     nearest = layout.unpad(similarity.argmax(dim=2)) + kept.start.index_select(0, layout.sequence)
     own = torch.arange(step.index.shape[0], device=nearest.device)
-    if not kept.full:  # a row of padding holds some dropped token
+    if not kept.full:  # a padding row holds some dropped token
         own = torch.where(kept.mask.flatten(), own, nearest.index_select(0, step.index))
     nearest = nearest.index_copy(0, step.index, own)
     return nearest if layout.full else nearest.masked_fill(~layout.mask.flatten(), -1)
 
 
 def nearest_among(k: Tensor, layout: Layout, takes: Tensor, num_prefix_tokens: int) -> Tensor:
-    """[T] int64: for every token the row of the nearest one, by the cosine of the keys, of its sequence's that `takes`
-    [S, M] marks; prefix tokens do not take part.
+    """[T] int64: for every token the row of the nearest token of its sequence (cosine of the keys) among those marked
+    in `takes` [S, M], prefix tokens excluded.
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
     with torch.autocast(k.device.type, enabled=False):
@@ -101,10 +101,10 @@ def nearest_among(k: Tensor, layout: Layout, takes: Tensor, num_prefix_tokens: i
 
 
 def fuse_dropped(step: Step, weight: Tensor, *, limit: int) -> RaggedTokens:
-    """The kept tokens and, behind the last of each sequence that lost some, one more: the weighted mean of these.
+    """The kept tokens and, at the end of each sequence that lost some, one more: the weighted mean of the lost ones.
 
     Args:
-        weight: [T] of every token of the block's input. limit: the most tokens of a sequence then.
+        weight: [T] of every token of the block's input. limit: the most tokens a sequence can have then.
     """
     tokens, kept, layout = step.tokens, step.kept, step.kept.layout
     goes = tokens.layout.mask & ~step.mask  # [S, M]
@@ -116,7 +116,7 @@ def fuse_dropped(step: Step, weight: Tensor, *, limit: int) -> RaggedTokens:
     column = torch.arange(layout.longest + 1, device=goes.device)
     loses = tokens.layout.lengths > layout.lengths
     lengths = layout.lengths + loses
-    single = not isinstance(layout.longest, int)  # in a graph that learns the number of tokens from the image
+    single = not isinstance(layout.longest, int)  # in a graph where the number of tokens depends on the image
     if single:
         columns = only(lengths, layout.longest + 1)
     elif layout.kind == "padded":
@@ -145,7 +145,7 @@ def fuse_dropped(step: Step, weight: Tensor, *, limit: int) -> RaggedTokens:
 
 
 def only(lengths: Tensor, most: int) -> int:
-    """The one entry of `lengths` [1], in a graph that learns `most` from the image."""
+    """The one entry of `lengths` [1], in a graph where it depends on the image; at most `most`."""
     from ats.compat import export_check
 
     length: Any = lengths.item()
@@ -155,7 +155,7 @@ def only(lengths: Tensor, most: int) -> int:
 
 
 def cls_row(step: Step) -> Tensor:
-    """[S, H, N] attention of CLS to every token, float32 or better; for reductions behind the attention."""
+    """[S, H, N] attention of CLS to every token, float32 or better; for reductions after the attention."""
     from ats.attention import cls_attention
 
     layout = step.kept.layout
@@ -169,12 +169,12 @@ def cls_row(step: Step) -> Tensor:
 class Matching(NamedTuple):
     """Which tokens merge, in the padded layout."""
 
-    order: Tensor  # [S, N'] positions of the tokens that stay, in their new order; of padding anything
-    target: Tensor  # [S, N] where each token goes, as an index into `order`; -1 for padding
-    lengths: Tensor  # [S] tokens that stay
+    order: Tensor  # [S, N'] positions of the tokens that stay, in their new order; arbitrary for padding
+    target: Tensor  # [S, N] where each token goes, as an index into `order`; -1: nowhere (dropped, or padding)
+    lengths: Tensor  # [S] number of tokens that stay
 
     def merge(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of every group of tokens that become one, weighted by how many original tokens each stands for.
+        """The mean of every group of tokens that merge, weighted by how many original tokens each one stands for.
 
         Args:
             x: [S, N, C]. size: [S, N], float32 or better.
@@ -199,17 +199,17 @@ def bipartite_soft_matching(
     among: Tensor | None = None,
     above: Callable[[Tensor], Tensor | float] | None = None,
 ) -> Matching:
-    """ToMe, section 3 and its appendix D: tokens at even positions (A) and at odd ones (B); each of A proposes to the
-    one of B it is most similar to (cosine), and the r best proposals merge. Prefix tokens neither propose nor are
-    proposed to. The new order is the prefix, the rest of A, the rest of B: not spatial, and it decides the next split.
+    """ToMe, section 3 and appendix D: split tokens into those at even positions (A) and odd positions (B). Each token
+    of A proposes to its most similar token of B (cosine), and the r best proposals merge. Prefix tokens take no part.
+    The new order is the prefix, the rest of A, the rest of B. It is not spatial, and it decides the next split.
 
     Args:
-        metric: [S, N, D] what is compared.
-        r: 0 or more, of all sequences or [S]; at most half of the tokens that are not prefix tokens merge.
-        lengths: [S] tokens of each sequence, which come first in its row; None: N.
-        among: [S] only that many tokens, the first ones, merge; None: all.
-        above: from the cosine of each proposal, [S, A] and -inf where there is none, the one above which they merge;
-            None: any.
+        metric: [S, N, D] the vectors to compare.
+        r: 0 or more, for all sequences or [S]; at most half of the tokens, prefix tokens excluded, merge.
+        lengths: [S] tokens per sequence, which come first in its row; None: N.
+        among: [S] only the first that many tokens may merge; None: all.
+        above: function from the cosine of each proposal, [S, A] with -inf where there is none, to the threshold above
+            which proposals merge; None: no threshold.
     """
     num_sequences, num_tokens, _ = metric.shape
     if lengths is None:
@@ -224,11 +224,11 @@ def bipartite_soft_matching(
     best, partner = similarity.masked_fill(~allowed, -torch.inf).max(dim=2)
     num_merged = ((lengths - num_prefix_tokens) // 2).clamp_max(r).clamp_min(0)
     if above is not None:
-        num_merged = num_merged.minimum((best.clamp_max(1) > above(best)).sum(dim=1))  # 1 + round-off is 1
+        num_merged = num_merged.minimum((best.clamp_max(1) > above(best)).sum(dim=1))  # round-off above 1
     rank = inverse(best.argsort(dim=1, descending=True, stable=True))
     merged = rank < num_merged[:, None]  # [S, A]
 
-    # The new order: prefix 0, rest of A 1, rest of B 2, padding and merged tokens behind.
+    # The new order: prefix 0, rest of A 1, rest of B 2, padding and merged tokens last.
     place = torch.where(position < num_prefix_tokens, 0, 1 + position % 2).expand(num_sequences, -1)
     gone = torch.zeros_like(may_merge)
     gone[:, ::2] = merged
@@ -238,7 +238,7 @@ def bipartite_soft_matching(
     target = new_index.masked_fill(position >= lengths[:, None], -1)
     target[:, ::2] = torch.where(merged, new_index.gather(1, 2 * partner + 1), target[:, ::2])
     longest: Any = num_tokens
-    if isinstance(r, int):  # in an exported graph the number of tokens may follow the image
+    if isinstance(r, int):  # sym: in an exported graph the number of tokens may depend on the image
         longest -= torch.sym_max(torch.sym_min(r, (num_tokens - num_prefix_tokens) // 2), 0)
     return Matching(order[:, :longest], target, lengths - num_merged)
 
@@ -258,10 +258,10 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
 def repack_matched(
     step: Step, matching: Matching, size: Tensor, *, max_tokens: int, size_factor: float, uniform: bool
 ) -> RaggedTokens:
-    """What a matching leaves of the tokens `step.kept`.
+    """Apply a matching to `step.kept`: the tokens that are left.
 
     Args:
-        size: [S, N], float32 or better, how many original tokens each of them stands for.
+        size: [S, N], float32 or better, how many original tokens each token stands for.
         size_factor: see `Reduction.size_factor`. uniform: all sequences keep the same number.
     """
     tokens, layout = step.kept, step.kept.layout
@@ -284,10 +284,10 @@ def repack_matched(
 def repack(
     tokens: RaggedTokens, lengths: Tensor | None, *, max_tokens: int, x: Tensor, **padded: Tensor | None
 ) -> RaggedTokens:
-    """Padded rows as the tokens that go on.
+    """Padded rows as RaggedTokens.
 
     Args:
-        tokens: what they come from. lengths: [S] rows of each sequence that are tokens; None: all.
+        tokens: the tokens they replace. lengths: [S] how many rows of each sequence are tokens; None: all.
         max_tokens: see `RaggedTokens`. x: [S, N', C].
         padded: other attributes of `RaggedTokens`, [S, N'] (position, size, key_bias), or None.
     """
@@ -297,7 +297,7 @@ def repack(
     if lengths is not None and tokens.layout.kind == SINGLE:
         longest, lengths = only(lengths, longest), None
     layout = tokens.layout.of_lengths(lengths, longest=longest)
-    if not layout.full:  # rows of padding have no position
+    if not layout.full:  # padding rows have no position
         padded["position"] = torch.where(layout.mask, padded["position"], tokens.num_positions)
     rows: dict[str, Any] = {"layout": layout, "max_tokens": max_tokens}
     rows |= {name: None if t is None else layout.unpad(t[:, : layout.longest]) for name, t in padded.items()}

@@ -1,10 +1,10 @@
-"""PiToMe (Tran et al., Accelerating Transformers with Spectrum-Preserving Token Merging, NeurIPS 2024): in every block,
-behind the attention, redundant tokens merge. A token is redundant if many others are similar to it: its energy.
+"""PiToMe (Tran et al., Accelerating Transformers with Spectrum-Preserving Token Merging, NeurIPS 2024): every block
+merges redundant tokens after the attention. A token is redundant if many others are similar to it: its energy is high.
 
     e_i = mean_j f(cos(k_i, k_j) - m),   f(z) = z above 0, else exp(z) - 1,   m = margin * (1 - block / depth)
 
-In the first half of the blocks energies only decide the split into proposers and partners; in the second, the 2r tokens
-with the highest energy merge in pairs and all others are protected.
+In the first half of the blocks, energy only decides the split into proposers and partners. In the second half, the 2r
+tokens with the highest energy merge in pairs and all others are protected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @register("pitome")
 @dataclass(frozen=True)
 class PiToMe(Scheduled):
-    """Merge what is redundant, a share of the tokens present."""
+    """Merge redundant tokens, a share of those present."""
 
     title = "PiToMe"
     amount = "ratio"
@@ -37,8 +37,8 @@ class PiToMe(Scheduled):
 
     ratio: float = option(
         0.9,
-        "Of ATS.SAMPLER pitome: share of the tokens present, prefix tokens not counted, that each of ATS.BLOCKS leaves;"
-        " or a list with one entry per block of the network.",
+        "Of ATS.SAMPLER pitome: share of the present tokens, prefix tokens excluded, that each of ATS.BLOCKS keeps; or "
+        "a list with one entry per block of the network.",
         within=SHARE,
         types=(float, list),
         per_block=True,
@@ -46,17 +46,17 @@ class PiToMe(Scheduled):
     )
     margin: float = option(
         0.75,
-        "Of ATS.SAMPLER pitome: similarity above which a token counts as redundant in block 0; it falls linearly.",
+        "Of ATS.SAMPLER pitome: similarity above which tokens count as redundant in block 0; it falls linearly.",
         within=PROBABILITY,
     )
     split_share: float = option(
         0.5,
-        "Of ATS.SAMPLER pitome: share of the network's blocks, from the first, in which any token may merge; behind "
-        "them only the most redundant ones.",
+        "Of ATS.SAMPLER pitome: share of the network's blocks, from the first, in which any token may merge; in later "
+        "blocks only the most redundant ones may.",
         within=PROBABILITY,
     )
     prop_attn: bool = option(
-        False, "Of ATS.SAMPLER pitome: proportional attention, logits plus the log of a token's size."
+        False, "Of ATS.SAMPLER pitome: proportional attention, which adds the log of a key's size to its logits."
     )
 
     @property
@@ -65,14 +65,14 @@ class PiToMe(Scheduled):
 
     @property
     def protects(self) -> bool:
-        """Whether tokens of low energy stay as they are."""
+        """Whether tokens of low energy may not merge."""
         return self.block >= math.ceil(self.split_share * self.depth)
 
     def limit(self, max_tokens: int) -> int:
         return max_tokens - num_merged(max_tokens - self.num_prefix_tokens, self.ratio)
 
     def merge(self, step: Step) -> RaggedTokens:
-        """Merge tokens that are similar in the mean of their keys over the heads."""
+        """Merge tokens whose keys, averaged over the heads, are similar."""
         margin = self.margin * (1 - self.block / self.depth)
         return merge_redundant(step, self.ratio, margin=margin, size_factor=self.size_factor, protects=self.protects)
 
@@ -88,12 +88,12 @@ class PiToMe(Scheduled):
 
 
 def num_merged(num: int, ratio: float) -> int:
-    """Tokens that merge away of `num` that are not prefix tokens, if a share `ratio` is to stay."""
+    """How many of `num` tokens (without prefix tokens) merge away to keep a share `ratio`."""
     return max(min(math.floor(num - num * ratio), num // 2), 0)
 
 
 def multiply_adds(num: Tensor, head_dim: int) -> Tensor:
-    """Of all similarities, for the energies, and of those between proposers and partners."""
+    """Of all similarities (for the energies) and of those between proposers and partners."""
     num_a = torch.ceil(num / 2)
     return (num * num + num_a * (num - num_a)) * head_dim
 
@@ -107,25 +107,25 @@ def merge_redundant(
     protects: bool = False,
     above: Callable[[Tensor], Tensor | float] | None = None,
 ) -> RaggedTokens:
-    """The tokens behind a block in which redundant ones merge.
+    """Merge redundant tokens of `step.kept`.
 
     Args:
-        ratio: share of a sequence's tokens, prefix tokens not counted, that stays; with `above`, at least that.
+        ratio: share of a sequence's tokens, without prefix tokens, to keep; with `above`, a lower bound.
         margin: of the energy. size_factor: see `Reduction`. protects: only the tokens of highest energy may merge.
-        above: see `bipartite_soft_matching`; a sequence loses as many tokens as there are proposals like that.
+        above: see `bipartite_soft_matching`; a sequence loses one token per proposal above the threshold.
     """
     tokens, layout, num_prefix = step.kept, step.kept.layout, step.kept.num_prefix_tokens
     if num_merged(tokens.max_tokens - num_prefix, ratio) == 0:
-        return tokens  # then no sequence has any to merge, in any batch
+        return tokens  # no sequence has any to merge, in any batch
     if isinstance(layout.longest, int) and layout.longest < num_prefix + 2:
-        return tokens  # nor is there a pair
+        return tokens  # not even one pair
     dtype = torch.promote_types(step.k.dtype, torch.float32)
     with torch.autocast(step.k.device.type, enabled=False):
         metric = layout.pad(step.k.detach().to(dtype).mean(dim=1))[:, num_prefix:]
         metric = torch.nn.functional.normalize(metric, dim=2)
         valid, num = layout.mask[:, num_prefix:], layout.lengths - num_prefix
         if not layout.full:
-            metric = metric.masked_fill(~valid[:, :, None], 0)  # some dropped token
+            metric = metric.masked_fill(~valid[:, :, None], 0)  # padding rows hold some dropped token
         energies = energy(metric, num, margin=margin)
         order = energies.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
         r = (num - num.double() * ratio).floor().to(num.dtype).minimum(num // 2)
@@ -154,9 +154,9 @@ def energy(unit: Tensor, num: Tensor, *, margin: float) -> Tensor:
     """[S, M] how redundant each token is: the mean of ELU(cosine - margin) over all tokens of its sequence.
 
     Args:
-        unit: [S, M, D], rows of norm 1; zeros for padding. num: [S] tokens of each sequence. margin: 0 or more.
+        unit: [S, M, D], rows of norm 1; zeros for padding. num: [S] tokens per sequence. margin: 0 or more.
     """
-    # ELU(z) = exp(min(z, 0)) - 1 + z - min(z, 0). With padding the cosine is 0, and exp(min(0, margin)) is 1.
+    # ELU(z) = exp(min(z, 0)) - 1 + z - min(z, 0). The cosine with padding is 0, and exp(min(0, margin)) is 1.
     low = (unit @ unit.transpose(1, 2)).clamp_max_(margin)
     total = (unit * unit.sum(dim=1, keepdim=True)).sum(dim=2) - low.sum(dim=2)
     total = total + math.exp(-margin) * (low.exp_().sum(dim=2) - (unit.shape[1] - num)[:, None])
@@ -164,11 +164,11 @@ def energy(unit: Tensor, num: Tensor, *, margin: float) -> Tensor:
 
 
 def behind_prefix(matching: Matching, order: Tensor, num_prefix: int, *, limit: int) -> Matching:
-    """A matching of tokens in another order as one of the whole sequence, prefix tokens first.
+    """Turn a matching of reordered tokens into one of the whole sequence, prefix tokens first.
 
     Args:
-        order: [S, M] which token lies at each place of `matching`, prefix tokens not counted.
-        limit: the most tokens of a sequence that stay, prefix tokens counted.
+        order: [S, M] which token each place of `matching` refers to, prefix tokens not counted.
+        limit: the most tokens of a sequence that stay, prefix tokens included.
     """
     prefix = torch.arange(num_prefix, device=order.device).expand(order.shape[0], -1)
     target = torch.where(matching.target >= 0, matching.target + num_prefix, -1)

@@ -1,7 +1,7 @@
-"""From settings to what each block does: which blocks lose tokens, by which reduction, and whether all that fits.
+"""From settings to a plan: which blocks drop or merge tokens, by which reduction, and whether the settings fit.
 
-Settings come from a config (`ATS.NUM_TOKENS`) or from `ats.patch` (`num_tokens`). Here they have the names that they
-have in `ats.patch`; a `Naming` turns these into what the user typed, for messages.
+Settings come from a config (`ATS.NUM_TOKENS`) or from `ats.patch` (`num_tokens`). This file uses the names of
+`ats.patch`; for messages, a `Naming` turns them into what the user typed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from ats.errors import UserError, suggest
 from ats.reduction.base import REDUCTIONS, Naming, OptionOf, Reduction, Scheduled, options_of
 
-Stage = Mapping[str, Any]  # "sampler", "blocks" and options of that reduction; options that are left out: defaults
+Stage = Mapping[str, Any]  # "sampler", "blocks" and options of that reduction; omitted options have their defaults
 
 
 def config_key(setting: str, sampler: str = "") -> str:
-    """The key of a setting in a config: "ATS.NUM_TOKENS" for "num_tokens", "TOME.R" for "r". Where several reductions
-    have an option of this name, it is `sampler`'s.
+    """The config key of a setting: "ATS.NUM_TOKENS" for "num_tokens", "TOME.R" for "r". If several reductions have an
+    option of this name, the one of `sampler`.
     """
     kinds = [REDUCTIONS[sampler], *REDUCTIONS.values()] if sampler in REDUCTIONS else REDUCTIONS.values()
     keys = (option.key for kind in kinds for option in options_of(kind) if option.name == setting)
@@ -27,7 +27,7 @@ def config_key(setting: str, sampler: str = "") -> str:
 
 
 def default_blocks(depth: int, can_sample: Container[int] | None = None) -> list[int]:
-    """Where nobody names blocks: the last three quarters, as in the paper (3 to 11 of 12), of those that can sample."""
+    """The default blocks: those of the last three quarters, as in the paper (3 to 11 of 12), that can sample."""
     blocks = list(range(depth // 4, depth))
     return [block for block in blocks if can_sample is None or block in can_sample] or blocks
 
@@ -40,17 +40,17 @@ def plan_reductions(
     has_cls: bool | None = None,
     namings: Sequence[Naming] = (),
 ) -> dict[int, Reduction]:
-    """Block -> its reduction, in the order of the blocks, for a network with `depth` blocks.
+    """Block -> its reduction, by ascending block, for a network with `depth` blocks.
 
     Args:
-        stages: blocks that share a reduction and its options; a list for an option with one entry per block of the
-            network gives every block its own (entries of other blocks are not used).
-        num_prefix_tokens: tokens that are always kept. has_cls: the first of them is CLS; by default it is.
-        namings: of each stage; by default config keys.
+        stages: blocks that share a reduction and its options. An option can be a list with one entry per block of the
+            network, to give each block its own value; entries of other blocks are not used.
+        num_prefix_tokens: tokens that are always kept. has_cls: the first of them is CLS, as it is by default.
+        namings: one per stage; by default config keys.
 
     Raises:
         UserError: an unknown reduction or option, a value out of range, a list of the wrong length, a block that does
-            not exist or is listed twice, or what a reduction's own `check` refuses.
+            not exist or is listed twice, or whatever a reduction's own `check` refuses.
     """
     has_cls = num_prefix_tokens > 0 if has_cls is None else has_cls
     network = {"depth": depth, "num_prefix_tokens": num_prefix_tokens, "has_cls": has_cls}
@@ -64,11 +64,11 @@ def plan_reductions(
     return dict(sorted(planned.items()))
 
 
-NEUTRAL = {"dropped": "drop", "schedule": "flat"}  # options that change what is computed, and when they do not
+NEUTRAL = {"dropped": "drop", "schedule": "flat"}  # options that change the method -> the value that does not
 
 
 def refuse_unread(settings: Mapping[str, object], samplers: Sequence[object], naming: Naming) -> None:
-    """Raise a UserError for an option of NEUTRAL that is set and that none of these reductions has."""
+    """Raise a UserError if an option in NEUTRAL is set but none of these reductions has it."""
     known = {sampler for sampler in samplers if isinstance(sampler, str) and sampler in REDUCTIONS}
     for name, neutral in NEUTRAL.items():
         value = settings.get(name, neutral)
@@ -77,7 +77,7 @@ def refuse_unread(settings: Mapping[str, object], samplers: Sequence[object], na
         ]
         if value != neutral and known and not known & {*readers}:
             raise UserError(
-                f"{naming(name)} {value} means nothing with {naming('sampler')} {', '.join(map(str, samplers))}: use "
+                f"{naming(name)} {value} has no effect with {naming('sampler')} {', '.join(map(str, samplers))}: use "
                 f"{naming(name)} {neutral}, or {naming('sampler')} {', '.join(readers)}."
             )
 
@@ -95,7 +95,7 @@ def _plan_stage(stage: dict, network: dict, naming: Naming) -> list[Reduction]:
             typed = naming(name)
             names = [option.upper() if typed.isupper() else option for option in options]
             raise UserError(
-                f"{typed} is no option of {naming('sampler')} {sampler}: choose from {', '.join(names)}."
+                f"{typed} is not an option of {naming('sampler')} {sampler}: choose from {', '.join(names)}."
                 f"{suggest(typed.rpartition(' ')[2], names)}"
             )
     _check_blocks(blocks, depth, naming)
@@ -141,7 +141,7 @@ def value_of_each_block(
     """Block -> its value of an option.
 
     Raises:
-        UserError: a value that the option does not take, or a list of the wrong length.
+        UserError: a value the option does not take, or a list of the wrong length.
     """
     name = naming(option.name)
     if isinstance(value, (list, tuple)):
@@ -176,7 +176,7 @@ def _fits(option: OptionOf, value: object) -> bool:
 
 
 def _types(option: OptionOf) -> tuple[type, ...]:
-    """Types of one block's value; a list would be one for every block."""
+    """Types of one block's value; lists hold one value per block."""
     return tuple(kind for kind in option.about.types or (type(option.default),) if kind is not list)
 
 

@@ -1,6 +1,6 @@
-"""PPT (Wu et al., PPT: Token Pruning and Pooling for Efficient Vision Transformers, 2023): in a few blocks, behind the
-attention, every image loses r tokens. Where its significance scores are nearly equal it merges similar tokens, as ToMe
-does; where they vary it drops the lowest ones.
+"""PPT (Wu et al., PPT: Token Pruning and Pooling for Efficient Vision Transformers, 2023): in a few blocks, after the
+attention, every image loses r tokens. If its significance scores are nearly equal it merges similar tokens, as in ToMe;
+if they vary it drops the lowest ones.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ class PPT(Scheduled):
 
     r: int = option(
         50,
-        "Of ATS.SAMPLER ppt: tokens that go in each of ATS.BLOCKS (at most half of those present); or a list with one "
-        "entry per block of the network.",
+        "Of ATS.SAMPLER ppt: tokens to drop or merge away in each of ATS.BLOCKS (at most half of those present); or a "
+        "list with one entry per block of the network.",
         within=FROM_0,
         types=(int, list),
         per_block=True,
-        give="the number of tokens that go, 0 or more",
+        give="the number of tokens to drop or merge away, 0 or more",
     )
     threshold: float = option(
         7e-5,
-        "Of ATS.SAMPLER ppt: an image merges where the variance of its scores (they sum to 1) is below this, else it "
-        "drops. The variance falls with the square of the number of tokens: the default is for 196 patches.",
+        "Of ATS.SAMPLER ppt: an image merges tokens if the variance of its scores (summing to 1) is below this, else "
+        "it drops them. The variance falls with the square of the number of tokens: the default is for 196 patches.",
         within=FROM_0,
     )
     prop_attn: bool = option(
         True,
-        "Of ATS.SAMPLER ppt: proportional attention, logits plus the log of a token's size; False: also in averages "
-        "every token counts once.",
+        "Of ATS.SAMPLER ppt: proportional attention, which adds the log of a key's size to its logits; False: averages "
+        "ignore sizes too.",
     )
 
     @property
@@ -57,19 +57,19 @@ class PPT(Scheduled):
         return float(self.prop_attn)
 
     def num_gone(self, num_tokens: int) -> int:
-        """Tokens that go of `num_tokens`, prefix tokens counted."""
+        """How many of `num_tokens` tokens, prefix tokens included, are dropped or merged away."""
         return max(min(self.r, (num_tokens - self.num_prefix_tokens) // 2), 0)
 
     def limit(self, max_tokens: int) -> int:
         return max_tokens - self.num_gone(max_tokens)
 
     def merge(self, step: Step) -> RaggedTokens:
-        """The tokens that stay: behind a merge in ToMe's order, else by descending score. The order is not spatial,
-        and it decides how a later merge splits the tokens.
+        """The tokens that stay, after a merge in ToMe's order, else by descending score. The order is not spatial, and
+        it decides how a later merge splits the tokens.
         """
         tokens, layout, num_prefix = step.kept, step.kept.layout, self.num_prefix_tokens
         if self.num_gone(tokens.max_tokens) == 0:
-            return tokens  # then no sequence has any to lose, in any batch
+            return tokens  # no sequence has any to lose, in any batch
         lengths = None if layout.uniform and layout.full else layout.lengths
         dtype = torch.promote_types(step.k.dtype, torch.float32)
         with torch.autocast(step.k.device.type, enabled=False):
@@ -98,13 +98,13 @@ class PPT(Scheduled):
             )
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor:
-        """Of the row of CLS and of the similarities, which every image computes."""
+        """Of the attention row of CLS and of the similarities, which every image computes."""
         num_a = torch.ceil(num_in / 2)
         return num_in * head_dim * num_heads + num_a * (num_in - num_a) * head_dim
 
     @classmethod
     def usual_blocks(cls, depth: int) -> list[int]:
-        """Behind a quarter, a half and three quarters of the depth."""
+        """After a quarter, a half and three quarters of the depth."""
         return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
 
     def scaled(self, scale: float, max_tokens: int, stagger: float) -> PPT:
@@ -113,15 +113,14 @@ class PPT(Scheduled):
 
 
 def variance(scores: Tensor, valid: Tensor) -> Tensor:
-    """[S], unbiased, of scores [S, M] where `valid`; NaN for a single one."""
+    """[S] unbiased variance of scores [S, M] where `valid`; NaN for a single score."""
     num = valid.sum(dim=1)
     mean = scores.sum(dim=1) / num
     return ((scores - mean[:, None]) * valid).square().sum(dim=1) / (num - 1)
 
 
 def keep_highest(scores: Tensor, like: Matching, *, num_prefix_tokens: int) -> Matching:
-    """As many tokens as another matching leaves, those with the highest scores, in descending order; the others go
-    nowhere.
+    """Keep the highest scores, in descending order, as many as the matching `like` leaves; drop the others.
 
     Args:
         scores: [S, M] without prefix tokens, below 0 for padding.

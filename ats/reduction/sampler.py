@@ -23,24 +23,24 @@ logger = logging.getLogger(__name__)
 
 DROPPED = ("drop", "merge", "fuse")
 MERGE_WEIGHTS = ("size", "size_score")
-LEAST_SCORE = 1e-6  # of the highest, as a weight: a group of tokens without any would have no mean
-MAX_SCALE = 64.0  # sample points per token; beyond this, hardly another token is picked
+LEAST_SCORE = 1e-6  # lowest weight, relative to the highest score: a group of zero weight would have no mean
+MAX_SCALE = 64.0  # sample points per token; more pick hardly any more tokens
 
 
 @dataclass(frozen=True)
 class Sampler(Reduction):
-    """At most K tokens of a sequence, chosen by score. Subclasses define `choose`."""
+    """Keep at most K tokens of a sequence, chosen by score. Subclasses define `choose`."""
 
     section: ClassVar[str] = "ATS"
     amount: ClassVar[str] = "num_tokens"
 
     num_tokens: int | float = option(
         1.0,
-        "K, the most tokens a block keeps, prefix tokens counted: a number (above 1; rounded) or a ratio (up to 1) of "
+        "K, the most tokens a block keeps, prefix tokens included: a number (above 1; rounded) or a ratio (up to 1) of "
         "the most tokens that the block can get, so ratios compound; one value for all blocks, or a list with one "
         "entry per block of the network. Per image, per frame (XViT, TimeSformer) or per clip (TimeSformer with "
-        "joint_space_time, MViT). In MViT and CvT K counts the cells that keys are pooled to, and CLS: a kept cell "
-        "keeps all the tokens it stands for.",
+        "joint_space_time, MViT). In MViT and CvT, K counts CLS and the cells that keys are pooled to: a kept cell "
+        "keeps all the tokens it covers.",
         within=AMOUNT,
         types=(int, float, list),
         per_block=True,
@@ -48,8 +48,8 @@ class Sampler(Reduction):
     )
     score: str = option(
         SCORES[0],
-        "Significance score of a token: attention of CLS x norm of its value (the paper), attention of CLS alone, or "
-        "the mean attention it receives from all tokens (the only one for networks without CLS).",
+        "Significance score of a token: attention of CLS x norm of the token's value (the paper), attention of CLS "
+        "alone, or the mean attention it gets from all tokens (the only choice for networks without CLS).",
         choices=SCORES,
     )
     min_tokens: int = option(
@@ -57,29 +57,30 @@ class Sampler(Reduction):
     )
     dropped: str = option(
         "drop",
-        "What becomes of tokens that are not kept. drop: nothing (the paper). merge: each is averaged into the kept "
-        "token with the nearest key. fuse: their average is one more token.",
+        "What to do with tokens that are not kept. drop: drop them (the paper). merge: average each one into the kept "
+        "token with the nearest key. fuse: average them into one more token.",
         choices=DROPPED,
     )
     merge_weight: str = option(
         "size",
-        "Weights of these averages: size (tokens that one stands for) or size_score (size x significance score).",
+        "Weights for ATS.DROPPED merge and fuse: size (how many tokens one stands for) or size_score (size x "
+        "significance score).",
         choices=MERGE_WEIGHTS,
     )
     prop_attn: bool = option(
         True,
-        "Proportional attention: once tokens were merged, logits plus ATS.SIZE_BIAS times the log of a key's size.",
+        "Proportional attention: once tokens are merged, ATS.SIZE_BIAS * log(size) is added to the logits of a key.",
     )
-    size_bias: float = option(1.0, "Factor of log(size) in ATS.PROP_ATTN.", within=PROBABILITY)
+    size_bias: float = option(1.0, "Factor on log(size) in ATS.PROP_ATTN.", within=PROBABILITY)
     share_frames: bool = option(
         False,
         "Video: all frames of a segment (XViT) or clip (TimeSformer) keep the same patches, by their mean score; "
-        "False: every frame its own.",
+        "False: each frame keeps its own.",
         networks=("XViT", "TimeSformer"),
     )
 
     def choose(self, candidates: Candidates, num_points: int) -> Tensor:
-        """[S, M] bool, at most `num_points` (K less the prefix tokens) of a sequence's candidates; see
+        """[S, M] bool, at most `num_points` (K minus the prefix tokens) candidates per sequence; see
         `Reduction.select`.
         """
         raise NotImplementedError
@@ -104,7 +105,7 @@ class Sampler(Reduction):
         return self.size_bias if self.prop_attn else 0.0
 
     def merge(self, step: Step) -> RaggedTokens:
-        """Dropped tokens go into kept ones, or into one of their own (`dropped`); sizes add up in both."""
+        """Merge dropped tokens into kept ones, or fuse them into a new one (`dropped`). Either way, sizes add up."""
         tokens, dtype = step.tokens, torch.promote_types(step.tokens.x.dtype, torch.float32)
         size = weight = sizes(tokens, dtype)
         if self.merge_weight == "size_score":
@@ -121,7 +122,7 @@ class Sampler(Reduction):
         return kept
 
     def _scores(self, step: Step) -> Tensor:
-        """[T] scores of the block's input, as weights: above 0, and 1 for prefix tokens."""
+        """[T] scores of the block's input as positive weights; 1 for prefix tokens."""
         candidates, layout = step.candidates, step.tokens.layout
         scores = usable(candidates.scores, candidates.valid)
         scores = torch.maximum(scores, LEAST_SCORE * scores.amax(dim=1, keepdim=True))
@@ -130,15 +131,15 @@ class Sampler(Reduction):
         return layout.unpad(scores.repeat_interleave(frames, dim=0) if frames > 1 else scores)
 
     def multiply_adds(self, num_in: Tensor, num_out: Tensor, *, head_dim: int, num_heads: int) -> Tensor | int:
-        """Of the cosines of all tokens with the kept ones."""
+        """Of the cosines between all tokens and the kept ones."""
         return num_in * num_out * head_dim * num_heads if self.dropped == "merge" else 0
 
     def num_points(self, max_tokens: int) -> int:
-        """K less the prefix tokens, at least 1."""
+        """K minus the prefix tokens, at least 1."""
         return max(self.budget(max_tokens) - self.num_prefix_tokens, 1)
 
     def budget(self, max_tokens: int) -> int:
-        """K where at most `max_tokens` can come in; the next block can get min(K, max_tokens)."""
+        """K if at most `max_tokens` can come in; the next block can get at most min(K, max_tokens)."""
         num_tokens = self.num_tokens if self.num_tokens > 1 else self.num_tokens * max_tokens
         return round(max(num_tokens, self.least))
 
@@ -164,7 +165,7 @@ class Sampler(Reduction):
 
 
 def _say_what_changes(planned: Sequence[Sampler], naming: Naming) -> None:
-    """One warning for all blocks whose K is not the number of tokens that was given."""
+    """Log one warning for all blocks whose K differs from the number of tokens that was given."""
     changed: dict[int | float, list[Sampler]] = {}
     for sampler in planned:
         if sampler.num_tokens > 1 and sampler.num_tokens != sampler.budget(max_tokens=0):

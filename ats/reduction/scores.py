@@ -2,11 +2,10 @@
 
     (1)  s_j = sum_h A_h[cls, j] * ||v_j||
 
-`||v_j||` is the norm of the concatenated heads. Variants leave the norm out (`cls_attention`), or take the attention
-that a token receives on average (`mean_attention`, for networks without CLS). Scores are not normalised here: that
-cancels in the CDF.
+`||v_j||` is the norm of the concatenated heads. Variants omit the norm (`cls_attention`), or use the mean attention
+that a token gets (`mean_attention`, for networks without CLS). Scores are not normalised: that cancels in the CDF.
 
-Scores are computed in float32 or better, also under autocast: which token wins must not depend on half precision.
+Scores are computed in float32 or better, also under autocast: half precision must not decide which token wins.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ def significance_score(attention: Tensor, value_norm: Tensor | None) -> Tensor:
 
 
 def usable(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores in float32 or better; `valid`, i.e. ones, where a sequence's scores are not finite or have no mass."""
+    """Scores in float32 or better. A sequence whose scores are not finite or have no mass gets `valid`, i.e. ones."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     total = scores.sum(dim=1, keepdim=True)
     return torch.where((total > 0) & (total < torch.inf), scores, valid)
 
 
 def average_over_frames(candidates: Candidates, frames_per_clip: int) -> Candidates:
-    """One set of candidates per clip, whose consecutive `frames_per_clip` sequences hold the same tokens.
+    """One set of candidates per clip, whose `frames_per_clip` consecutive sequences hold the same tokens.
 
-    Each frame's scores are normalised before they are averaged, so every frame has the same say.
+    Each frame's scores are normalised before averaging, so all frames count equally.
     """
     scores = usable(candidates.scores, candidates.valid)
     return Candidates(
@@ -74,10 +73,10 @@ def score_candidates(
 
     Args:
         score: name in `base.SCORES`.
-        keys: the tokens that are scored; their x is not read.
-        q: of CLS [S, H, D]; of all queries [T_q, H, D] for mean_attention.
+        keys: the tokens to score; their x is not read.
+        q: [S, H, D] of CLS; for mean_attention [T_q, H, D] of all queries.
         k, v: [T, H, D].
-        queries: layout of q for mean_attention; None: that of the keys.
+        queries: layout of q for mean_attention; None: the layout of the keys.
         bias: added to the logits, [S, 1 or H, Mq, M]; Mq is 1 for CLS.
     """
     from ats import kernels
@@ -114,7 +113,7 @@ def _plain_scores(
     queries: Layout | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """[S, M] of the candidates; anything behind the end of a sequence."""
+    """[S, M] of the candidates; arbitrary past the end of a sequence."""
     from ats.attention import cls_attention, mean_attention
 
     layout, num_prefix = keys.layout, keys.num_prefix_tokens

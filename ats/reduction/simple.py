@@ -1,4 +1,4 @@
-"""Baselines beside inverse transform sampling: the K highest scores, K tokens at random, and functions of one's own."""
+"""Baselines for inverse transform sampling: the K highest scores, K random tokens, and your own functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @register("topk")
 @dataclass(frozen=True)
 class TopK(Sampler):
-    """The K highest scores, all candidates where there are fewer; the earlier token wins a tie."""
+    """The K highest scores, or all candidates if there are fewer; the earlier token wins a tie."""
 
     title = "ATS (topk)"
 
@@ -32,7 +32,7 @@ class TopK(Sampler):
 @register("random")
 @dataclass(frozen=True)
 class Random(Sampler):
-    """K candidates chosen uniformly, by seed, block and original position alone, never by the batch."""
+    """K random candidates, uniform. The choice depends on seed, block and original position only, not on the batch."""
 
     section, title = "ATS", "ATS (random)"
     graphable = False
@@ -64,8 +64,8 @@ SamplerFunction = Callable[[Candidates, int, Sampler], "Tensor"]
 
 
 def register_sampler(name: str) -> Callable[[SamplerFunction], SamplerFunction]:
-    """Make a function available as `ATS.SAMPLER name`: the short form of a `Sampler` with the options of all samplers,
-    for choices that need no options of their own.
+    """Make a function available as `ATS.SAMPLER name`: a shortcut for a `Sampler` subclass without options of its own.
+    It has the options of all samplers.
     """
 
     def add(function: SamplerFunction) -> SamplerFunction:

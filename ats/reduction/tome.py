@@ -1,6 +1,6 @@
-"""ToMe (Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023): similar tokens merge behind the attention.
+"""ToMe (Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023): similar tokens merge after the attention.
 
-How many is a matter of the configuration, the same for all sequences of one length.
+The configuration fixes how many, the same for all sequences of one length.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ToMe(Scheduled):
 
     r: int = option(
         8,
-        "Of ATS.SAMPLER tome: tokens that merge away in each of ATS.BLOCKS (at most half of those present); or a list "
+        "Of ATS.SAMPLER tome: tokens to merge away in each of ATS.BLOCKS (at most half of those present); or a list "
         "with one entry per block of the network.",
         within=FROM_0,
         types=(int, list),
@@ -39,7 +39,7 @@ class ToMe(Scheduled):
         give="the number of tokens to merge away, 0 or more",
     )
     prop_attn: bool = option(
-        True, "Of ATS.SAMPLER tome: proportional attention, logits plus the log of a token's size."
+        True, "Of ATS.SAMPLER tome: proportional attention, which adds the log of a key's size to its logits."
     )
 
     @property
@@ -47,17 +47,17 @@ class ToMe(Scheduled):
         return float(self.prop_attn)
 
     def num_merged(self, num_tokens: int) -> int:
-        """Tokens that merge away of `num_tokens`, prefix tokens counted."""
+        """How many of `num_tokens` tokens, prefix tokens included, merge away."""
         return max(min(self.r, (num_tokens - self.num_prefix_tokens) // 2), 0)
 
     def limit(self, max_tokens: int) -> int:
         return max_tokens - self.num_merged(max_tokens)
 
     def merge(self, step: Step) -> RaggedTokens:
-        """Merge tokens that are similar in the mean of their keys over the heads."""
+        """Merge tokens whose keys, averaged over the heads, are similar."""
         tokens, layout = step.kept, step.kept.layout
         if self.num_merged(tokens.max_tokens) == 0:
-            return tokens  # then no sequence has any to merge, in any batch
+            return tokens  # no sequence has any to merge, in any batch
         lengths = None if layout.uniform and layout.full else layout.lengths
         dtype = torch.promote_types(step.k.dtype, torch.float32)
         with torch.autocast(step.k.device.type, enabled=False):

@@ -100,7 +100,7 @@ STAGES_TO_REFUSE = [
     ([{"BLOCKS": []}], r"ATS.STAGES\[0\] BLOCKS \[\]: give a list"),
     ([{"BLOCKS": [1.0]}], "give a list of blocks"),
     ([{"BLOCKS": [True]}], "give a list of blocks"),
-    ([{"BLOCKS": [1], "blocks": [2]}], "a key is there twice"),
+    ([{"BLOCKS": [1], "blocks": [2]}], "a key is listed twice"),
     ([{"SAMPLER": ["tome"]}], r"SAMPLER \['tome'\]: choose from.*Did you mean tome"),
     ([{"SAMPLER": None}], "SAMPLER None: choose from"),
     ([{"SAMPLER": "tome", "TOME.R": 3}], "choose from SCHEDULE, R, PROP_ATTN. Did you mean R?"),

@@ -498,7 +498,7 @@ def test_stages_of_a_patched_model():
         host.ats.stages = [{"sampler": "tome", "blocks": [0]}, {"blocks": [0]}]
     with pytest.raises(UserError, match=r"stages\[0\] r -1 \(block 0\)"):
         host.ats.stages = [{"sampler": "tome", "blocks": [0], "r": -1}]
-    with pytest.raises(UserError, match=r"stages\[0\] num_tokens is no option of stages\[0\] sampler tome"):
+    with pytest.raises(UserError, match=r"stages\[0\] num_tokens is not an option of stages\[0\] sampler tome"):
         host.ats.stages = [{"sampler": "tome", "blocks": [0], "num_tokens": 9}]
     with pytest.raises(UserError, match="not both"):
         ats.patch(ats.unpatch(host), stages=spoken, blocks=[1])

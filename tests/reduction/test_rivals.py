@@ -441,8 +441,8 @@ def test_degenerate_images_and_half_precision():
         (["ATS.SAMPLER", "evit", "EVIT.KEEP_RATE", [1, 0.5]], "EVIT.KEEP_RATE has 2 entries"),
         (["ATS.SAMPLER", "tomee"], "Did you mean tome"),
         (["MODEL.NAME", "timm/vit_tiny_patch16_dinov3_qkvb"], "Eva"),
-        (["ATS.DROPPED", "merge"], "DROPPED merge means nothing with ATS.SAMPLER tome: use .*drop, or .*topk"),
-        (["ATS.SAMPLER", "topk", "ATS.SCHEDULE", "late"], "SCHEDULE late means nothing with .* topk: .*tome, evit"),
+        (["ATS.DROPPED", "merge"], "DROPPED merge has no effect with ATS.SAMPLER tome: use .*drop, or .*topk"),
+        (["ATS.SAMPLER", "topk", "ATS.SCHEDULE", "late"], "SCHEDULE late has no effect with .* topk: .*tome, evit"),
         (["ATS.SCHEDULE", "late", "TOME.R", [1, 2, 3, 4]], "ATS.SCHEDULE late spreads one amount .* TOME.R is a list"),
         (["ATS.SAMPLER", "ppt", "PPT.THRESHOLD", -1], "PPT.THRESHOLD -1"),
         (["ATS.SAMPLER", "pitome", "PITOME.RATIO", 1.2], "PITOME.RATIO 1.2"),
@@ -500,7 +500,7 @@ def test_another_sampler_brings_its_own_defaults():
     model.ats.r = 5
     model.ats.sampler = "tome"
     assert model.ats.r == 5
-    with pytest.raises(UserError, match="dropped merge means nothing with sampler tome"):
+    with pytest.raises(UserError, match="dropped merge has no effect with sampler tome"):
         ats.patch(timm_host(), blocks=[1], sampler="tome", dropped="merge")
 
 

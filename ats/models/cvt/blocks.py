@@ -1,4 +1,4 @@
-"""CvT's block, which convolves queries, keys and values on the token grid before it projects them; dense, and with ATS.
+"""CvT's block, dense and with ATS. It convolves queries, keys and values on the token grid before projecting them.
 
 Names, shapes and numbers are microsoft/CvT's (`lib/models/cls_cvt.py`), so its checkpoints load unchanged. Wu et
 al., "CvT: Introducing Convolutions to Vision Transformers", ICCV 2021.
@@ -8,15 +8,15 @@ that covers 2 x 2 tokens. So cells are scored and sampled, as in MViT (`mvit/ats
 its tokens. `ATS.NUM_TOKENS` counts cells (and CLS) here. After tokens were dropped:
 
 * tokens are packed; norms, linear projections and the MLP run on kept tokens only;
-* convolutions need the grid: normalised tokens are scattered to the dense grid, with zeros for dropped tokens as beyond
-  the image's border;
+* convolutions need the grid: normalised tokens are scattered to the dense grid, with zeros for dropped tokens, as
+  outside the image;
 * only present cells (`dense_grid.py`) are keys. Cells are kept or dropped whole, so the keys of the next block are the
   kept cells of this one;
 * batch norm in training takes its statistics over the present tokens (for queries) and cells (for keys and values) of
   the block's input, as in "attend N x N, then drop rows";
 * queries are convolved for all input tokens and projected for the kept ones.
 
-With every cell kept the block equals the dense one, to round-off, in training too.
+If every cell is kept, the block equals the dense one to round-off, in training too.
 
 Shapes, besides those of `ats/tokens.py`: B images, N = P + grid tokens, P = 1 in a stage with CLS, else 0, a grid
 (H, W), row major; keys and values lie on a coarser grid (h, w).
@@ -147,7 +147,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvATSBlock(ATSBlock):
-    """A ConvBlock on ragged tokens; `tokens.grid` says on which grid. `max_tokens` counts cells."""
+    """A ConvBlock on ragged tokens, on the grid `tokens.grid`. `max_tokens` counts cells."""
 
     drop_path1 = drop_path2 = property(attrgetter("drop_path"))  # one module for both branches
     ls1 = ls2 = nn.Identity()  # no LayerScale
@@ -220,7 +220,7 @@ def batch_norm(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 def check_stage(spec: StageSpec) -> None:
-    """Raise a UserError, with the keys to change, for a stage whose keys are not cells of whole tokens."""
+    """Raise a UserError, with the config keys to change, if the stage's keys are not cells of whole tokens."""
     if spec.qkv_proj_method == "avg":
         raise UserError("ATS needs CVT.QKV_PROJ_METHOD dw_bn or linear in the last stage, not avg.")
     if spec.qkv_proj_method == "dw_bn" and 2 * spec.padding_kv != spec.kernel_qkv - 1:

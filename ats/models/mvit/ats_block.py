@@ -2,12 +2,12 @@
 
 CLS attends to pooled keys. Each key is a cell of a grid coarser than the tokens' (in blocks 4 to 13 of MViT-B a cell
 covers 2 x 2 tokens). So cells are scored and sampled: a dropped cell drops all its tokens. `ATS.NUM_TOKENS` counts
-cells (and CLS) here. After tokens were dropped:
+cells (and CLS) here. Once tokens have been dropped:
 
 * tokens are packed; norms, projections and the MLP run on kept tokens only;
 * pooling needs the grid: q, k and v are scattered to the dense grid with zeros for dropped tokens (-inf for max
   pooling), pooled, and gathered at the present cells. This costs memory traffic and the depthwise convolution;
-* only present cells (`dense_grid.py`) are keys, queries or tokens. One at the border of the kept region pools its
+* only present cells (`dense_grid.py`) are keys, queries or tokens. A cell at the border of the kept region pools its
   present tokens and zeros;
 * relative positions are those of the kept queries and keys, wherever they lie in memory.
 
@@ -15,7 +15,7 @@ A change of stage (block 14 of MViT-B, stride 2) pools queries too: each of the 
 has a query and is a new token. Keys and values are pooled with stride 1 and stay where a token was kept. If cells were
 sampled on the 7 x 7 grid before, as in the video networks, every cell is whole or absent.
 
-With every cell kept the block equals the dense one, to round-off.
+If every cell is kept, the block equals the dense one to round-off.
 
 Shapes: as in `dense.py` and `ats/tokens.py`; T_q, T_k packed queries and keys.
 """
@@ -41,7 +41,7 @@ from ats.tokens import RaggedTokens
 
 
 class MultiScaleATSBlock(ATSBlock):
-    """A MultiScaleBlock on ragged tokens; `tokens.grid` says on which grid."""
+    """A MultiScaleBlock on ragged tokens, on the grid `tokens.grid`."""
 
     attn: Any  # a MultiScaleAttention
     pool_skip: nn.Module | None
@@ -106,7 +106,7 @@ class MultiScaleATSBlock(ATSBlock):
                 ones.append(along_axis(torch.eye(num_k, dtype=k.dtype, device=k.device), key_grid, axis))
                 start += len(tables[-1])
         fill = -sum(one.shape[-1] for one in ones) % 8
-        # One product with all distances; each query gathers its distances to the coordinates of keys. CLS and padding
+        # One product with all distances, from which each query gathers those to the keys' coordinates. CLS and padding
         # gather a product with zeros.
         tables.append(tables[0].new_zeros(1, attn.head_dim))
         products = F.linear(q, torch.cat(tables).to(q.dtype) / attn.scale)
@@ -132,7 +132,7 @@ class MultiScaleATSBlock(ATSBlock):
 
     def weighted_values(self, q: Tensor, step: Step) -> Tensor:
         kept, attn, extra = step.kept, self.attn, q.shape[-1] - step.v.shape[-1]
-        # Positions widen queries and keys by `extra`; fused kernels want values of the same width.
+        # Positions widen queries and keys by `extra`; fused kernels need values of the same width.
         v = F.pad(step.v, (0, extra)) if extra else step.v
         out = ragged_attention(q, step.k, v, queries=kept.layout, keys=step.keys.layout, scale=attn.scale)
         out = out[..., :-extra] if extra else out
@@ -158,7 +158,7 @@ class MultiScaleATSBlock(ATSBlock):
 
 
 def pool_ragged(pools: Sequence[nn.Module], x: Tensor, tokens: RaggedTokens, cells: RaggedTokens) -> Tensor:
-    """Pool x [T, P, H, D] of `tokens` on the dense grid, each of the P parts by its own of `pools`, and gather `cells`:
+    """Pool x [T, P, H, D] of `tokens` on the dense grid, with one of `pools` per part P, and gather `cells`:
     [T', P, H, D].
     """
     is_max = isinstance(pools[0], nn.MaxPool3d)

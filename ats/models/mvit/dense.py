@@ -73,8 +73,8 @@ class BlockSpec:
         return tuple(ONE if pool is None else pool.stride for pool in (self.pool_q, self.pool_kv))
 
     def queries_per_cell(self, grid: Grid) -> Grid | None:
-        """Queries that a cell of the keys covers along each axis (the last cell maybe fewer), for an input `grid`; None
-        if cells cut through queries.
+        """Queries that a key cell covers along each axis (the last cell may cover fewer), for an input `grid`; None if
+        cells cut through queries.
 
         A cell covers as many tokens as the keys' stride, a query as many as its own stride. If one is a multiple of the
         other, they fit on a grid of any size. A single cell always covers all queries.
@@ -179,7 +179,7 @@ class MultiScaleAttention(nn.Module):
         return [t if norm is None else norm(t) for norm, t in zip(norms, x.unbind(-3), strict=True)]
 
     def position_bias(self, q: Tensor, query_grid: Grid, key_grid: Grid, num_prefix_tokens: int) -> Tensor:
-        """Relative positions as a bias of the logits: the sum of q . R over the axes, [B, H, N_q, N_k]; 0 in the row
+        """Relative positions as a bias on the logits: the sum of q . R over the axes, [B, H, N_q, N_k]; 0 in the row
         and the column of CLS.
 
         Args:
@@ -190,7 +190,7 @@ class MultiScaleAttention(nn.Module):
         equations = ("bthwnd,tkd->bnthwk", "bthwnd,hkd->bnthwk", "bthwnd,wkd->bnthwk")
         tables = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         for equation, table, num_q, num_k in zip(equations, tables, query_grid, key_grid, strict=True):
-            # contiguous: otherwise their sum, which is many times larger, is transposed as they are
+            # contiguous: otherwise their sum, which is many times larger, inherits their transposed strides
             axis = None if table is None else relative_table(table, num_q, num_k).to(q.dtype)
             terms.append(None if axis is None else torch.einsum(equation, q, axis).contiguous())
         t, h, w = terms
@@ -255,8 +255,8 @@ class MultiScaleBlock(nn.Module):
 def pool_grid(pools: Sequence[nn.Module], x: Tensor, grid: Grid, num_prefix_tokens: int) -> Tensor:
     """Pool the patches of x [B, N, P, H, D] on their grid -> [B, N', P, H, D]. Prefix tokens do not change.
 
-    Each of the P parts has its own of `pools`, all of one geometry, and shares it between heads. Parts and heads are
-    the channels of one operation, in memory order, so nothing is transposed.
+    Each of the P parts has its own pool, shared by its heads; all have the same geometry. Parts and heads are the
+    channels of one operation, in memory order, so nothing is transposed.
     """
     parts, pool = x.shape[2:], pools[0]
     prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:].flatten(2).contiguous()

@@ -1,4 +1,4 @@
-"""Weights of MViT's releases under SlowFast's names and shapes, which this project uses.
+"""Converts the weights of MViT's releases to SlowFast's names and shapes, which this project uses.
 
 | release | what differs |
 |---|---|
@@ -8,8 +8,8 @@
 | torchvision mvit_v1_b, mvit_v2_s | names; position tables without their first axis |
 | timm mvitv2_* | names; blocks in stages; two-dimensional poolings |
 
-Position tables of another size are resized: distances linearly, absolute ones trilinearly (a table of patches must be
-square then).
+Position tables of another size are resized: distances linearly, absolute positions trilinearly (then the old grid of
+patches must be square).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def adapt_mvit_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[st
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys under SlowFast's names; a tensor stored under two names counts once."""
+    """Rename keys to SlowFast's; of a tensor stored under two names, keep one."""
     stages: dict[int, int] = {}
     for stage, block in re.findall(r"^stages\.(\d+)\.blocks\.(\d+)\.norm1\.weight$", "\n".join(state), re.MULTILINE):
         stages[int(stage)] = max(stages.get(int(stage), 0), int(block) + 1)
@@ -101,7 +101,7 @@ def join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fit_positions(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Absolute positions as the model has them: one table or two, and its size."""
+    """Convert absolute positions to the model's form (one table or two) and size."""
     frames, height, width = model.patch_grid
     spatial, temporal = state.get("pos_embed_spatial"), state.get("pos_embed_temporal")
     if model.pos_embed is not None and spatial is not None and temporal is not None:

@@ -15,7 +15,7 @@ def plan_blocks(mvit: CfgNode, patch_grid: Grid, input_grid: Grid) -> list[Block
     """The blocks that the MVIT section describes. Raises a UserError for entries that do not fit together.
 
     Args:
-        patch_grid: input size over stride, rounded down: SlowFast sizes its tables by this.
+        patch_grid: input size / stride, rounded down, which sets the size of SlowFast's tables.
         input_grid: actual grid of the patches, which may be larger.
     """
     depth, num_heads, dim, kernel = mvit.DEPTH, mvit.NUM_HEADS, mvit.EMBED_DIM, mvit.POOL_KVQ_KERNEL
@@ -96,8 +96,8 @@ def blocks_that_can_sample(blocks: Sequence[BlockSpec], input_grid: Grid) -> lis
 
 
 def check_sampling_blocks(sampling_blocks: Collection[int], blocks: Sequence[BlockSpec], input_grid: Grid) -> None:
-    """Refuse blocks that cannot sample if the patches lie on `input_grid`. The UserError names the blocks that can, or
-    a pooling that creates cells of no token.
+    """Raise a UserError for blocks that cannot sample if the patches lie on `input_grid`. It names the blocks that can,
+    or a pooling that creates cells without tokens.
     """
     grid = input_grid
     for index, spec in enumerate(blocks):
