@@ -1,13 +1,12 @@
-"""Which K meets a budget? `calibrate` finds K of every ATS block for a mean cost on images you give; no labels needed.
-Other reductions than sampling have another amount instead of K: r of ToMe, the keep rate of EViT.
+"""Which K meets a budget? `calibrate` sets K of every ATS block so that the mean cost on your images meets it; no
+labels needed. Other reductions have another amount in place of K: r for ToMe, the keep rate for EViT.
 
     ats.patch(model, blocks=range(3, 12))
     found = ats.calibrate(model, images, gflops=2.9)      # or keep=0.5, or speedup=1.6; the model now has these K
     found = ats.calibrate(model, images, latency_ms=20)   # or speedup=1.5, measure="time": also finds the blocks
     print(found.yaml())                                   # the same for a config
 
-From the command line: `python tools/calibrate.py --help`. The search for a cost is `search.py`, that for a time
-`timing.py`.
+From the command line: `python tools/calibrate.py --help`. `search.py` searches for a cost, `timing.py` for a time.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class Calibration:
     least: float | None  # mean GFLOPs in reach; None: the budget is a time
     most: float | None
     accounting: str  # "run" or "paper"
-    passes: int  # over the images, that the search took
-    timing: Timing | None = None  # with a budget of time: what was timed
+    passes: int  # over the images, in the search
+    timing: Timing | None = None  # with a time budget: what was timed
 
     @property
     def is_dense(self) -> bool:
@@ -68,11 +67,11 @@ class Calibration:
         return per_block(self.setting, self.depth)
 
     def yaml(self, *, as_stages: bool = False) -> str:
-        """The lines for a config: blocks and amounts, where all blocks have one reduction; other options are then those
-        of the config. Else ATS.STAGES with all options. ATS.ENABLE False if the model was left dense.
+        """Lines for a config. If all blocks share one reduction: blocks and amounts, for a config that has the other
+        options. Else ATS.STAGES with all options. ATS.ENABLE False if the model was left dense.
 
         Args:
-            as_stages: ATS.STAGES in any case, for a config that has it.
+            as_stages: always write ATS.STAGES, for a config that has it.
         """
         if self.is_dense:
             return yaml.safe_dump({"ATS": {"ENABLE": False}})
@@ -96,7 +95,7 @@ class Calibration:
         """GFLOPs over the images: mean, its standard error, standard deviation, smallest, quantiles, largest."""
         values = self.found.gflops
         is_constant = len(values) < 2 or torch.equal(values, values[:1].expand_as(values))
-        std = 0.0 if is_constant else values.std(correction=1).item()  # of equal values, round-off
+        std = 0.0 if is_constant else values.std(correction=1).item()  # for equal values it would be round-off
         quantiles = torch.quantile(values, values.new_tensor([0.0, 0.05, 0.5, 0.95, 1.0])).tolist()
         head = {"mean": values.mean().item(), "standard error": std / len(values) ** 0.5, "std": std}
         return head | dict(zip(("min", "p5", "p50", "p95", "max"), quantiles, strict=True))
@@ -119,31 +118,31 @@ def calibrate(
     timed_batch_size: int = 1,
     threads: int | None = None,
 ) -> Calibration:
-    """Set K of every ATS block of `model`, in place, so that the mean over `images` meets a budget. With a budget of
-    time, some blocks may lose no tokens any more, or none, if that is fastest: the model is then dense.
+    """Set K of every ATS block of `model`, in place, so that the mean over `images` meets a budget. With a time budget,
+    blocks may stop dropping tokens where that is faster; if all do, the model is dense.
 
     Args:
         model: any network of `ats.models` with ATS, or a model after `ats.patch`, on any device.
         images: [N, 3, H, W] or clips [N, 3, T, H, W], as the network takes them; or batches of them, e.g. a DataLoader,
-            which are held in memory. Of a tuple or list, such as (images, labels), the first element is taken; of a
-            processor's dictionary, `pixel_values`. A few hundred images: the mean is as exact as its standard error
-            (`Calibration.spread`).
-        gflops: mean GFLOPs of an image. keep: mean share of the tokens left behind the ATS blocks. speedup: GFLOPs of
-            the dense network over the mean. latency_ms: milliseconds of a batch here. Give one of the four.
-        measure: "gflops" or "time": what `speedup` is a ratio of; by default GFLOPs. `latency_ms` is always time.
+            all held in memory. Of a tuple or list, such as (images, labels), the first element is taken; of a
+            processor's dictionary, `pixel_values`. Give a few hundred; `Calibration.spread` has the standard error of
+            the mean.
+        gflops: mean GFLOPs per image. keep: mean share of tokens left after the ATS blocks. speedup: the dense
+            network's GFLOPs over the mean. latency_ms: milliseconds per batch on this machine. Give one of the four.
+        measure: what `speedup` is a ratio of: "gflops" (default) or "time". `latency_ms` is always time.
         accounting: what `gflops` and `speedup` count: "run", what is computed; "paper", what the paper's tables count.
-        refine_rounds: rounds in which tokens are moved between the blocks to change the logits less at the same
-            cost; each takes some 7 passes per ATS block.
-        tolerance: relative; the search stops when the mean is this near. A time is met to `timing.TOLERANCE`.
+        refine_rounds: rounds of moving tokens between blocks to change the logits less at the same cost; each takes
+            about 7 passes per ATS block.
+        tolerance: relative; the search stops when the mean is this close. Times use `timing.TOLERANCE`.
         progress: show a bar if the console is a terminal.
-        timed_batch_size: images of a batch that is timed. threads: of the CPU for it; None: as they are.
+        timed_batch_size: images per timed batch. threads: CPU threads for timing; None: leave them.
 
     Returns:
-        What was found; the model has it already.
+        What was found; the model already has it.
 
     Raises:
-        UserError: no ATS in the model, no images, not exactly one budget, or one out of reach: the message has the
-            range. The model's K are as they were then.
+        UserError: no ATS in the model, no images, not exactly one budget, or one out of reach (the message has the
+            range). The model's K are then unchanged.
     """
     name, value = _one_budget({"gflops": gflops, "keep": keep, "speedup": speedup, "latency_ms": latency_ms})
     by_time = _is_time(name, measure, refine_rounds)
@@ -161,7 +160,7 @@ def calibrate(
 
 
 def _to_batches(images: Tensor | Iterable, batch_size: int) -> list[Tensor]:
-    """The batches on the CPU, without what a loader gives beside the images."""
+    """The batches on the CPU, images only."""
     wanted = "Give [N, 3, H, W] (clips: [N, 3, T, H, W]) or batches of that, as a DataLoader yields them"
     batches = []
     if isinstance(images, Mapping):  # of one batch
@@ -171,10 +170,10 @@ def _to_batches(images: Tensor | Iterable, batch_size: int) -> list[Tensor]:
             batch = batch.get("pixel_values", batch)
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(x, Tensor):
-            raise UserError(f"images: a {type(x).__name__} is no batch of images. {wanted}.")
+            raise UserError(f"images: a {type(x).__name__} is not a batch of images. {wanted}.")
         if x.ndim not in (4, 5):
             hint = "; torch.stack makes a batch of single images" if x.ndim == 3 else ""
-            raise UserError(f"images: a tensor of shape {list(x.shape)} is no batch of images. {wanted}{hint}.")
+            raise UserError(f"images: a tensor of shape {list(x.shape)} is not a batch of images. {wanted}{hint}.")
         if len(x):
             batches.append(x.cpu())
     if not batches:
@@ -202,7 +201,7 @@ def _is_time(name: str, measure: str | None, refine_rounds: int) -> bool:
         raise UserError(f"measure {measure} does not go with {name}: leave it out.")
     by_time = name == "latency_ms" or measure == "time"
     if by_time and refine_rounds:
-        raise UserError("Refining keeps the GFLOPs, not the time: leave it out with a budget of time.")
+        raise UserError("Refining keeps the GFLOPs, not the time: leave it out with a time budget.")
     return by_time
 
 
@@ -229,7 +228,7 @@ def to_stages(setting: Sequence[Reduction], depth: int) -> list[dict[str, object
 
 
 def _differing(reduction: Reduction) -> list[str]:
-    """The options that may have another value in each block of a stage."""
+    """The options whose values may differ between the blocks of a stage."""
     return [option.name for option in options_of(type(reduction)) if option.about.per_block]
 
 
@@ -257,12 +256,12 @@ def nearest(
     batch_size: int = 128,
     together: bool = True,
 ) -> float:
-    """Set the amounts of all blocks of `model`, in place, with which images x come nearest to a budget, in or out of
-    reach; for comparisons at equal cost.
+    """Set the amounts of all blocks of `model`, in place, so that the mean over images x is as near as possible to a
+    budget, in or out of reach. For comparisons at equal cost.
 
     Args:
-        x: [N, 3, H, W] or clips. gflops: mean of an image. together: one amount for all blocks; False: blocks may
-            differ by one, which comes nearer.
+        x: [N, 3, H, W] or clips. gflops: mean per image. together: one amount for all blocks; False: blocks may differ
+            by one, which gets nearer.
 
     Returns:
         Mean GFLOPs reached.
@@ -316,8 +315,8 @@ def _search(network: Network, name: str, value: float, *, refine_rounds: int, to
 def _best_variant(
     measure: Measure, knobs: Knobs, start: tuple[float, Trial], target: float, *, tolerance: float
 ) -> tuple[Knobs, tuple[float, Trial]]:
-    """The `Reduction.variants` of all blocks, or what they are now, whose logits are surely nearest to the dense
-    network's at the same cost.
+    """The variant (`Reduction.variants`, or none) whose logits are surely nearest to the dense network's at the same
+    cost.
     """
     kinds = {type(reduction) for reduction in knobs.reductions}
     for options in kinds.pop().variants() if len(kinds) == 1 else ():

@@ -1,4 +1,4 @@
-"""A network whose budget is searched for: its knobs, passes over the images, and the reductions of its blocks."""
+"""The network being calibrated: its knobs, passes over the images, and the reductions of its blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ats.plugin.patch import library_of
 from ats.reduction import Reduction
 from ats.reduction.base import options_of
 
-LEARN_FROM = 64  # images, at least, from which reductions learn
+LEARN_FROM = 64  # images that reductions learn from, at least
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Network:
             give(self.model, self.original)
 
     def set(self, setting: Setting) -> None:
-        """Give the blocks these reductions, for good; the handle of a patched model then says so."""
+        """Give the blocks these reductions, and record them in the settings of a patched model."""
         give(self.model, setting)
         settings = self.model.ats.settings if isinstance(self.model, Patched) else {}
         stages = settings.get("stages", [settings] if settings else [])
@@ -105,7 +105,7 @@ class Network:
 
     @contextmanager
     def restored_after_an_error(self) -> Iterator[None]:
-        """Within it an exception leaves the network's reductions as they were."""
+        """Inside, an exception leaves the network's reductions as they were."""
         try:
             yield
         except BaseException:
@@ -113,7 +113,7 @@ class Network:
             raise
 
     def run(self, setting: Setting) -> Pass:
-        """One pass over all images with these reductions, at least one; first they learn what they can."""
+        """One pass over all images with these reductions (at least one), which first learn what they can."""
         setting = self.learned(setting)
         give(self.model, setting)
         self.num_passes += 1
@@ -125,7 +125,7 @@ class Network:
             kept = torch.stack([entry.num_tokens for entry in trace], dim=1).double().cpu()  # [S, blocks]
             tokens.append(kept)
             share = (kept / dense_tokens).mean(dim=1)
-            shares.append(share.reshape(len(x), -1).mean(dim=1))  # of a clip's frames
+            shares.append(share.reshape(len(x), -1).mean(dim=1))  # mean over a clip's frames
             if self.dense_probs:
                 moved = (logits.double().softmax(dim=-1) - self.dense_probs[index]).abs().sum(dim=-1) / 2
                 changes.append(moved.cpu())
@@ -138,7 +138,7 @@ class Network:
         )
 
     def learned(self, setting: Setting) -> Setting:
-        """These reductions with what they learn from the images; the same ones learn once."""
+        """These reductions with what they learn from the images; each setting learns once."""
         if setting not in self._known:
             found: dict[int, list[float]] = {}
             learning = tuple(reduction.learning(found) for reduction in setting)
@@ -175,8 +175,8 @@ class Network:
 
 
 def give(model: nn.Module, setting: Setting) -> None:
-    """Give blocks these reductions and all others none, in place; an empty setting makes it the dense network, with its
-    speed. Raises a UserError if blocks of a patched model were wrapped since.
+    """Give blocks these reductions and all other blocks none, in place. An empty setting gives the dense network, at
+    its speed. Raises a UserError if blocks of a patched model were wrapped since.
     """
     blocks, reductions = ats_blocks(model), {reduction.block: reduction for reduction in setting}
     if [block.index for block in blocks] == list(reductions):

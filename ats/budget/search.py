@@ -1,16 +1,16 @@
-"""The amount that every block keeps, for a mean budget: a search over one scale, then over the blocks. Networks are
-costs here.
+"""How much each block keeps, for a mean budget: a search over one scale, then over the blocks. All it knows of a
+network is `measure`.
 
-The amount is what a reduction calls so: K of sampling, r of ToMe, the keep rate of EViT. Its `scaled` turns the scale s
-into it. For sampling with B blocks, n_b tokens to choose from and the weight w_b (1 unless refined) that is
+The amount is the reduction's `amount`: K for sampling, r for ToMe, the keep rate for EViT. `Reduction.scaled` computes
+it from the scale s. For sampling with B blocks, n_b tokens to choose from and weight w_b (1 unless refined):
 
     K_b(s) = max(lowest_b, floor(s * w_b * n_b + (b + 1/2) / B)),   b = 0 .. B-1
 
-At s = 1 that is K = n, the paper's setting; above it there are more sample points than tokens, so more tokens are
-picked. The last term lets the blocks step one after the other instead of all at once: steps of the mean cost are B
-times finer, which matters where K is a few tens.
+At s = 1, K = n, the paper's setting; above it there are more sample points than tokens, so more tokens are picked. The
+last term makes blocks step one after the other instead of all at once: the mean cost moves in steps B times finer,
+which matters where K is a few tens.
 
-Cost is almost monotone in s (a few images keep a token less with one point more); bisection keeps the best point it
+Cost is almost monotone in s (a few images keep one token fewer with one more point); bisection keeps the best point it
 measured.
 """
 
@@ -34,7 +34,7 @@ class Knobs:
     """What can be turned."""
 
     reductions: Setting
-    max_tokens: tuple[int, ...]  # of each block, the tokens (cells) it chooses from if nothing was dropped; with prefix
+    max_tokens: tuple[int, ...]  # per block, the tokens (cells) to choose from if nothing was dropped, with prefix
     together: bool = False  # all blocks step at once: those that choose from the same number get the same amount
 
     def at(self, scale: float, weights: Sequence[float] | None = None) -> Setting:
@@ -54,7 +54,7 @@ class Knobs:
 
     @property
     def most(self) -> Setting:
-        """Hardly a token is left out."""
+        """Hardly any token is dropped."""
         return self.at(MAX_SCALE)
 
 
@@ -107,8 +107,7 @@ def bisect(
     Args:
         measure: a cached function; costs at the ends of the bracket are on either side of the target.
         bracket: scales to search between; by default all.
-        tolerance: relative error of the cost at which to stop. Where no setting comes that near, the nearest seen is
-            returned.
+        tolerance: relative error of the cost at which to stop. If no setting comes that near, the nearest is returned.
 
     Returns:
         The scale and what was measured there.
@@ -149,16 +148,15 @@ def refine(
 ) -> Trial:
     """Give blocks more or fewer tokens, one after the other at the same cost, wherever that changes the logits less.
 
-    A block's weight is multiplied or divided by `step`, the scale found again that meets the budget, and the result
-    kept if it is surely nearer to the dense network. A round tries every block; one that finds nothing makes the step
-    smaller.
+    Multiply or divide a block's weight by `step`, search again for the scale that meets the budget, and keep the result
+    if it is surely nearer to the dense network. A round tries every block; a round that finds nothing shrinks the step.
 
     Args:
         start: what `bisect` found.
 
     Returns:
-        The best trial that is not above the budget by more than the tolerance (or the start): never worse than the
-        start, and below the budget by one step of one block at most.
+        The best trial no further above the budget than the tolerance (or the start): never worse than the start, and at
+        most one step of one block below the budget.
     """
     scale, best = start
     weights = [1.0] * len(knobs.reductions)
@@ -168,7 +166,7 @@ def refine(
         for b in range(len(weights)):
             for factor in (step, 1 / step):
                 turned = [w * factor if i == b else w for i, w in enumerate(weights)]
-                # Undoing the factor for all blocks leaves none above (below) what it was: the target lies between.
+                # With the factor undone for all, no block keeps more (fewer) than before: the target lies between.
                 low, high = sorted((scale, scale / factor))
                 found, trial = bisect(measure, knobs, target, weights=turned, bracket=(low, high), tolerance=tolerance)
                 if trial.cost <= allowed and trial.surely_nearer_than(best):

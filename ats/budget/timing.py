@@ -1,13 +1,12 @@
-"""A budget of time, met on this machine: which of the given blocks sample, and with which K?
+"""A time budget, met on this machine: which of the given blocks sample, and with which K?
 
-Every ATS block scores and samples, which takes time whatever it drops. Where blocks are small, fewer of them are
-faster. So some sets of blocks are tried: all, every second, every third, the first alone. For each, the time grows with
-K, and the K that meets the budget lies between the settings timed so far: a straight line through them says where to
-look next. Of the sets that meet the budget, the one that changes the logits least is taken and timed again, longer.
+Every ATS block scores and samples, which takes time however little it drops. Where blocks are small, sampling in fewer
+of them is faster. So the search tries several sets of blocks: all, every second, every third, the first alone. For each
+set, time grows with K; linear interpolation between the settings timed so far says which K to try next. Of the sets
+that meet the budget, it takes the one that changes the logits least and times it again, longer.
 
-Seconds are shares of the dense network's in the same round (`ats/interleave.py`), so it does not matter that the
-machine is now faster, now slower. The dense network is the real one, without ATS: none may be slower than that, so
-where no setting is faster, the network is left dense.
+Times are shares of the dense network's in the same round (`ats/interleave.py`), so drift in the machine's speed cancels
+out. The dense network is the real one, without ATS; if no setting is faster, the network is left dense.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from ats.budget.search import Knobs, Setting, amounts
 from ats.errors import UserError, counted, rounded
 from ats.interleave import interleave
 
-STRIDES = (1, 2, 3)  # of the sets of blocks, beside the first block alone
-GAIN = 0.98  # share of the dense time from which on a setting is no faster
+STRIDES = (1, 2, 3)  # of the sets of blocks, besides the first block alone
+GAIN = 0.98  # share of the dense time above which a setting is no faster
 TOLERANCE = 0.02  # of the budget
-NUM_TIMED = 4  # images in a timed pass, at least
+NUM_TIMED = 4  # images per timed pass, at least
 MAX_STEPS = 4
 ROUNDS, MAX_SECONDS = 7, 12.0  # of a step of the search
 FINAL_ROUNDS, MAX_FINAL_SECONDS = 25, 30.0
-MAX_RETRIES = 3  # with other K, if many rounds say something else than few did
+MAX_RETRIES = 3  # with other K, if many rounds contradict the few
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Goal:
     value: float
 
     def share(self, dense_ms: float) -> float:
-        """Of the dense network's time."""
+        """The budget as a share of the dense network's time."""
         return 1 / self.value if self.name == "speedup" else self.value / dense_ms
 
 
@@ -67,14 +66,14 @@ class Timing:
 
     goal: Goal
     batch_size: int
-    device: str  # its name; of a CPU, with its threads
+    device: str  # its name; for a CPU, with its threads
     dense_ms: float
     expected_ms: float  # by the search
     ms: float  # measured afterwards, median over the rounds
     speedup: float  # dense time / time, median over the rounds
     quartiles: tuple[float, float]  # of the speedup
     rounds: int
-    fastest: float  # share of the dense time that the fewest tokens take; 0: not timed
+    fastest: float  # share of the dense time with the fewest tokens; 0: not timed
     tried: tuple[Tried, ...] = ()
     why_dense: str = ""  # the reason, if the network is left dense
 
@@ -88,12 +87,12 @@ class Timing:
 
 @dataclass
 class Curve:
-    """Time of one set of blocks. A place from 0 (the fewest tokens) to 1 (the most) stands for the scale place /
-    (1 - place) of the knobs: the number of kept tokens grows roughly in proportion to it.
+    """Time of one set of blocks by place, from 0 (the fewest tokens) to 1 (the most). A place is the scale place / (1 -
+    place) of the knobs; the number of kept tokens grows roughly in proportion to the place.
     """
 
     knobs: Knobs
-    # place -> share of the dense network's time; with all tokens it is taken to be at least 1, and is not timed
+    # place -> share of the dense network's time; all tokens are assumed to take 1 (at least), not timed
     shares: dict[float, float] = field(default_factory=lambda: {1.0: 1.0})
 
     def setting(self, place: float) -> Setting:
@@ -105,7 +104,7 @@ class Curve:
         return max((place for place, own in self.shares.items() if own <= share), default=0.0)
 
     def next(self, share: float) -> float | None:
-        """Where to look for a share of the dense time; None if it is found, or there is nothing left between."""
+        """The place to time next for a share of the dense time; None if found, or if nothing is left in between."""
         low = self.best(share)
         above = [place for place, own in self.shares.items() if place > low and own > share]
         if not above or self.shares[low] >= share * (1 - TOLERANCE):
@@ -128,15 +127,15 @@ def block_sets(knobs: Knobs) -> list[Knobs]:
 
 
 class Stopwatch:
-    """Times a network with different reductions beside the dense one, on batches of images that cost what all images
-    cost: of all of them, ordered by their cost, every n-th.
+    """Times a network with different reductions against the dense one, on every n-th image in order of cost, so that
+    the batches cost what all images do.
     """
 
     def __init__(self, network: Network, batch_size: int) -> None:
         self.network, self.dense_ms = network, 0.0
         images = network.batches
         if len({x.shape[1:] for x in images}) > 1:
-            raise UserError("The images are of several sizes: for a budget of time give images of one size.")
+            raise UserError("The images have several sizes: for a time budget, give images of one size.")
         num_batches = -(-NUM_TIMED // batch_size)
         order = network.run(network.knobs.at(0.5)).gflops.argsort()
         places = (torch.arange(num_batches * batch_size) + 0.5) * len(order) / (num_batches * batch_size)
@@ -146,7 +145,7 @@ class Stopwatch:
     def time(
         self, settings: Sequence[Setting], *, rounds: int, max_seconds: float, label: str
     ) -> tuple[list[float], list[list[float]]]:
-        """Milliseconds of a batch in every round: of the dense network, and of each setting."""
+        """Milliseconds per batch in every round, for the dense network and for each setting."""
         model = self.network.model
         names = {str(index): self.network.learned(setting) for index, setting in enumerate(settings)}
         seconds, _ = interleave(
@@ -177,8 +176,8 @@ class Stopwatch:
 def calibrate_time(
     network: Network, goal: Goal, *, batch_size: int, threads: int | None
 ) -> tuple[Setting, Pass, Timing]:
-    """The reductions that meet a budget of time, what they do to the images, and what was timed; empty reductions if
-    the network is better left dense. The network has any of the reductions tried.
+    """The reductions that meet a time budget (none if the network is better left dense), what they do to the images,
+    and what was timed. Leaves the network with any of the reductions tried.
 
     Raises:
         UserError: a budget out of reach, or images of several sizes.
@@ -235,8 +234,8 @@ def _choose(network: Network, watch: Stopwatch, curves: list[Curve], timing: Tim
 
 
 def _confirm(watch: Stopwatch, curve: Curve, place: float, timing: Timing) -> tuple[float, Timing]:
-    """Time a place in many rounds, and others as long as those say something else than the few rounds did. The place
-    with the most tokens that meets the budget, or the fastest, and what was timed there.
+    """Time a place in many rounds, and other places while many rounds contradict the few. Returns the place with the
+    most tokens that meets the budget, or else the fastest, and what was timed there.
     """
     trials: dict[float, Timing] = {}
     while place not in trials and len(trials) <= MAX_RETRIES:
@@ -260,7 +259,7 @@ def _confirm(watch: Stopwatch, curve: Curve, place: float, timing: Timing) -> tu
 
 
 def _time_at_length(watch: Stopwatch, setting: Setting, timing: Timing, expected: float) -> Timing:
-    """`timing` with what many rounds of a setting measure."""
+    """`timing`, updated by many rounds of a setting."""
     dense, [own] = watch.time([setting], rounds=FINAL_ROUNDS, max_seconds=MAX_FINAL_SECONDS, label="the setting found")
     ratios = torch.tensor([a / b for a, b in zip(dense, own, strict=True)], dtype=torch.float64)
     low, median, high = ratios.quantile(ratios.new_tensor([0.25, 0.5, 0.75])).tolist()
@@ -299,7 +298,7 @@ def _device_name(device: torch.device) -> str:
 
 @contextmanager
 def _evaluating(model: nn.Module, threads: int | None) -> Iterator[None]:
-    """Within it the model is in evaluation mode and PyTorch has this many threads."""
+    """Inside, the model is in evaluation mode and PyTorch has this many threads."""
     was_training, before = model.training, torch.get_num_threads()
     model.eval()
     torch.set_num_threads(threads or before)

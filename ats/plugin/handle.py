@@ -1,10 +1,9 @@
-"""What `ats.patch` needs of every library of models: the state of a patched model, and classes with ATS.
+"""What `ats.patch` needs from every model library: the state of a patched model, and classes with ATS.
 
-A model or block gets ATS by a change of its `__class__`: it stays the same object, with the same modules, parameters
-and state-dict keys, and can change back. Classes that torch makes while a program runs (FSDP2's, parametrizations')
-stay in front. `timm/model.py` and `transformers/model.py` are the two libraries. Each has
-`VERSIONS` (original class -> ATS version) and functions of a model: `refusal`, `attach`, `default_score`, and
-`network`, the facts for `plan_reductions`.
+Patching changes the `__class__` of a model or block: the object keeps its modules, parameters and state-dict keys, and
+can be changed back. Classes that torch creates at run time (FSDP2, parametrizations) stay in front. The two libraries
+are `timm/model.py` and `transformers/model.py`. Each has `VERSIONS` (original class -> ATS version) and the functions
+`refusal`, `attach`, `default_score` and `network` (the facts for `plan_reductions`), which take a model.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ from ats.tokens import LAYOUTS, KeptTokens
 
 
 def version_of(original: type[nn.Module], *bases: type, name: str = "", **attributes: object) -> type[nn.Module]:
-    """The ATS version of a class: a subclass of `bases` and the original, with these attributes. It is a global of the
-    module that defines the last of `bases`, so whole models can be pickled. `name`: by default "ATS" + the original's.
+    """The ATS version of a class: a subclass of `bases` and the original, with these attributes. It becomes a global of
+    the module that defines the last of `bases`, so whole models can be pickled. `name` defaults to "ATS" + the
+    original's.
     """
     name, module = name or f"ATS{original.__name__}", bases[-1].__module__
     attributes |= {"__module__": module, "__doc__": f"{original.__name__} with ATS.", "original": original}
@@ -39,7 +39,7 @@ def version_of(original: type[nn.Module], *bases: type, name: str = "", **attrib
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without ATS, and without what torch put in front of it."""
+    """The class of a module without ATS and without the classes torch put in front."""
     kind = type(module)
     if version := _version_in(kind):
         return version.original
@@ -49,7 +49,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def change_class(module: nn.Module, new: type[nn.Module]) -> None:
-    """Replace a module's original class or its ATS version by `new`, behind what torch put in front of it."""
+    """Replace a module's original class or its ATS version by `new`, behind the classes torch put in front."""
     old = _version_in(type(module)) or original_class(module)
     module.__class__ = _rebased(type(module), old, new)
 
@@ -61,12 +61,12 @@ def _version_in(kind: type) -> type | None:
     )
 
 
-@cache  # one class for all blocks, as torch's own: torch.compile compiles for a class
+@cache  # one class for all blocks, like torch's own: torch.compile compiles per class
 def _rebased(kind: type, old: type, new: type) -> type:
     """The class `kind` with `new` instead of its base `old`."""
     if kind is old:
         return new
-    # transformers gives each subclass of a layer a `forward`, which would be that of `old`.
+    # transformers gives every subclass of a layer a `forward`; here that would be `old`'s.
     skipped = ("__dict__", "__weakref__", "forward")
     attributes = {name: value for name, value in vars(kind).items() if name not in skipped}
     bases = (*kind.__bases__[:-1], _rebased(kind.__bases__[-1], old, new))
@@ -75,9 +75,9 @@ def _rebased(kind: type, old: type, new: type) -> type:
 
 @dataclass
 class State:
-    """What a patched model knows beyond its original."""
+    """State that patching adds to a model."""
 
-    settings: dict = field(default_factory=dict)  # of `ats.patch`
+    settings: dict = field(default_factory=dict)  # as `ats.patch` got them
     apply: Callable[[nn.Module, dict], None] | None = None  # changes the model's settings; from `patch.py`
     trace: bool = False  # keep the trace of the last batch in `last`
     last: list[KeptTokens] | None = None
@@ -87,10 +87,10 @@ class State:
 
 
 class Handle:
-    """`model.ats`: the settings of `ats.patch`, each of which can be read and set, and the trace.
+    """`model.ats`: reads and sets the settings of `ats.patch`, and holds the trace.
 
-    `trace` True records what the blocks keep. It is off by default, because a trace takes memory. `cpu_backend` is
-    ATS.CPU_BACKEND: auto (default), torch or onednn. `restore` says what features hold for patches that are gone: zero
+    `trace = True` records what the blocks keep; it is off by default because a trace takes memory. `cpu_backend` is
+    ATS.CPU_BACKEND: auto (default), torch or onednn. `restore` says what features hold at dropped patches: zero
     (default), last or nearest, see `ats/restore.py`.
     """
 
@@ -100,20 +100,20 @@ class Handle:
     @property
     def _state(self) -> State:
         if not isinstance(self._model, Patched):
-            raise UserError("This model has no ATS any more: call ats.patch(model, ...), then use model.ats.")
+            raise UserError("This model no longer has ATS: call ats.patch(model, ...), then use model.ats.")
         return self._model.ats_state
 
     @property
     def settings(self) -> dict:
-        """What `ats.patch` was given, without blocks that are gone: timm's `prune_intermediate_layers` removes some."""
+        """What `ats.patch` was given, minus blocks removed since (by timm's `prune_intermediate_layers`)."""
         state = self._state
         state.settings = _cut(state.settings, len(self._model.block_list()))
         return state.settings
 
     @property
     def last(self) -> list[KeptTokens]:
-        """With `trace`, what each block with a reduction kept of the last batch: `.block`, `.num_tokens` [B] (prefix
-        tokens counted) and `.patches`, the original indices of the patches kept by each image.
+        """If `trace` is on, what each block with a reduction kept of the last batch: `.block`, `.num_tokens` [B]
+        (including prefix tokens) and `.patches`, the original indices of the patches kept in each image.
         """
         last = self._state.last
         if last is None:
@@ -121,7 +121,7 @@ class Handle:
         return last
 
     def __getattr__(self, name: str) -> object:
-        if name.startswith("_"):  # asked for while a handle is copied, before it has its model
+        if name.startswith("_"):  # copying a handle asks for these before it has its model
             raise AttributeError(name)
         settings = self.settings
         if name in ("trace", "cpu_backend", "restore"):
@@ -145,7 +145,7 @@ class Handle:
             raise UserError(f"model.ats has no setting {name}: choose from {', '.join(names)}.{suggest(name, names)}")
 
     def __repr__(self) -> str:
-        """Short: what is not at its default, and K."""
+        """Short: blocks, sampler, K and whatever is not at its default."""
         settings = self.settings
         kind = REDUCTIONS.get(settings.get("sampler"))
         defaults = {option.name: option.default for option in options_of(kind)} if kind else {}
@@ -176,7 +176,7 @@ class Patched(HasBlocks):
 
     @property
     def cpu_backend(self) -> str:
-        """What computes on a CPU: the state's, which a classifier shares with the base model in it."""
+        """The CPU backend, from the state that a classifier shares with its base model."""
         return self.ats_state.cpu_backend
 
     @cpu_backend.setter
@@ -187,7 +187,7 @@ class Patched(HasBlocks):
 
     @property
     def restore(self) -> str:
-        """What features hold for patches that are gone, a name in `restore.RESTORES`."""
+        """What features hold at dropped patches: a name in `restore.RESTORES`."""
         return self.ats_state.restore
 
     @restore.setter
@@ -202,7 +202,8 @@ class Patched(HasBlocks):
 
 
 def refuse_merging(model: nn.Module, reductions: Iterable[Reduction], no_merge: str, no_fuse: str) -> None:
-    """Raise a UserError if a reduction merges or fuses tokens and the model does not allow it, for these reasons."""
+    """Raise a UserError if a reduction merges (fuses) tokens and `no_merge` (`no_fuse`) is a reason against it, not
+    ""."""
     for reduction in reductions:
         reason = (reduction.merges and no_merge) or (reduction.makes_fused and no_fuse)
         if reason:
@@ -238,7 +239,7 @@ def refusal_of_blocks(model: nn.Module, blocks: nn.ModuleList, refusal: Callable
 
 
 def check_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Raise a UserError if the blocks, or what the head reads, are no longer what `ats.patch` has seen."""
+    """Raise a UserError if the blocks, or what the head reads, are no longer what `ats.patch` saw."""
     state, begun = model.ats_state, False
     for place, block in enumerate(blocks):
         block = unwrapped(block)
@@ -248,8 +249,8 @@ def check_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
             if not has_ats or block.index != place or block.ats_state is not state:
                 raise UserError(
                     f"Block {place} is not the one that got ATS: blocks were replaced, moved or shared with another "
-                    "model after ats.patch. Type model.ats.blocks = model.ats.blocks to put ATS into those that are "
-                    "there now."
+                    "model after ats.patch. Type model.ats.blocks = model.ats.blocks to put ATS into the current "
+                    "blocks."
                 )
             if block.reduction is not None and block.reduction.merges:
                 refuse_merging(model, [block.reduction], model.no_merge, model.no_fuse)
@@ -261,8 +262,8 @@ def attach_to(
     reductions: dict[int, Reduction],
     versions: Mapping[type[nn.Module], type[nn.Module]],
 ) -> None:
-    """Make `parts`, which share one state, their ATS versions, and give `blocks` these reductions: the first block that
-    has one and all later blocks become their ATS versions, earlier blocks their originals.
+    """Change `parts`, which share one state, to their ATS versions, and give `blocks` these reductions. The first block
+    with a reduction and all later blocks become ATS versions; earlier blocks become originals.
     """
     state = next((part.ats_state for part in parts if hasattr(part, "ats_state")), None) or State()
     for part in parts:
@@ -278,7 +279,7 @@ def attach_to(
 
 
 def make_original(module: nn.Module) -> None:
-    """Make an ATS version its original again; other modules do not change."""
+    """Change an ATS version back to its original; leave other modules alone."""
     if _version_in(type(module)):
         change_class(module, original_class(module))
         for name in ("ats_state", "reduction", "index", "layout"):

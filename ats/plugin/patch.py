@@ -1,4 +1,4 @@
-"""ATS in your own model of timm or Hugging Face transformers, with one line:
+"""ATS for your own timm or Hugging Face transformers model, in one line:
 
     model = timm.create_model("deit3_small_patch16_224", pretrained=True)
     ats.patch(model, num_tokens=197)
@@ -7,8 +7,8 @@
     ats.unpatch(model)              # undo
 
 The model stays the same object, with its weights, state-dict keys and methods. `timm/model.py` and
-`transformers/model.py` say what changes inside; docs/PLUGIN.md lists the accepted models. `patch` refuses, by name,
-anything it does not know exactly, rather than compute something else.
+`transformers/model.py` say what changes inside; docs/PLUGIN.md lists the accepted models. `patch` refuses any class it
+does not know exactly, and names it, rather than compute something else.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def patch(
     restore: str = "zero",
     **options: object,
 ) -> nn.Module:
-    """Put ATS into `blocks` of a vision transformer of timm or transformers, in place. Returns the same object, with a
+    """Put ATS into `blocks` of a timm or transformers vision transformer, in place. Returns the same object, with a
     handle `model.ats` (`handle.Handle`).
 
     Args:
-        blocks, sampler: as the config keys ATS.BLOCKS (None: the last three quarters) and ATS.SAMPLER.
-        stages: instead, several groups of blocks, each with its own reduction, as ATS.STAGES:
+        blocks, sampler: like the config keys ATS.BLOCKS (None: the last three quarters) and ATS.SAMPLER.
+        stages: instead of those, several groups of blocks, each with its own reduction, like ATS.STAGES:
             `[{"sampler": "tome", "blocks": range(6), "r": 20}, {"blocks": range(6, 12), "num_tokens": 257}]`.
-        restore: what features hold for patches that are gone, zero, last or nearest: see `ats/restore.py`.
-        options: of the reduction, as its config keys: num_tokens, score, rule, min_tokens, seed (ATS.*), r, prop_attn
+        restore: what features hold at dropped patches: zero, last or nearest, see `ats/restore.py`.
+        options: the reduction's, like its config keys: num_tokens, score, rule, min_tokens, seed (ATS.*), r, prop_attn
             (TOME.*), keep_rate, fuse_token (EVIT.*), and those of other registered reductions. `score` None (default):
             the paper's if the head reads CLS, else "mean_attention".
 
@@ -62,7 +62,7 @@ def patch(
     """
     if isinstance(model, Patched):
         raise UserError(
-            "This model has ATS already: change its settings by model.ats.num_tokens = ... (or .blocks, .sampler, "
+            "This model has ATS already: change its settings with model.ats.num_tokens = ... (or .blocks, .sampler, "
             ".score), or call ats.unpatch(model) first."
         )
     check_restore(restore)
@@ -88,7 +88,7 @@ def patch(
 
 
 def _defaults(sampler: str = "inverse_transform") -> dict[str, Any]:
-    """Option -> default, of all registered reductions; `sampler`'s default if several share a name."""
+    """Option -> default for all registered reductions; if several share a name, `sampler`'s default."""
     kinds = [*REDUCTIONS.values(), *([REDUCTIONS[sampler]] if str(sampler) in REDUCTIONS else [])]
     options = {option.name: option.default for kind in kinds for option in options_of(kind)} | {"score": None}
     options.pop("share_frames", None)  # images have no frames
@@ -115,26 +115,26 @@ def settings(model: nn.Module) -> dict[str, object]:
 
 
 def save_settings(model: nn.Module, folder: str | Path) -> Path:
-    """Write `settings` of a patched model to `folder`/ats.json. Of transformers, `save_pretrained` does."""
+    """Write `settings` of a patched model to `folder`/ats.json. For transformers, `save_pretrained` does this."""
     path = Path(folder) / SETTINGS_FILE
     write(path, json.dumps(settings(model), indent=1) + "\n")
     return path
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Patch a model as the one whose settings lie in `folder`. Returns the same object.
+    """Patch a model with the settings saved in `folder`. Returns the same object.
 
         model = ViTForImageClassification.from_pretrained(folder)
         ats.load(model, folder)
 
     Raises:
-        UserError: no settings are there, or they are those of another network.
+        UserError: there are no settings, or they do not fit this network.
     """
     path = Path(folder) / SETTINGS_FILE
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError as error:
-        hint = "It is written by save_pretrained of a patched model, and by ats.save_settings(model, folder)."
+        hint = "Write it with save_pretrained of a patched model, or with ats.save_settings(model, folder)."
         raise UserError(f"There is no {path}. {hint}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
@@ -145,8 +145,8 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo `patch`, in place: the same model object, its class, blocks and attributes restored, with the weights it has
-    now. Raises a UserError if it is not patched.
+    """Undo `patch`, in place: restore the class, blocks and attributes, keep the current weights. Returns the same
+    object. Raises a UserError if it is not patched.
     """
     if not isinstance(model, Patched):
         path, inner = _wrapped(model)
@@ -177,8 +177,8 @@ def library_of(model: nn.Module) -> ModuleType:
 
 
 def _wrapped(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """The supported model that this one wraps (DistributedDataParallel, torch.compile, timm's features_only, ...), and
-    what to type for it; None if there is none.
+    """What to type for the supported model that this one wraps (DistributedDataParallel, torch.compile, timm's
+    features_only, ...), and that model; None if there is none.
     """
     path = "model"
     while True:
@@ -205,7 +205,7 @@ def _refuse(model: nn.Module) -> None:
 def _apply(model: nn.Module, settings: dict) -> None:
     """Give the model's blocks the reductions of the settings. Wrong settings change nothing."""
     settings = {name: _plain(value) for name, value in settings.items()}
-    if isinstance(model, Patched) and "sampler" in settings:  # another one: its defaults for what nobody has set
+    if isinstance(model, Patched) and "sampler" in settings:  # a new sampler: its own defaults for unset options
         old, new = _defaults(model.ats_state.settings["sampler"]), _defaults(settings["sampler"])
         settings |= {name: new[name] for name in new if old[name] != new[name] and settings[name] == old[name]}
     stages = settings.get("stages", [settings])
@@ -213,7 +213,7 @@ def _apply(model: nn.Module, settings: dict) -> None:
         if isinstance(stage, dict) and stage.get("blocks") is None:
             stage["blocks"] = default_blocks(library_of(model).network(model)["depth"])
     planned = _plan(model, settings)
-    _refuse(model)  # blocks may be others than those that `patch` has seen
+    _refuse(model)  # the blocks may have changed since `patch`
     library_of(model).attach(model, planned)
     state = model.ats_state
     state.settings, state.apply = settings, _apply
@@ -249,7 +249,7 @@ def _plan(model: nn.Module, settings: dict) -> dict[int, Reduction]:
             stage["score"] = library.default_score(model)
     network = library.network(model)
     planned = plan_reductions(stages, **network, namings=namings)
-    # Options of other reductions apply after a change of the sampler; refuse wrong ones now.
+    # Options of other reductions apply once the sampler changes; refuse wrong ones now.
     unread = {option.name: option for kind in REDUCTIONS.values() for option in options_of(kind)}
     for name in unread.keys() & settings.keys() - set().union(*stages):
         value_of_each_block(unread[name], settings[name], settings["blocks"], network["depth"], str)
@@ -257,7 +257,7 @@ def _plan(model: nn.Module, settings: dict) -> dict[int, Reduction]:
 
 
 def _plain(value: object) -> object:
-    """NumPy's and PyTorch's numbers and arrays as Python's, other collections as lists, anything else unchanged."""
+    """NumPy and PyTorch numbers and arrays as Python's, other collections as lists, anything else unchanged."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Rotary position embedding of tokens whose number differs from image to image."""
+"""Rotary position embedding for packed tokens."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def rotary_table(rope: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 def rotated(x: Tensor, tokens: RaggedTokens | None, *, half: bool) -> Tensor:
-    """Queries or keys [T, h, D] of tokens, rotated by their positions; `tokens` None: of CLS, which is not.
+    """Queries or keys [T, h, D], rotated by their tokens' positions. `tokens` None: CLS, which is not rotated.
 
     Args:
-        half: a channel's partner is D / 2 away, not its neighbour.
+        half: pair a channel with the one D / 2 away, not with its neighbour.
     """
     if tokens is None or tokens.rotary is None:
         return x

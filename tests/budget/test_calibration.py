@@ -255,9 +255,9 @@ def test_a_network_without_ats_or_images():
     for nothing in ([], images(0), [images(0)]):
         with pytest.raises(UserError, match=r"There are no images to calibrate with\. Give \[N, 3, H, W\]"):
             ats.calibrate(small_vit(), nothing, keep=0.5)
-    with pytest.raises(UserError, match=r"shape \[3, 32, 32\] is no batch.*torch\.stack"):
+    with pytest.raises(UserError, match=r"shape \[3, 32, 32\] is not a batch.*torch\.stack"):
         ats.calibrate(small_vit(), list(images(2)), keep=0.5)
-    with pytest.raises(UserError, match="a dict is no batch"):
+    with pytest.raises(UserError, match="a dict is not a batch"):
         ats.calibrate(small_vit(), [{"inputs": images(2)}], keep=0.5)
 
 

@@ -55,7 +55,7 @@ def test_mistakes_are_said(tmp_path):
     model = timm_models.small_model("deit_tiny_patch16_224")
     with pytest.raises(UserError, match=r"VisionTransformer has no ATS, so no settings: ats\.patch"):
         ats.settings(model)
-    with pytest.raises(UserError, match=r"There is no .*ats\.json\. It is written by save_pretrained"):
+    with pytest.raises(UserError, match=r"There is no .*ats\.json\. Write it with save_pretrained"):
         ats.load(model, tmp_path)
     (tmp_path / "ats.json").write_text("{")
     with pytest.raises(UserError, match=r"ats\.json is not JSON"):

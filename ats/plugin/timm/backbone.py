@@ -20,8 +20,8 @@ from ats.plugin.timm.model import attach, network, refusal
 
 
 def timm_from_cfg(cfg: CfgNode) -> nn.Module:
-    """timm's model of that name, described by the TIMM and ATS keys; it ignores the VIT keys. Its weights are fresh,
-    unless TIMM.PRETRAINED lets timm download its own.
+    """The timm model named by MODEL.NAME, described by the TIMM and ATS keys; the VIT keys are ignored. Weights are
+    random unless TIMM.PRETRAINED lets timm download its own.
 
     Raises:
         UserError: timm does not have it, ATS does not support it, or TIMM.KWARGS or the image size do not fit.
@@ -36,7 +36,7 @@ def timm_from_cfg(cfg: CfgNode) -> nn.Module:
     try:
         with hub_or_cache(cfg.TIMM.PRETRAINED):
             model = timm.create_model(name, pretrained=cfg.TIMM.PRETRAINED, **kwargs)
-    except Exception as error:  # timm checks little: wrong arguments can end in any
+    except Exception as error:  # timm checks little: wrong arguments can raise anything
         if cfg.TIMM.PRETRAINED and isinstance(error, (RuntimeError, OSError)):
             raise UserError(
                 f"TIMM.PRETRAINED True: timm cannot get the weights of {name} from {hub.ENDPOINT}. Type "
@@ -65,8 +65,8 @@ def timm_from_cfg(cfg: CfgNode) -> nn.Module:
 
 @contextmanager
 def hub_or_cache(pretrained: bool) -> Iterator[None]:
-    """Within, the Hugging Face hub answers from its cache alone if its host has no address here: it would retry for a
-    minute. A proxy may know the address, so with one nothing changes.
+    """Inside, the Hugging Face hub reads only its cache if its host does not resolve; otherwise it would retry for a
+    minute. Behind a proxy nothing changes, since the proxy may resolve the host.
     """
     before = hub.HF_HUB_OFFLINE
     if pretrained and not before and not getproxies():

@@ -39,8 +39,8 @@ class TimmBlock(ATSBlock):
     def forward(self, tokens: RaggedTokens, **kwargs: object) -> RaggedTokens:
         if isinstance(tokens, Tensor):  # a model without ATS calls it
             raise UserError(
-                "This block has ATS, but the model that runs it has not: they share it since ats.patch of another "
-                "model. Give each its own by copy.deepcopy, or ats.unpatch the other one."
+                "This block has ATS, but the model that runs it does not: it shares the block with another model, "
+                "which ats.patch changed. Give each its own with copy.deepcopy, or ats.unpatch the other one."
             )
         return super().forward(tokens)
 
@@ -133,16 +133,16 @@ def refusal_of_block(block: nn.Module) -> str:
     """What ATS does not support in this block; "" if it supports everything."""
     if original_class(block) not in VERSIONS:
         known = ", ".join(f"{kind.__module__.removeprefix('timm.models.')}.{kind.__name__}" for kind in VERSIONS)
-        return f"is a {type(block).__name__}; understood are {known}"
+        return f"is a {type(block).__name__}; supported are {known}"
     if original_class(block.attn) not in ATTENTIONS:
         return f"has attention of class {type(block.attn).__name__}"
     if "forward" in vars(block.attn):
         return "has an attn whose forward was replaced"
     qkv = block.attn.qkv
     if qkv is not None and not is_linear(qkv):
-        return f"has attn.qkv of class {type(qkv).__name__}, which is no linear layer"
+        return f"has attn.qkv of class {type(qkv).__name__}, which is not a linear layer"
     if qkv is not None and getattr(block.attn, "q_bias", None) is not None and not is_plain(qkv):
-        return f"has attn.qkv of class {type(qkv).__name__}, of which its attention reads the weight, not the output"
+        return f"has attn.qkv of class {type(qkv).__name__}, but its attention reads the weight, not the output"
     for name, layer in (("attn", block.attn), ("attn.qkv", block.attn.qkv)):
         if layer is not None and (reason := stale(layer)):
             return f"has {name} {reason}"

@@ -1,8 +1,8 @@
 """timm's vision transformers on ragged tokens: a subclass with ATS of every supported model class.
 
 Tokens are packed from the first ATS block on. `forward_features` and `forward_intermediates` return the usual dense
-shape [B, N, C]; what dropped tokens hold is `model.ats.restore`, by default exact zeros. Pooling (average, maximum,
-attention) reads present tokens only: `forward_head` takes tokens that are zero in every channel for absent, so it needs
+shape [B, N, C]; `model.ats.restore` sets what dropped tokens hold, by default exact zeros. Pooling (average, maximum,
+attention) reads present tokens only: `forward_head` treats tokens that are zero in every channel as absent, so it needs
 no mask, and it pools restored tokens like any other.
 
 Shapes: B images, N = P + grid tokens, P prefix tokens, C channels.
@@ -102,7 +102,7 @@ class TimmModel(Patched):
         attn_mask: None = None,
         is_causal: bool = False,
     ) -> list | tuple | dict:
-        """As the original's: features after the blocks `indices`; dropped tokens as in `forward_features`."""
+        """Like the original's: features after the blocks `indices`; dropped tokens as in `forward_features`."""
         self._refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt {output_fmt}: choose from NCHW, NLC.")
@@ -131,7 +131,7 @@ class TimmModel(Patched):
         return super().forward_head(self._fill(x, present), pre_logits)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """The original's; a UserError for a pooling that the tokens' merging does not allow."""
+        """Like the original's. Raises a UserError if the blocks merge tokens and the new pooling does not allow it."""
         if global_pool not in (None, *CLS_POOLS):
             refuse_merging(self, [block.reduction for block in ats_blocks(self)], AVERAGES, "")
         super().reset_classifier(num_classes, global_pool)
@@ -158,7 +158,7 @@ class TimmModel(Patched):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A release's weights for this model, converted as timm does after a download."""
-        if self.original is Eva and isinstance(self.fc_norm, nn.Identity):  # beside a mask token, timm expects one
+        if self.original is Eva and isinstance(self.fc_norm, nn.Identity):  # with a mask token, timm expects an fc_norm
             state = {key: value for key, value in state.items() if key != "mask_token"}
         return FILTERS[self.original](state, self)
 
@@ -166,7 +166,7 @@ class TimmModel(Patched):
         return [BlockGrid.of(1, *self.patch_embed.dynamic_feat_size(tuple(input_shape[-2:])))] * len(self.blocks)
 
     def multiply_adds(self, trace: Sequence[KeptTokens], input_shape: Sequence[int], *, paper: bool) -> Tensor:
-        """As the base class's. Padding is pooled too: to the longest image, with static shapes to all positions."""
+        """Like the base class's, plus pooling of padding: up to the longest image, or all positions if static."""
         pooled = trace
         if trace and not paper and self.layout != "packed":
             longest = trace[-1].num_tokens.amax().expand(len(trace[-1].num_tokens))
@@ -192,7 +192,7 @@ class TimmModel(Patched):
         return total + num_rows * sum(map(linear_multiply_adds, heads))
 
     def _embedding_multiply_adds(self, input_shape: Sequence[int], num_patches: int) -> int:
-        """Of the patch embedding. Hybrids have a convolutional network: count it while it runs on the meta device."""
+        """Of the patch embedding. A hybrid's is a convolutional network: run it on the meta device and count."""
         embed = self.patch_embed
         if type(embed) is PatchEmbed and isinstance(embed.proj, nn.Conv2d):
             return conv_multiply_adds(embed.proj, num_patches)
@@ -208,8 +208,8 @@ class TimmModel(Patched):
     def _run(
         self, x: Tensor, *, take: Sequence[int] = (), norm: bool = False, num_blocks: int | None = None
     ) -> tuple[RaggedTokens, list[Tensor]]:
-        """Images through the (first `num_blocks`) blocks: the kept tokens before the final norm, and dense features
-        after the blocks `take`, with the final norm if `norm`.
+        """Run images through the (first `num_blocks`) blocks. Returns the kept tokens before the final norm, and dense
+        features after the blocks `take`, with the final norm if `norm`.
         """
         check_blocks(self, self.blocks)
         with self.fastest_kernels(x):
@@ -249,7 +249,7 @@ class TimmModel(Patched):
         return block(x, **kwargs)
 
     def _dense(self, tokens: RaggedTokens) -> Tensor:
-        """Kept tokens after the final norm, dense [B, N, C]; in an adaptive export without the dropped ones."""
+        """Tokens after the final norm, dense [B, N, C]; an adaptive export leaves out the dropped ones."""
         layout = tokens.layout
         if self._is_compact:
             return self.norm(tokens.x)[None]
@@ -283,12 +283,12 @@ class TimmModel(Patched):
 
     @property
     def _is_compact(self) -> bool:
-        """Whether `forward_head` gets present tokens alone: in an adaptive export, unless it returns all of them."""
+        """Whether `forward_head` gets only present tokens: in an adaptive export, unless it returns all of them."""
         return self.layout == SINGLE and self.global_pool != ""
 
     def _fill(self, x: Tensor, present: Tensor) -> Tensor:
-        """Dropped tokens become the mean of the present and pooled ones, so that the original's mean and maximum of all
-        tokens are those of the present ones.
+        """Set dropped tokens to the mean of the present, pooled ones, so that the original's mean and maximum over all
+        tokens are those over the present ones.
         """
         pooled = present.clone()
         pooled[:, : self.num_prefix_tokens] &= getattr(self, "pool_include_prefix", False)
@@ -302,7 +302,7 @@ class TimmModel(Patched):
             raise UserError("attn_mask and is_causal are not supported with ATS: call without, or ats.unpatch(model).")
 
 
-FILTERS = {  # of the state dicts of releases
+FILTERS = {  # convert released state dicts
     VisionTransformer: partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True),
     VisionTransformerDistilled: vision_transformer.checkpoint_filter_fn,
     Beit: beit.checkpoint_filter_fn,
@@ -312,8 +312,8 @@ VERSIONS: dict[type[nn.Module], type[TimmModel]] = {kind: version_of(kind, TimmM
 
 
 def attach(model: nn.Module, reductions: dict[int, Reduction]) -> None:
-    """Make `model` its ATS version with these reductions (none: the dense network with the interface of `ats.models`).
-    Raises a UserError if the model does not allow its tokens to be merged or fused.
+    """Change `model` to its ATS version with these reductions (none: the dense network with the interface of
+    `ats.models`). Raises a UserError if they merge or fuse tokens and the model does not allow it.
     """
     refuse_merging(model, reductions.values(), no_merge(model), no_fuse(model))
     attach_to([model], model.blocks, reductions, VERSIONS | BLOCK_VERSIONS)
@@ -344,7 +344,7 @@ def refusal(model: nn.Module) -> str:
         known = ", ".join(kind.__name__ for kind in VERSIONS)
         reason = REASONS.get(original_class(model).__name__)
         if original_class(model).__module__.startswith("torchvision."):
-            reason = "torchvision's attention is nn.MultiheadAttention; use timm's vit_base_patch16_224 and such"
+            reason = "torchvision's attention is nn.MultiheadAttention; use a timm ViT, e.g. vit_base_patch16_224"
         return (
             f"{reason + '; ' if reason else ''}ATS supports timm's {known} (no subclasses), "
             "and transformers' ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, VideoMAE and ViTMAE"

@@ -1,7 +1,7 @@
 """Layers of Hugging Face transformers on ragged tokens, each a subclass of its original.
 
 The model's own forward pass runs its layers. The first ATS layer packs its input, later layers pass packed tokens on,
-and the final norm, a `FinalNorm`, makes them dense again. The versions change a layer in three ways:
+and the final norm, a `FinalNorm`, makes them dense again. Three things differ from the originals:
 
 * they call the attention's projections, not the attention: its hooks do not fire, and there is no attention matrix;
 * dropout and stochastic depth draw for packed tokens, stochastic depth once per image;
@@ -101,7 +101,7 @@ class TransformersBlock(ATSBlock):
 
     def forward(self, tokens: Tensor | RaggedTokens, attention_mask: object = None, **kwargs: object) -> RaggedTokens:
         """Dense [B, N, C] or packed tokens in, packed ones out."""
-        # The other arguments: the model has refused those that matter; flex attention's mask, always passed, is empty.
+        # Ignore the other arguments: the model refuses those that matter; flex attention's mask is passed, but empty.
         rotary = kwargs.get("position_embeddings")
         if not isinstance(tokens, RaggedTokens):
             tokens = Places.begin(RaggedTokens.from_dense(tokens, num_prefix_of(self)), self.ats_state.restore)
@@ -164,7 +164,7 @@ class RotaryBranches(ScaledBranches):
 
 
 class PlainBranches(TransformersBlock):
-    """The towers of CLIP and SigLIP: no dropout outside of the attention, no LayerScale, no stochastic depth."""
+    """The towers of CLIP and SigLIP: no dropout outside the attention, no LayerScale, no stochastic depth."""
 
     drop_path1 = drop_path2 = NO_DROP_PATH
 
@@ -206,7 +206,7 @@ VERSIONS: dict[type[nn.Module], type[TransformersBlock]] = {
 
 
 def dense_tokens(tokens: RaggedTokens, norm: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """[B, N, C] behind the last layer. With FILL_DROPPED, dropped patches that are not restored are the mean of the
+    """[B, N, C] after the last layer. With FILL_DROPPED, dropped patches that are not restored become the mean of the
     image's kept patches, so the mean of all patches is the mean of the kept ones.
     """
     x = restored(tokens, norm)
@@ -220,7 +220,7 @@ def dense_tokens(tokens: RaggedTokens, norm: Callable[[Tensor], Tensor] = lambda
 
 
 class FinalNorm(nn.LayerNorm):
-    """The model's final norm, of packed tokens too: [B, N, C], see `ats/restore.py` for tokens that are gone."""
+    """The model's final norm. Packed tokens come out dense, [B, N, C]; see `ats/restore.py` for dropped ones."""
 
     original = nn.LayerNorm
     ats_state: State
@@ -240,7 +240,7 @@ class DenseEncoder(nn.Module):
     ats_state: State
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """As the original's."""
+        """Like the original's."""
         out = super().forward(*args, **kwargs)
         tokens = out.last_hidden_state
         if isinstance(tokens, RaggedTokens):
@@ -262,7 +262,7 @@ class PresentPoolingHead(nn.Module):
 
 
 POOLING_HEADS = (siglip.SiglipMultiheadAttentionPoolingHead, siglip2.Siglip2MultiheadAttentionPoolingHead)
-# What reads the tokens behind the layers.
+# What reads the tokens after the last layer.
 BEHIND_VERSIONS = {
     nn.LayerNorm: FinalNorm,
     **{kind: version_of(kind, DenseEncoder) for kind in (clip.CLIPEncoder, videomae.VideoMAEEncoder)},
@@ -271,7 +271,7 @@ BEHIND_VERSIONS = {
 
 
 def num_prefix_of(layer: nn.Module) -> int:
-    """CLS and, with it, DeiT's distillation token or DINOv2's and DINOv3's registers; SigLIP and VideoMAE have none."""
+    """CLS plus DeiT's distillation token or DINOv2's and DINOv3's registers; SigLIP and VideoMAE have none."""
     if isinstance(layer, deit.DeiTLayer):
         return 2
     if isinstance(layer, (*SIGLIP_LAYERS, videomae.VideoMAELayer)):
@@ -284,7 +284,7 @@ def num_prefix_of(layer: nn.Module) -> int:
 def refusal_of_block(layer: nn.Module) -> str:
     """What ATS does not support in this layer; "" if it supports everything."""
     if original_class(layer) not in VERSIONS:
-        return f"is a {type(layer).__name__}; understood are {', '.join(kind.__name__ for kind in VERSIONS)}"
+        return f"is a {type(layer).__name__}; supported are {', '.join(kind.__name__ for kind in VERSIONS)}"
     attention = attention_of(layer)
     if "forward" in vars(attention):
         return "has an attention whose forward was replaced"

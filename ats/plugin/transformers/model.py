@@ -2,11 +2,11 @@
 and SigLIP with ATS.
 
 A classifier and its base model change their class together (`handle.py`) and share one state. Hidden states keep their
-usual shape [B, N, C]; what dropped tokens hold is `model.ats.restore`, by default exact zeros. Classifiers of DINOv2
-and VideoMAE average the kept patches, or all that are restored.
+usual shape [B, N, C]; `model.ats.restore` sets what dropped tokens hold, by default exact zeros. Classifiers of DINOv2
+and VideoMAE average the kept patches, or all patches if dropped ones are restored.
 
 Shapes: B images, N = P + grid tokens, P prefix tokens, C channels. Where patches are hidden from the model (ViTMAE,
-bool_masked_pos), N are those that it sees, in the order in which it sees them.
+bool_masked_pos), N counts those it sees, in the order it sees them.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _dense(out: object) -> object:
 
 def _base(model: Any) -> Any:
     """The base model in a classifier, or the model itself."""
-    if isinstance(model, dinov3.DINOv3ViTModel):  # in which `model` is the encoder
+    if isinstance(model, dinov3.DINOv3ViTModel):  # whose `model` is the encoder
         return model
     return getattr(model, model.base_model_prefix, model)
 
@@ -139,7 +139,7 @@ def _layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _behind(model: nn.Module) -> list[nn.Module]:
-    """What reads the tokens behind the layers, and has an ATS version too."""
+    """The modules after the last layer that read tokens; they have ATS versions too."""
     base = _base(model)
     if isinstance(base, clip.CLIPVisionModel):
         return [base.encoder]
@@ -158,7 +158,7 @@ def network(model: nn.Module) -> dict[str, Any]:
 
 
 def default_score(model: nn.Module) -> str:
-    """The paper's if there is CLS, which all heads then read; else the mean attention."""
+    """The paper's score if there is CLS, which all heads then read; else the mean attention."""
     return "cls_attention_value_norm" if network(model)["has_cls"] else "mean_attention"
 
 
@@ -178,8 +178,8 @@ class HubModel(Patched):
         raise AttributeError(f"{type(embeddings).__name__} has no patch embedding")
 
     def forward_tokens(self, pixel_values: Tensor, **inputs: object) -> tuple[Tensor, list[KeptTokens]]:
-        """What the model takes -> logits [B, classes] (of a base model: last hidden state [B, N, C]) and the tokens
-        that every block with a reduction kept, in order.
+        """The model's inputs -> logits [B, classes] (base model: last hidden state [B, N, C]) and the tokens that each
+        block with a reduction kept, in order.
         """
         state = self.ats_state
         trace, state.trace, state.last = state.trace, True, []
@@ -193,7 +193,7 @@ class HubModel(Patched):
         return result, kept
 
     def save_pretrained(self, save_directory: str, *args: object, **kwargs: object) -> object:
-        """As the original's, with the settings of ATS in ats.json: `ats.load(model, folder)` brings them back."""
+        """Like the original's, plus the ATS settings in ats.json, which `ats.load(model, folder)` reads."""
         out = super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             save_settings(self, save_directory)
@@ -204,7 +204,7 @@ class HubModel(Patched):
 
     def block_grids(self, input_shape: Sequence[int]) -> list[BlockGrid]:
         grid = self._patch_grid(input_shape)
-        if isinstance(_base(self), vit_mae.ViTMAEModel):  # a random part of it, in random order
+        if isinstance(_base(self), vit_mae.ViTMAEModel):  # it sees a random part, in random order
             grid = 1, 1, int(size(grid) * (1 - self.config.mask_ratio))
         return [BlockGrid.of(*grid)] * len(_layers(self))
 
@@ -232,7 +232,7 @@ class HubModel(Patched):
         heads = [head for head in heads if is_linear(head)]
         total = conv_multiply_adds(self._patch_projection, num) + sum(map(linear_multiply_adds, heads))
         head = getattr(_base(self), "head", None)
-        if head is not None:  # SigLIP's attention pooling: a query, keys and values of all places
+        if head is not None:  # SigLIP's attention pooling: one query, keys and values at all positions
             dim = head.probe.shape[-1]
             total += 2 * dim * dim + 2 * num * dim * dim + 2 * num * dim + linears_multiply_adds(head.mlp)
         return total
@@ -268,8 +268,8 @@ for _original, _version in VERSIONS.items():
 
 
 def attach(model: nn.Module, reductions: dict[int, Reduction]) -> None:
-    """Make `model` its ATS version with these reductions. Raises a UserError if they merge tokens, but the model
-    averages its patches.
+    """Change `model` to its ATS version with these reductions. Raises a UserError if they merge or fuse tokens and the
+    model does not allow it.
     """
     version = VERSIONS[original_class(model)]
     refuse_merging(model, reductions.values(), version.no_merge, version.no_fuse)
@@ -284,7 +284,7 @@ RECONSTRUCTING: tuple[str, ...] = ("ViTForMaskedImageModeling", "DeiTForMaskedIm
 RECONSTRUCTING += ("VideoMAEForPreTraining",)
 AVERAGING_TOWERS = ("CLIPForImageClassification", "SiglipForImageClassification", "Siglip2ForImageClassification")
 REASONS = {
-    **dict.fromkeys(RECONSTRUCTING, "reconstructs every patch, also those that ATS would drop"),
+    **dict.fromkeys(RECONSTRUCTING, "reconstructs every patch, including those ATS would drop"),
     **dict.fromkeys(
         ("Dinov2Backbone", "Dinov2WithRegistersBackbone"), "gives feature maps to a head that needs every patch"
     ),
@@ -311,7 +311,7 @@ def refusal(model: nn.Module) -> str:
     if original_class(base) not in VERSIONS:
         return f"its {prefix} is a {type(base).__name__}"
     if isinstance(model, videomae.VideoMAEForVideoClassification) and model.fc_norm is None:
-        return "its head reads the first patch as if it was CLS (use_mean_pooling=False), and ATS may drop it"
+        return "its head reads the first patch as if it were CLS (use_mean_pooling=False), and ATS may drop it"
     for part in _behind(model):
         if hasattr(part, "ats_state") and not isinstance(model, Patched):
             name = NAMES.get(original_class(part), "encoder")
