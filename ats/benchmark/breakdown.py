@@ -25,8 +25,8 @@ MODULES = {"patch_embed": "embedding", "mlp": "mlp", "qkv": "qkv", "attn": "atte
 def part_seconds(model: nn.Module, x: Tensor, *, rounds: int) -> dict[str, float]:
     """Seconds of one forward pass by part, mean over `rounds`; the clock itself adds a little to every part.
 
-    Every moment belongs to the part that began last. ATS blocks tell the clock which part begins (`ATSBlock.clock`);
-    modules have hooks. In dense blocks with other names than timm's, what is not recognised counts as "rest".
+    Time counts for the part that began last. ATS blocks tell the clock which part begins (`ATSBlock.clock`); other
+    modules have hooks. In dense blocks without timm's names, unrecognised modules count as "rest".
     """
     seconds: dict[str, float] = {}
     current, last = "rest", time.perf_counter()
@@ -71,7 +71,7 @@ def part_seconds(model: nn.Module, x: Tensor, *, rounds: int) -> dict[str, float
 
 
 class LinearCalls(TorchFunctionMode):
-    """Records every call of `F.linear`, of PyTorch's own: where oneDNN takes them over, they don't pass here."""
+    """Records every call of PyTorch's `F.linear`; calls that oneDNN takes over do not pass here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ class LinearCalls(TorchFunctionMode):
 
     @classmethod
     def of(cls, model: nn.Module, x: Tensor) -> LinearCalls:
-        """Those of one forward pass of `x`."""
-        # Under a FLOP counter, PyTorch's own operations run (`kernels/cpu.py`).
+        """The calls of one forward pass of `x`."""
+        # A FLOP counter makes PyTorch's own operations run (`kernels/cpu.py`).
         with torch.inference_mode(), FlopCounterMode(display=False), cls() as linear:
             model(x)
         return linear

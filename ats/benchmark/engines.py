@@ -1,8 +1,7 @@
 """What runs a network on a CPU, for `peers`: PyTorch, PyTorch compiled, ONNX Runtime and OpenVINO.
 
 An engine takes a network (PyTorch) or its ONNX file (the others) and images, and returns a pass: a function without
-arguments that computes the logits of these images, [B, classes]. What an engine does once, such as compiling, is done
-when it returns.
+arguments that computes the logits of these images, [B, classes]. One-time work, such as compiling, is done before that.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Engine(NamedTuple):
     """A way to run a network."""
 
     make: Callable[..., Pass]  # (network or path of its file, images, number of threads) -> pass
-    dtypes: tuple[str, ...]  # in which it computes
+    dtypes: tuple[str, ...]  # that it computes in
     networks: tuple[str, ...] = ("dense", "ats static", "ats adaptive")  # that it runs
     reads_file: bool = True
     packages: tuple[str, ...] = ()
@@ -62,7 +61,7 @@ def onnx_runtime(path: Path, x: Tensor, threads: int) -> Pass:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads run on into the next pass
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads run on into the next pass
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.float().numpy()}
     names = [session.get_outputs()[0].name]
@@ -70,7 +69,7 @@ def onnx_runtime(path: Path, x: Tensor, threads: int) -> Pass:
 
 
 def openvino(path: Path, x: Tensor, threads: int, precision: str | None = "f32") -> Pass:
-    """OpenVINO's CPU plugin in float32, or with `precision` None in what it takes by default."""
+    """OpenVINO's CPU plugin in float32; `precision` None: its default."""
     import openvino
 
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
@@ -82,8 +81,8 @@ def openvino(path: Path, x: Tensor, threads: int, precision: str | None = "f32")
 
 
 def _openvino_options(path: Path, shape: list[int], options: dict[str, object]) -> dict[str, object]:
-    """`options` with what OpenVINO 2026.4 needs to run the file: its own code generator ("snippets") ends the process
-    on MViT, as it compiles or as it runs. UserError if nothing helps.
+    """`options` with what OpenVINO 2026.4 needs to run the file: its code generator ("snippets") crashes on MViT, while
+    compiling or running. UserError if nothing helps.
     """
     for tried in (options, options | {"SNIPPETS_MODE": "DISABLE"}):
         code = f"""import sys, numpy, openvino
@@ -97,7 +96,7 @@ network.create_infer_request().infer([numpy.zeros({shape}, numpy.float32)])"""
 
 
 def openvino_default(path: Path, x: Tensor, threads: int) -> Pass:
-    """OpenVINO's CPU plugin in the precision that it takes by default."""
+    """OpenVINO's CPU plugin in its default precision."""
     return openvino(path, x, threads, precision=None)
 
 
@@ -105,7 +104,7 @@ BOTH = ("float32", "bfloat16")
 FILES = ("onnx", "onnxscript")  # packages that write them
 ENGINES = {
     "PyTorch": Engine(eager, BOTH, ("dense", "ats"), reads_file=False),
-    # Not ATS, in pieces and for any number of tokens: compiling it takes minutes.
+    # Not ATS: its many graphs, for any number of tokens, take minutes to compile.
     "PyTorch compiled": Engine(compiled, BOTH, ("dense",), reads_file=False),
     "ONNX Runtime": Engine(onnx_runtime, ("float32",), packages=(*FILES, "onnxruntime")),
     "OpenVINO": Engine(openvino, ("float32",), packages=(*FILES, "openvino")),
@@ -124,7 +123,7 @@ def obstacle(name: str) -> str:
 
 
 def default_precision() -> str:
-    """What OpenVINO computes in on this CPU if nobody says: "float32", "bfloat16" or "float16"."""
+    """OpenVINO's default precision on this CPU: "float32", "bfloat16" or "float16"."""
     import openvino
 
     name = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
@@ -138,9 +137,9 @@ def versions() -> dict[str, str]:
 
 def write_onnx(model: nn.Module, x: Tensor, path: Path) -> Path:
     """Write a network whose shapes do not depend on the images, for images of exactly this shape; returns `path`."""
-    # The memory order that other kernels of attention return is not the one that ONNX's translation of it has.
+    # Other attention kernels return strides that the translation to ONNX does not support.
     with warnings.catch_warnings(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        warnings.simplefilter("ignore")  # of the translator's own parts
+        warnings.simplefilter("ignore")  # from the translator's own parts
         program = torch.onnx.export(
             torch.export.export(model, (x,)),
             dynamo=True,

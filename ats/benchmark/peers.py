@@ -1,8 +1,8 @@
-"""ATS beside the fastest dense engine of the machine: every engine runs the dense network and ATS, interleaved.
+"""ATS against the fastest dense engine of the machine: the engines run the dense network and ATS, interleaved.
 
-Dense and ATS run in PyTorch, compiled or not, ONNX Runtime and OpenVINO. In the last two ATS is an exported file:
-static, with a fixed number of rows, and for one image adaptive, with as many rows as tokens. All are judged by the
-FLOPs of the same tokens; the rows that a static file computes and ignores count against it.
+The engines are PyTorch, PyTorch compiled (dense only), ONNX Runtime and OpenVINO. In the last two ATS is an exported
+file: static, with a fixed number of rows, and for one image adaptive, with as many rows as tokens. All are judged by
+the FLOPs of the same tokens; the rows that a static file computes and ignores count against it.
 
     efficiency          = dense time in the same engine / time / (dense FLOPs / FLOPs)
     absolute efficiency = time of the fastest dense engine / time / (dense FLOPs / FLOPs)
@@ -41,12 +41,12 @@ class Peer:
 
     network: str  # "dense", "ats", "ats static" or "ats adaptive"
     engine: str  # name in ENGINES
-    difference: float  # of the logits from PyTorch's in float32, the largest over the largest logit
+    difference: float  # largest difference from PyTorch's float32 logits, over the largest logit
     seconds: list[float] = field(default_factory=list)  # of a pass, per round
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Seconds of a pass."""
         return statistics.median(self.seconds)
 
     def speedup(self, dense: Peer) -> float:
@@ -56,7 +56,7 @@ class Peer:
 
 @dataclass
 class Peers:
-    """All of them at one batch size and precision."""
+    """All networks and engines at one batch size and precision."""
 
     batch_size: int
     dtype: str
@@ -68,11 +68,11 @@ class Peers:
 
     @property
     def fastest_dense(self) -> Peer:
-        """The dense network in the engine that takes least time."""
+        """The dense network in its fastest engine."""
         return min((row for row in self.rows if row.network == "dense"), key=lambda row: row.median)
 
     def judged(self) -> list[dict]:
-        """Per row: ms, time and FLOP ratio, both efficiencies. Where dense failed in the engine, None."""
+        """Per row: ms, time and FLOP ratio, both efficiencies; None where dense failed in the engine."""
         dense, lines = {row.engine: row for row in self.rows if row.network == "dense"}, []
         for row in self.rows:
             work = 1.0 if row.network == "dense" else self.flop_ratio
@@ -85,7 +85,7 @@ class Peers:
         return lines
 
     def summary(self) -> str:
-        """The fastest dense engine, and what ATS gains on it at best."""
+        """The fastest dense engine, and the best that ATS gains over it."""
         dense, reduced = self.fastest_dense, [row for row in self.rows if row.network != "dense"]
         text = f"Fastest dense: {dense.engine}, {_cell('ms', 1e3 * dense.median)} ms."
         if not reduced:
@@ -122,11 +122,11 @@ def _cell(name: str, value: str | float | None) -> str:
 def measure_peers(
     cfg: CfgNode, batches: dict[int, Tensor], settings: BenchmarkSettings, engines: Sequence[str] = tuple(ENGINES)
 ) -> Iterator[Peers]:
-    """Measure `cfg` (ATS.ENABLE True) and its dense network in all engines of the machine, on the CPU.
+    """Measure `cfg` (ATS.ENABLE True) and its dense network in the machine's engines, on the CPU.
 
     Args:
         batches: images [B, 3, H, W] or clips [B, 3, T, H, W], by size.
-        settings: of these count dtype, rounds, max_seconds, threads, token_scale and mean_std.
+        settings: only dtype, rounds, max_seconds, threads, token_scale and mean_std are used.
         engines: names in ENGINES.
 
     Yields:
@@ -214,9 +214,9 @@ def _writers(models: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[...,
 
 @contextmanager
 def _attempt(left_out: list[str], what: str) -> Iterator[None]:
-    """Name what fails: an engine that cannot run a network does not keep the others from it."""
+    """Add what fails to `left_out`, so that the other engines still run."""
     try:
         yield
-    except Exception as error:  # of compilers and translators, which raise anything
+    except Exception as error:  # compilers and translators raise anything
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         left_out.append(f"{what}: {reason if isinstance(error, UserError) else f'{type(error).__name__}: {reason}'}")

@@ -2,10 +2,10 @@
 
 A measurement is a flat mapping. Names in capitals are config keys, names of `BenchmarkSettings` say how to measure, and
 the others are those of `Measurement`. `sweep: {NAME: [VALUE, ...]}` makes one measurement per value, which also fills
-the {} of the title. What stands beside `measurements` are YAML anchors.
+the {} of the title. Other entries beside `measurements` are YAML anchors.
 
 A measurement that fails leaves its traceback in the suite's JSON; the others still run. `minutes` beside `measurements`
-is how long the suite may take: what has not begun by then is named and counts as failed.
+is how long the suite may take: measurements not begun by then are named and count as failed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Goal(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Variants of a network beside its dense self, engines beside each other, or the sampler alone."""
+    """Variants of a network against its dense self, engines against each other, or the sampler alone."""
 
     title: str
     settings: BenchmarkSettings
@@ -105,7 +105,7 @@ def run_suite(name: str, *, folder: Path = FOLDER, document: Path = DOCUMENT) ->
     """
     measurements = load_suite(name)
     if name == "gpu" and not torch.cuda.is_available():
-        raise UserError("--suite gpu: PyTorch sees no GPU. Try --suite cpu, or --suite quick to see that it would run.")
+        raise UserError("--suite gpu: PyTorch sees no GPU. Try --suite cpu, or --suite quick to check that it runs.")
     command, machine = f"python tools/benchmark.py --suite {name}", tables.machine()
     head = f"`{command}` on " + ", ".join(f"{key} {value}" for key, value in machine.items())
     head += f"\n\n{describe_counts('')}"
@@ -139,7 +139,7 @@ def run_suite(name: str, *, folder: Path = FOLDER, document: Path = DOCUMENT) ->
 
 
 def _run_measurement(item: Measurement) -> tuple[dict, list[str]]:
-    """Its entry in the results, and its tables. Every batch size is measured by itself."""
+    """Its entry in the results, and its tables. Each batch size is measured separately."""
     settings, found, errors = item.settings, list[Measured](), dict[str, str]()
     for size in item.batch_sizes:
         with _attempt(errors, f"batch {size}"):
@@ -215,7 +215,7 @@ def sampler_rows(
     packing [T, 64]. Each number is timed for `min_seconds`.
     """
 
-    from torch.utils.benchmark import Timer  # here, as it looks for a C++ compiler and warns of what it misses
+    from torch.utils.benchmark import Timer  # here, because it looks for a C++ compiler and warns if there is none
 
     def milliseconds(run: Callable[[], object]) -> float:
         with torch.inference_mode():
@@ -226,7 +226,7 @@ def sampler_rows(
     for size in sizes:
         generator = torch.Generator().manual_seed(size)
         scores = (torch.rand(num_sequences, size, generator=generator) ** 4).to(device)
-        candidates = Candidates(  # of sequences of which nothing has been dropped
+        candidates = Candidates(  # of sequences with nothing dropped
             scores,
             lengths=torch.full((num_sequences,), size, device=device),
             max_tokens=size,

@@ -1,8 +1,8 @@
-"""Synthetic token counts: how many tokens survive depends on trained weights, and a benchmark may have none.
+"""Synthetic token counts, for benchmarks without trained weights.
 
-With random weights hardly a token is dropped. So the benchmark draws, for every image, how many tokens each block keeps
-from what DeiT-S + ATS keeps on the validation images of ImageNet (the paper's histograms, read off its poster), and
-keeps the first so many. Scoring and inverse transform sampling run as always; only their choice is not used.
+With random weights hardly any token is dropped. So the benchmark draws, for every image, how many tokens each block
+keeps, from what DeiT-S + ATS keeps on ImageNet's validation images (the paper's histograms, read off its poster), and
+keeps the first that many. Scoring and inverse transform sampling run as always; only their choice is ignored.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class SyntheticCounts:
 
     def __init__(self, depth: int, scale: float = 1.0, mean_std: Sequence[float] | None = None) -> None:
         self.depth = depth  # of the network; 0: nothing is imposed
-        self.scale = scale  # of the shares kept, to see other budgets
+        self.scale = scale  # factor on the shares kept, for other budgets
         self.mean_std = mean_std  # of the tokens that every block keeps of 197, CLS counted; None: the paper's
-        self.z = torch.zeros(1, dtype=torch.float64)  # [B], one per sample, by `draw`. The frames of a clip share it.
+        self.z = torch.zeros(1, dtype=torch.float64)  # [B], one per sample, set by `draw`; shared by a clip's frames
         self._wanted: dict[tuple[int, int, int, int], Tensor] = {}  # computed when images are drawn, not in the pass
 
     def draw(self, x: Tensor, *, seed: int = 0, mean: bool = False) -> None:
-        """New images, as many as `x` has and on its device: standard normal quantiles in random order, so that even a
-        small batch has the profile's mean. With `mean` one image alone has it, too.
+        """Draw counts for the images of `x`: standard normal quantiles in random order, so that even a small batch has
+        the profile's mean. With `mean`, so does a single image.
         """
         generator = torch.Generator().manual_seed(seed)
         quantiles = (torch.randperm(len(x), generator=generator) + 0.5) / len(x)
@@ -52,7 +52,7 @@ class SyntheticCounts:
         if (z.shape, z.device) != (self.z.shape, self.z.device):
             self._wanted.clear()
         self.z = z
-        for what, wanted in self._wanted.items():  # in place: a CUDA graph goes on reading the memory it began with
+        for what, wanted in self._wanted.items():  # in place: a CUDA graph keeps reading the same memory
             wanted.copy_(self._wanted_by(*what))
 
     def share_kept(self, block: int) -> Tensor:
@@ -64,7 +64,7 @@ class SyntheticCounts:
         return (self.scale * (count - 1) / (PAPER_NUM_TOKENS - 1)).clamp(0.05, 1)
 
     def __call__(self, candidates: Candidates, reduction: InverseTransform) -> Tensor:
-        """[S, M] bool, the first so many candidates: which ones makes no difference to the time."""
+        """[S, M] bool, the first that many candidates: which ones does not affect the time."""
         most = reduction.num_points(candidates.max_tokens + reduction.num_prefix_tokens)
         what = (reduction.block, len(candidates.scores), candidates.num_positions, most)
         if what not in self._wanted:
@@ -72,9 +72,9 @@ class SyntheticCounts:
         rank = torch.arange(candidates.scores.shape[1], device=candidates.scores.device)
         return rank < self._wanted[what].minimum(candidates.lengths)[:, None]
 
-    @torch.compiler.disable  # a compiled graph would make it in the mode that the network runs in
+    @torch.compiler.disable  # a compiled graph would create it in inference mode
     def _remember(self, what: tuple[int, int, int, int]) -> None:
-        with torch.inference_mode(False):  # or `draw` could not write into it
+        with torch.inference_mode(False):  # else `draw` could not write into it
             self._wanted[what] = self._wanted_by(*what)
 
     def _wanted_by(self, block: int, num_sequences: int, num_positions: int, most: int) -> Tensor:
@@ -84,7 +84,7 @@ class SyntheticCounts:
 
 
 def describe_counts(checkpoint: str, *, scale: float = 1.0, mean_std: Sequence[float] | None = None) -> str:
-    """Where the token counts of inverse transform sampling come from: of weights, or imposed."""
+    """Where the token counts of inverse transform sampling come from: weights, or imposed."""
     if checkpoint:
         return f"Token counts: those that the weights of {Path(checkpoint).name} keep."
     profile = "the paper's histograms (DeiT-S on ImageNet)"
@@ -98,10 +98,10 @@ def describe_counts(checkpoint: str, *, scale: float = 1.0, mean_std: Sequence[f
 def synthetic_counts(
     models: Sequence[nn.Module], *, scale: float = 1.0, mean_std: Sequence[float] | None = None
 ) -> Iterator[SyntheticCounts]:
-    """Within it the blocks of `models` that sample by inverse transform keep what `SyntheticCounts` says."""
+    """Inside, the blocks of `models` that sample by inverse transform keep what `SyntheticCounts` says."""
     counts = SyntheticCounts(max((len(model.block_list()) for model in models), default=0), scale, mean_std)
     all_blocks = [block for model in models for block in ats_blocks(model)]
-    choose = InverseTransform.choose  # a function of `register_sampler` has another
+    choose = InverseTransform.choose  # functions from `register_sampler` have another
     blocks = [block for block in all_blocks if getattr(type(block.reduction), "choose", None) is choose]
     for block in blocks:
         block.imposed = counts

@@ -35,7 +35,7 @@ Parts of a network: per cent of its time. In brackets: 5th to 95th percentile; o
 
 
 def machine() -> dict[str, str | int]:
-    """Processor with its widest instructions that PyTorch uses, GPU if there is one, and versions."""
+    """Processor, the widest instructions that PyTorch uses, GPU if there is one, and versions."""
     import timm
 
     cpuinfo = Path("/proc/cpuinfo")
@@ -194,7 +194,7 @@ def plot_by_batch(entries: Sequence[dict], path: Path, *, title: str = "By batch
 def plot_by_size(entries: Sequence[dict], path: Path, *, title: str, label: str) -> None:
     """GFLOPs and milliseconds per sample of every variant over `at`: pixels or frames, each in one entry.
 
-    Only entries of the first one's dtype, and of these the largest batch size that all of them have.
+    Only entries with the first one's dtype, at the largest batch size that they all have.
     """
     entries = [entry for entry in entries if entry["rows"][0]["dtype"] == entries[0]["rows"][0]["dtype"]]
     batch_size = max(set.intersection(*({row["batch_size"] for row in entry["rows"]} for entry in entries)))

@@ -1,7 +1,7 @@
 """Time the variants of one network, interleaved in one process, and compare seconds with FLOPs.
 
-Reported are medians over rounds (`interleave`) of the ratio to the dense network in the same round. If token counts are
-imposed, every pass gets new ones before its clock starts.
+It reports medians over rounds (`interleave`) of the ratio to the dense network in the same round. Imposed token counts
+are drawn anew for every pass, before its clock starts.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class BenchmarkSettings:
     """How to measure."""
 
     variants: Sequence[str] = ("dense", "ats")  # dense is always measured, and ats if others must match its cost
-    rounds: int = 15  # that count
+    rounds: int = 15  # counted rounds
     max_seconds: float = float("inf")  # start no round after this, once `interleave.MIN_ROUNDS` are done
     dtype: str = "float32"  # of weights and inputs; in training, of autocast
     compile: bool = False  # torch.compile every variant
@@ -114,14 +114,14 @@ class BenchmarkSettings:
 
     @property
     def half(self) -> torch.dtype | None:
-        """`dtype` as torch has it; None for float32."""
+        """`dtype` as a torch.dtype; None for float32."""
         return None if self.dtype == "float32" else getattr(torch, self.dtype)
 
 
 def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: BenchmarkSettings) -> Iterator[Measured]:
     """Measure the variants of `cfg` (ATS.ENABLE True) on each batch of images [B, 3, H, W] or clips [B, 3, T, H, W].
 
-    `batches` are by size. Yields one row per variant and batch size, as soon as the batch is done.
+    `batches`: size -> batch. Yields one row per variant and batch size, as soon as the batch is done.
     """
     if settings.train and set(settings.variants) & set(GRAPHS):
         raise UserError(f"--train: {' and '.join(GRAPHS)} are for inference.")
@@ -136,7 +136,7 @@ def measure(cfg: CfgNode, batches: dict[int, Tensor], settings: BenchmarkSetting
             models = {name: model.to(settings.half) for name, model in models.items()}
             batches = {size: x.to(settings.half) for size, x in batches.items()}
         imposed = [] if cfg.TEST.CHECKPOINT_FILE_PATH else list(models.values())
-        # Blocks share their code, and each is compiled for its own numbers.
+        # Blocks share their code, but each is compiled for its own constants.
         config: Any = torch.compiler.config  # has its `patch` at run time
         limit = config.patch(recompile_limit=64) if settings.compile else nullcontext()
         with synthetic_counts(imposed, scale=settings.token_scale, mean_std=settings.mean_std) as counts, limit:
@@ -162,7 +162,7 @@ def _match_and_evaluate(
     for name in sorted(models, key=lambda name: name != "ats"):  # ats first: the others need its cost
         if settings.equal_gflops and name in REDUCTIONS:
             costs = [found["ats"][1]] if found else _describe("ats", models["ats"], x, counts, range(8)).gflops
-            # Where counts are imposed, an amount changes nothing and stays.
+            # With imposed counts an amount changes nothing, so it stays.
             if all(block.reduction.amount and block.imposed is None for block in ats_blocks(models[name])):
                 nearest(models[name], x, statistics.fmean(costs))
         if loader is not None:
@@ -208,8 +208,8 @@ def _measure_batch(
 
 
 def _describe(name: str, model: nn.Module, x: Tensor, counts: SyntheticCounts, seeds: range) -> Measured:
-    """Parameters, GFLOPs and token counts. With imposed counts and few images, draws differ: then every round's draw
-    counts, otherwise the first.
+    """Parameters, GFLOPs and token counts: over every round's draw if counts are imposed on few images, so that draws
+    differ, otherwise of the first.
     """
     row = Measured(name, len(x), sum(parameter.numel() for parameter in model.parameters()) / 1e6)
     is_dense = name.startswith("dense")

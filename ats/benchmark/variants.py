@@ -1,6 +1,6 @@
 """The variants of a network that are compared, and the images they run on.
 
-How many tokens ATS keeps differs between images. So the mean GFLOPs of ATS over some images are the target, and the
+How many tokens ATS keeps differs between images. So the target is the mean GFLOPs of ATS over some images, and the
 amount of each other method (K, r, keep rate) is searched until its network costs the same. Methods run in the blocks
 that their authors use (`Reduction.usual_blocks`): ToMe merges in every block, EViT drops in three.
 """
@@ -38,7 +38,7 @@ def variant_keys(name: str) -> list:
     if name in VARIANTS:
         return VARIANTS[name]
     if name in REDUCTIONS:
-        # Without what only the config's own sampler reads: that would be said to have no effect.
+        # Reset what only the config's own sampler reads: it would be reported as having no effect.
         unread = [] if REDUCTIONS[name].amount == "num_tokens" else ["ATS.NUM_TOKENS", 1.0]
         return ["ATS.SAMPLER", name, "ATS.STAGES", [], *unread]
     names = [*VARIANTS, *REDUCTIONS]

@@ -24,10 +24,10 @@ def capture(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = No
     """`model` in evaluation mode as one CUDA graph, for inputs of the shape of `example`.
 
     Args:
-        model: on the GPU, in evaluation mode; dense, or with ATS.LAYOUT static. Later changes of its weights in
-            place count; replacing a parameter does not.
+        model: on the GPU, in evaluation mode; dense, or with ATS.LAYOUT static. Changing its weights in place later has
+            an effect; replacing a parameter does not.
         example: [B, 3, H, W] (or a clip) on the same GPU.
-        dtype: what autocast computes in; None for the weights' own precision.
+        dtype: of autocast; None: the weights' own precision.
 
     Returns:
         A function from x, of the shape, type and device of `example`, to new logits. It raises a ValueError for any
@@ -41,7 +41,7 @@ def capture(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = No
     x = example.detach().clone()
 
     def forward() -> Tensor:
-        # Autocast's cache would hand tensors made in one pass to the next, outside the graph that makes them.
+        # Autocast's cache would pass tensors on from one pass to the next, outside the graph that makes them.
         with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
             return model(x)
 
@@ -53,13 +53,13 @@ def capture(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = No
     torch.cuda.current_stream(x.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        # Of this thread alone: what a loader's thread does with pinned memory is not part of it.
+        # This thread only: a loader's thread may pin memory meanwhile.
         with torch.cuda.device(x.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = forward()
     except RuntimeError as error:
         raise UserError(
-            "This network cannot be captured as a CUDA graph: it does in a pass what a graph cannot hold, as timm's "
-            f"DINOv3, which makes tensors on the CPU ({error})."
+            "This network cannot be captured as a CUDA graph: its forward pass does something a graph cannot hold, "
+            f"as timm's DINOv3, which makes tensors on the CPU ({error})."
         ) from error
 
     def replay(new: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ Input `images`: normalised by the mean and the standard deviation that the file 
 `logits` [B, classes]; with ATS also `num_tokens` [B, L] int64, the tokens that each of the L sampling blocks kept,
 prefix tokens counted. Files come in two kinds:
 
-* static (`export(cfg)`): any batch size, one shape for all images. Tokens lie in slots, `min(K, slots before)` for each
-  image; rows after the kept ones are computed and ignored. The saving follows ATS.NUM_TOKENS, not the image.
+* static (`export(cfg)`): any batch size, one shape for all images. Each image has `min(K, slots before)` slots for
+  tokens; rows after the kept ones are computed and ignored. The saving depends on ATS.NUM_TOKENS, not on the image.
 * adaptive (`export(cfg, adaptive=True)`): one image at a time, B is 1. Dropped tokens leave the tensors, so an easy
   image takes less time than a hard one.
 """
@@ -59,7 +59,7 @@ __all__ = [
     "save",
 ]
 
-ONNX_LIMIT = 1.8e9  # bytes of weights; a file of 2 GB is more than ONNX can hold, so weights go into one beside it
+ONNX_LIMIT = 1.8e9  # bytes of weights; ONNX files stay below 2 GB, so larger weights go into a file beside it
 
 
 @dataclass
@@ -69,12 +69,12 @@ class Exported:
     program: ExportedProgram  # the graph with its weights
     eager: nn.Module  # the network as it is evaluated, on packed tokens
     facts: dict[str, str]  # what a user of the file must know; as text, for ONNX: lists and numbers are JSON
-    slots: dict[int, int]  # sampling block -> rows of its output; in an adaptive graph, the most there can be
+    slots: dict[int, int]  # sampling block -> rows of its output; in an adaptive graph, the maximum
     adaptive: bool = False  # one image at a time, as many rows as it keeps tokens
 
 
 class Outputs(nn.Module):
-    """A network whose outputs are tensors alone: logits and, where it samples, the counts of kept tokens."""
+    """A network that returns tensors only: logits and, where it samples, the counts of kept tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -111,13 +111,13 @@ def export(cfg: CfgNode, *, adaptive: bool = False) -> Exported:
 def _export_static(cfg: CfgNode, eager: nn.Module) -> Exported:
     static = cfg.clone()
     static.defrost()
-    static.merge_from_list(["ATS.LAYOUT", "static", "TIMM.PRETRAINED", False])  # the weights are there
+    static.merge_from_list(["ATS.LAYOUT", "static", "TIMM.PRETRAINED", False])  # weights come from `eager`
     model = build_model(static)
     model.load_state_dict(eager.state_dict())
     shape = input_shape(cfg)
     images = torch.zeros(2, *shape)
     with torch.no_grad():
-        # The example's batch of 2 stands for any: 1 would be taken for a constant.
+        # The example's batch of 2 stands for any size; 1 would become a constant.
         program = _graph(model.eval(), images, dynamic_shapes=({0: Dim("batch")},))
         records = model.forward_tokens(images[:1])[1].records
     slots = {record.block: record.max_tokens for record in records if record.kept is not None}
@@ -125,9 +125,9 @@ def _export_static(cfg: CfgNode, eager: nn.Module) -> Exported:
 
 
 def export_adaptive(model: nn.Module, input_shape: Sequence[int]) -> Exported:
-    """A network as a graph for one image, in which a dropped token costs nothing any more.
+    """A network as a graph for one image, in which dropped tokens cost nothing.
 
-    What `ATSBlock.imposed` keeps becomes part of the graph, which scores and samples all the same.
+    What `ATSBlock.imposed` keeps becomes part of the graph, which still scores and samples.
 
     Args:
         model: with ATS, float32, on the CPU, in any layout; it is put in evaluation mode. input_shape: [3, H, W].
@@ -150,7 +150,7 @@ def export_adaptive(model: nn.Module, input_shape: Sequence[int]) -> Exported:
 
 
 def _graph(model: nn.Module, images: Tensor, **options: Any) -> ExportedProgram:
-    # With a mask, the other kernels of attention return an order in memory that the translation to ONNX does not have.
+    # With a mask, other attention kernels return strides that the translation to ONNX does not support.
     with sdpa_kernel(SDPBackend.MATH):
         return torch.export.export(Outputs(model), (images,), **options)
 
@@ -182,8 +182,8 @@ def _check(model: nn.Module, name: str, *, adaptive: bool) -> None:
 
 
 def save(exported: Exported, path: str | Path, wanted: str | None = None) -> None:
-    """Write the graph with its weights and facts; `path` is the old file or the whole new one, whatever happens.
-    Weights too large for one ONNX file go into `<path>.data` beside it.
+    """Write the graph with its weights and facts, atomically: `path` is the old file or the complete new one. Weights
+    too large for one ONNX file go into `<path>.data` beside it.
     """
     path, kind = Path(path), format_of(path, wanted)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,21 +195,21 @@ def save(exported: Exported, path: str | Path, wanted: str | None = None) -> Non
             buffer = io.BytesIO()  # on a full disk, torch's own writer ends the process
             torch.export.save(exported.program, buffer, extra_files={FACTS: json.dumps(exported.facts)})
             target.write_bytes(buffer.getvalue())
-        for written in sorted(Path(folder).iterdir(), reverse=True):  # the weights before what points to them
+        for written in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the file that points to them
             replace(written, path.parent / written.name)
 
 
 def save_onnx(exported: Exported, path: Path) -> None:
     """Translate to ONNX and write; the facts are its metadata."""
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells which constants it does not fold
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it reports constants it does not fold
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # as in the graph, see `_graph`
-        warnings.simplefilter("ignore")  # of the translator's own parts
+        warnings.simplefilter("ignore")  # from the translator's own parts
         try:
             program = torch.onnx.export(
                 exported.program,
                 dynamo=True,
                 input_names=["images"],
-                # The name of what is dynamic already.
+                # Only names the dimension, which is dynamic already.
                 dynamic_shapes=None if exported.adaptive else ({0: "batch"},),
                 output_names=["logits", "num_tokens"] if exported.slots else ["logits"],
                 custom_translation_table=TRANSLATIONS,
@@ -228,7 +228,7 @@ def save_onnx(exported: Exported, path: Path) -> None:
 
 
 def _fold_parts_of_weights(model: Any) -> None:
-    """Make what blocks read of a weight a weight of its own, once: quantisation does not look behind a Slice."""
+    """Turn each part of a weight that blocks read into its own weight: quantisation does not look through a Slice."""
     from onnx_ir.passes.common import DeduplicateInitializersPass
     from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
@@ -239,9 +239,9 @@ def _fold_parts_of_weights(model: Any) -> None:
 
 
 def onnx_stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple:
-    """A stable sort in ONNX's operators, for which the translator has none. TopK of all entries is one by ONNX's rules:
-    equal entries come in the order of their indices. OpenVINO does not keep to that, so bytes, the masks that say which
-    rows are kept, are told apart by their places; TopK does not know bytes anyway, they are compared as int32.
+    """A stable sort in ONNX operators; the translator has none. By ONNX's rules TopK of all entries is stable: equal
+    entries keep the order of their indices. OpenVINO breaks this rule, so ties between bytes (the masks of kept rows)
+    are broken by their places; they are compared as int32, since TopK does not take bytes.
     """
     from onnx_ir import DataType
     from onnxscript import opset18 as op
@@ -266,8 +266,8 @@ def onnx_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Attention [..., N, D] as plain products, which engines fuse. The translator's own takes shapes apart where N
-    follows the image, and scales queries and keys.
+    """Attention [..., N, D] as plain products, which engines fuse. The translator's own version computes shapes at run
+    time where N depends on the image, and scales queries and keys.
     """
     from onnx_ir import DataType
     from onnxscript import opset18 as op

@@ -1,4 +1,4 @@
-"""Exported files as functions, and how far they are from the network that they were made of."""
+"""Exported files as functions, and how far they are from the network they were made from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def format_of(path: str | Path, wanted: str | None = None) -> str:
 
 
 def check_engine(name: str, *, naming: str = "engine") -> str:
-    """`name`, if it is in ENGINES and installed; else a UserError. `naming`: what the user typed it for."""
+    """`name`, if it is in ENGINES and installed; else a UserError. `naming`: the option that the user typed."""
     if name not in ENGINES:
         raise UserError(f"{naming} {name}: choose from {', '.join(ENGINES)}.{suggest(name, ENGINES)}")
     if find_spec(name) is None:
@@ -54,8 +54,8 @@ def load(path: str | Path, wanted: str | None = None, *, engine: str = "onnxrunt
         wanted: the format, if the suffix does not say. engine: name in ENGINES, what runs an ONNX file.
 
     Raises:
-        UserError: unknown format or engine, or its package is missing. The function: several images for an adaptive
-            file.
+        UserError: unknown format or engine, or its package is missing. The returned function raises one if it gets
+            several images and the file is adaptive.
     """
     if format_of(path, wanted) == "pt2":
         extra = {FACTS: ""}
@@ -107,9 +107,9 @@ ENGINES: dict[str, Callable[[str], tuple[dict[str, str], Runner]]] = {
 class Difference:
     """How far the file is from the network, on N images."""
 
-    distance: Tensor  # [N], of the logit that is furthest off
+    distance: Tensor  # [N], of the logit that is furthest off, absolute
     scale: Tensor  # largest logit
-    has_other_counts: Tensor  # [N] bool, a block kept another number of tokens
+    has_other_counts: Tensor  # [N] bool, some block kept a different number of tokens
 
     @property
     def num_far(self) -> int:
@@ -118,8 +118,9 @@ class Difference:
 
     @property
     def is_right(self) -> bool:
-        """At most one image in four is far off. Where a sample point lies between two tokens to round-off, the file may
-        take the other one; with 200 tokens and 9 blocks that happens to a few images in a hundred.
+        """At most one image in four is far off. Where a sample point lies on the boundary of two tokens, up to
+        round-off, the file may take the other one; with 200 tokens and 9 blocks that happens to a few images in a
+        hundred.
         """
         return self.num_far <= len(self.distance) / 4
 

@@ -39,7 +39,7 @@ class SampleView:
 
 
 class Networks:
-    """The network of a configuration, and the same with ATS.ENABLE False, with its weights, in eval mode.
+    """The network of a config and its dense twin (ATS.ENABLE False) with the same weights, in evaluation mode.
 
     Raises:
         UserError: ATS is off, there are no weights, or they do not fit.
@@ -62,7 +62,7 @@ class Networks:
 
     @torch.inference_mode()
     def compare(self, x: Tensor) -> list[SampleView]:
-        """Views of a batch of images [B, 3, H, W] or clips [B, 3, T, H, W], normalised as the data sets do it."""
+        """Views of a batch of images [B, 3, H, W] or clips [B, 3, T, H, W], normalised as by the data sets."""
         x = x.to(self.device)
         logits, trace, views = look(self.ats, x)
         cost = gflops(self.ats, trace, x.shape)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GREY, BLUE, ORANGE, RED = "#667085", "#5b7fb5", "#e07b39", "#b42318"
 SPACE = {"wspace": 0.02, "hspace": 0.02}  # between pictures, as a share of their size
 SHEET_COLUMNS = 6
-LEAST_PIXELS = 192  # of a picture's side, where it has to be enlarged
+LEAST_PIXELS = 192  # smaller pictures are enlarged to about this width
 # Of animations: height of the line above, white pixels around each clip, time per frame.
 TITLE_PIXELS, MARGIN, FRAME_MILLISECONDS = 22, 4, 150
 
@@ -56,7 +56,7 @@ class SheetCell(NamedTuple):
 
 
 def sheet_cell(view: SampleView, *, label: int | None, names: Sequence[str]) -> SheetCell:
-    """A sample with its true class, if `label` is one, and what both networks make of it."""
+    """A sample with its true class, if `label` is not None, and what both networks predict."""
     middle, block = view.picture.shape[1] // 2, view.blocks[-1]
     guesses = (f"{name} {_short(names[own.label])}" for name, own in (("dense", view.dense), ("ATS", view.ats)))
     lines = [*([] if label is None else [f"is {_short(names[label])}"]), *guesses, f"{int(block.num_kept)} tokens"]
@@ -65,7 +65,7 @@ def sheet_cell(view: SampleView, *, label: int | None, names: Sequence[str]) -> 
 
 
 def draw_sheet(path: str | Path, cells: Sequence[SheetCell], *, title: str) -> Path:
-    """Write a PNG with a cell for each sample; captions are red where ATS predicts another class than the true one."""
+    """Write a PNG with a cell for each sample; captions are red where the class predicted with ATS is wrong."""
     columns = min(len(cells), SHEET_COLUMNS)
     rows = -(-len(cells) // columns)
     figure = _figure(2.3 * columns, 1.85 * rows + 0.4)
@@ -192,7 +192,7 @@ def _show(axis: Axes, picture: Tensor, *, above: str = "", below: str | int = ""
 
 
 def plain(text: str) -> str:
-    """A name as matplotlib writes it: not taken for a formula, whose mistakes are errors."""
+    """Text for matplotlib, with $ escaped: it would parse a formula, and raise if that is malformed."""
     return printable_lines(text).replace("$", r"\$")
 
 

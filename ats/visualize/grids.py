@@ -1,7 +1,8 @@
 """What the ATS blocks of a network scored and kept, laid over its input: `look(model, x)`.
 
-The trace says what each block did, the network where its tokens lie (`block_grids`, `token_places`). Patches and pooled
-cells are cells of a grid. PS-ViT's tokens are points that move with the image: each is drawn as a disc.
+The trace says what each block did; the network says where its tokens lie (`block_grids`, `token_places`).
+Patches and pooled cells are cells of a grid. PS-ViT's tokens are points that move with the image: each is drawn as a
+disc.
 
 Shapes: B samples, S sequences (images, clips, or the frames of clips), T frames, h x w cells.
 """
@@ -30,9 +31,9 @@ class BlockView(NamedTuple):
     block: int  # index in the network
     num_kept: Tensor  # [B] int64, tokens it kept of each sample, CLS not counted
     num_tokens: int  # how many there would be with nothing dropped
-    kept: Tensor  # [B, T, h, w] bool, the cells of the picture that are still there
-    # [B, T, h', w'] float32, the significance of the tokens it chose from: sums to 1 over a sequence, and is NaN where
-    # an earlier block dropped the token, and everywhere in a block that does not score.
+    kept: Tensor  # [B, T, h, w] bool, the cells of the picture that are left
+    # [B, T, h', w'] float32, the significance of the tokens it chose from; sums to 1 over a sequence. NaN where an
+    # earlier block dropped the token, and everywhere in a block that does not score.
     scores: Tensor
     # [B, T, h, w] int64, equal where one token stands for the cells; None where tokens were dropped, not merged.
     groups: Tensor | None = None
@@ -59,7 +60,7 @@ def look(model: nn.Module, x: Tensor) -> tuple[Tensor, Trace, list[BlockView]]:
     """
     if not isinstance(model, HasBlocks):
         raise UserError(
-            f"It is not known where the tokens of a {type(model).__name__} lie in the picture: derive it from "
+            f"Cannot tell where the tokens of a {type(model).__name__} lie in the picture: derive it from "
             "ats.models.backbone.Backbone and give it block_grids (docs/EXTENDING.md)."
         )
     blocks = ats_blocks(model)
@@ -85,7 +86,7 @@ def _view(record: BlockRecord, grid: BlockGrid, batch_size: int, points: Tensor 
     scores = torch.full((num_sequences, size(grid.keys)), torch.nan)
     if record.candidates is not None:
         shares = _shares(record.candidates, entry.num_prefix_tokens, size(grid.keys))
-        # With ATS.SHARE_FRAMES the frames of a clip are scored as one.
+        # With ATS.SHARE_FRAMES the frames of a clip share their scores.
         scores = shares.repeat_interleave(num_sequences // len(shares), dim=0)
 
     groups = None

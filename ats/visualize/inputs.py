@@ -21,8 +21,8 @@ from ats.errors import UserError, suggest
 
 
 def list_files(paths: Iterable[Path], *, clips: bool) -> dict[Path, Path]:
-    """The given files and, for each folder, all images (or clips) below it, sorted; and beside each file its name: its
-    path from the given folder, so that `cat/1.jpg` and `dog/1.jpg` stay apart.
+    """Map each given file, and every image (or clip) below a given folder, sorted, to its name: its path relative to
+    that folder, so that `cat/1.jpg` and `dog/1.jpg` stay distinct.
 
     Raises:
         UserError: a path does not exist, a folder has no such file, or a file is of the wrong kind.

@@ -102,7 +102,7 @@ def write_page(
 
 
 def fill_page(content: dict) -> str:
-    """The page with `content` embedded. No text in it can close the element that holds it."""
+    """The page with `content` embedded; `<` is escaped, so no text can close the element that holds it."""
     data = simplejson.dumps(content, ignore_nan=True, separators=(",", ":")).replace("<", "\\u003c")
     page = files("ats.visualize").joinpath("page.html").read_text(encoding="utf-8")
     before, _, after = page.partition("__DATA__")

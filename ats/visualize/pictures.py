@@ -25,8 +25,8 @@ GONE = 0.93  # grey level of a patch without a score, because an earlier block d
 
 
 def as_pictures(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Network inputs, images [B, 3, H, W] or clips [B, 3, T, H, W], as pictures [B, 3, T, H, W] in 0..1: without the
-    normalisation by `mean` and `std`.
+    """Network inputs, images [B, 3, H, W] or clips [B, 3, T, H, W], as pictures [B, 3, T, H, W] in 0..1, the
+    normalisation by `mean` and `std` undone.
     """
     shift, factor = (torch.as_tensor(values)[:, None, None, None] for values in (mean, std))
     return ((x if x.ndim == 5 else x[:, :, None]).cpu() * factor + shift).clamp(0, 1)
