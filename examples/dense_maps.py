@@ -1,11 +1,11 @@
-"""Maps from a vision transformer that loses tokens: `model.ats.restore` gives every patch a feature again.
+"""Dense maps from a vision transformer that drops tokens: `model.ats.restore` gives every patch a feature again.
 
     python examples/dense_maps.py --images photos                            # timm's DINOv2; downloads its weights
     python examples/dense_maps.py --images photos --weights vit_s14.pth      # nothing is downloaded
 
-Compares ways to lose tokens, and ways to restore what is gone, at the same GFLOPs: how well each image's map correlates
-with the dense network's. A map is what a decoder makes of the patches, if the file of weights is {"model": ...,
-"decoder": ...}, or else their first three principal components as colours. Prints a table and writes a picture.
+Compares ways to drop or merge tokens, and ways to restore them, at equal GFLOPs: how well each image's map correlates
+with the dense network's. A map is the output of a decoder, if the file of weights is {"model": ..., "decoder": ...},
+else the first three principal components of the patches as colours. Prints a table and writes a picture.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DRAWN = ("merge, then ATS", "nearest")
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="a folder; folders in it are searched, too")
+    parser.add_argument("--images", type=Path, required=True, help="a folder, searched recursively")
     parser.add_argument("--model", default="vit_small_patch14_dinov2", help="a timm model of docs/PLUGIN.md, 12 blocks")
     parser.add_argument("--weights", type=Path, help="its weights; default: timm's, downloaded")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.62, 0.46, 0.365], help="GFLOPs / dense")
@@ -56,7 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 class Upsampler(nn.Module):
     """Patch features [B, h, w, C] -> a map [B, 1, SIDE, SIDE] in 0..1: transposed convolutions upconv1, bn1, ..., then
-    final_conv. Its sizes are those of its weights.
+    final_conv. Its weights give its sizes.
     """
 
     def __init__(self, state: dict[str, Tensor]) -> None:
@@ -78,8 +78,8 @@ class Upsampler(nn.Module):
 
 
 def components(features: Tensor) -> Callable[[Tensor], Tensor]:
-    """From the dense features [B, h, w, C], a function from features to their first three principal components, [B, 3,
-    h, w] in 0..1.
+    """Fit principal components to the dense features [B, h, w, C]. Returns a function from features to the first three,
+    [B, 3, h, w] in 0..1.
     """
     flat = features.flatten(0, 2)
     mean = flat.mean(dim=0)
@@ -106,7 +106,7 @@ def read(folder: Path, model: nn.Module) -> Tensor:
     """[N, 3, SIDE, SIDE] the folder's images as the model wants them."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if len(paths) < 2:
-        raise UserError(f"--images {folder}: it holds {len(paths)} images; give a folder with some more.")
+        raise UserError(f"--images {folder}: it holds {len(paths)} images; give a folder with at least 2.")
     transform = create_transform(**resolve_model_data_config(model) | {"input_size": (3, SIDE, SIDE)})
     return torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
 
@@ -119,13 +119,13 @@ def patches(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def mean_gflops(model: nn.Module, x: Tensor) -> float:
-    """GFLOPs of an image."""
+    """Mean GFLOPs per image."""
     costs = [gflops(model, model.forward_tokens(part)[1], part.shape).as_run for part in x.split(BATCH_SIZE)]
     return torch.cat(costs).mean().item()
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """[N] Pearson's, of the maps of each image."""
+    """[N] Pearson correlation of each image's two maps."""
     a, b = (own.flatten(1) - own.flatten(1).mean(dim=1, keepdim=True) for own in (a, b))
     return F.cosine_similarity(a, b)
 

@@ -4,7 +4,7 @@
     python examples/plug_into_timm.py --model deit_tiny_patch16_224 --checkpoint deit_tiny_patch16_224-a1311bcb.pth \
         --image cat.jpg
 
-Nothing is downloaded. A model without --checkpoint has random weights, which show how it works and no more.
+Nothing is downloaded. A model without --checkpoint has random weights, which only show how it works.
 """
 
 from __future__ import annotations

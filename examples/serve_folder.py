@@ -21,7 +21,7 @@ def load(path, engine):
         import openvino
 
         model = openvino.Core().read_model(path)
-        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # by default bfloat16 on some CPUs: faster, and other tokens may go
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # some CPUs default to bfloat16: faster, but other tokens may go
         network = openvino.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"} | exact)
         return model.get_rt_info("framework").value, lambda images: list(network(images).values())
     import onnxruntime

@@ -42,9 +42,9 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options."""
     parser = command_parser(__doc__)
-    parser.add_argument("--on", nargs="+", choices=list(MAKERS), help="what to compare on; default: what is there")
+    parser.add_argument("--on", nargs="+", choices=list(MAKERS), help="data sets; default: those that exist")
     parser.add_argument(
-        "--features", nargs=3, metavar=("MODEL", "WEIGHTS", "PHOTOS"), help="also a timm model's features"
+        "--features", nargs=3, metavar=("MODEL", "WEIGHTS", "PHOTOS"), help="also compare a timm model's features"
     )
     for name, maker in MAKERS.items():
         option, what = f"--{name.replace('_', '-')}", "made if missing" if name == "digits" else f"{maker}'s folder"
@@ -53,7 +53,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=to_path, default=None, metavar="DIR", help="where COMPARISON.md goes; default docs"
     )
-    parser.add_argument("--off-the-shelf", action="store_true", help="leave out the fine-tuning, most of the time")
+    parser.add_argument("--off-the-shelf", action="store_true", help="skip fine-tuning, which takes longest")
     parser.add_argument("--quick", action="store_true", help="few images, one budget, one step of training")
     return parser.parse_args(argv)
 

@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
     name: str
     config: str  # in configs, without .yaml: "Digits/DeiT"
-    weights: str  # beside it in weights, without .safetensors
+    weights: str  # in the folder weights beside it, without .safetensors
     overrides: tuple = ()  # KEY, VALUE, ...
 
 
@@ -135,7 +135,7 @@ def evaluate_rows(rows: Sequence[Row], *, data: Path, output: Path, every: int =
     """Evaluate every row on images, write the table, and the picture of the last one.
 
     Args:
-        every: of so many validation images one is taken. names: of the classes; by default their numbers.
+        every: use every n-th validation image. names: of the classes; by default their numbers.
     """
     import simplejson
     import torch

@@ -44,7 +44,7 @@ def run(*, data: Path, output: Path) -> None:
     if not (data / "val").is_dir():
         raise UserError(
             f"{data} does not hold CIFAR-10: it needs val/<class>/*. Make it with: python tools/prepare_cifar10.py "
-            f"--download (or --source, a copy of it) --output {data}"
+            f"--download (or --source YOUR_COPY) --output {data}"
         )
     for path in dict.fromkeys(map(weights_of, ROWS)):
         if not path.is_file():

@@ -1,10 +1,10 @@
-"""A table or figure of the paper: the numbers that this code measures, beside the paper's.
+"""A table or figure of the paper: the numbers that this code measures next to the paper's.
 
     python tools/reproduce.py imagenet --weights <dir> --imagenet <dir>
     python tools/reproduce.py kinetics600 --weights <dir> --kinetics600 <dir> --row "X-ViT (16 frames)"
     python tools/reproduce.py scaling DEVICE cuda TEST.BATCH_SIZE 256
 
-Every row whose data and weights are there is evaluated; the others are listed with the files they want. Writes
+Every row whose data and weights are there is evaluated; the others are listed with the files they need. Writes
 output/reproduce/TABLE/{table.md, results.json, figure.png}. Each row is kept as soon as it is measured: the same
 command resumes. Config keys may follow as KEY VALUE; they apply to every row.
 
@@ -40,7 +40,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the overrides as [KEY, VALUE, ...]."""
     parser = command_parser(__doc__)
     parser.add_argument("table", metavar="TABLE", help="one of those above")
-    parser.add_argument("--weights", type=to_path, metavar="DIR", help="the checkpoints, by the names that rows want")
+    parser.add_argument("--weights", type=to_path, metavar="DIR", help="the checkpoints, named as the rows ask")
     for name in DATASETS:
         parser.add_argument(f"--{name}", type=to_path, metavar="DIR", help=f"DATA.PATH_TO_DATA_DIR of {name}")
     parser.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; may be repeated")

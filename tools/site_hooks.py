@@ -1,6 +1,6 @@
-"""What mkdocs.yml does beyond mkdocs: README.md is the first page, and links into the repository lead somewhere.
+"""Hooks of mkdocs.yml: README.md becomes the first page, and links to files outside docs/ are replaced.
 
-With ATS_REPOSITORY=https://github.com/<owner>/<name> they lead there; without it, they are the file's name.
+With ATS_REPOSITORY=https://github.com/<owner>/<name> they lead there; without it, they become the file's name.
 """
 
 from __future__ import annotations

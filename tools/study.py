@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options."""
     parser = command_parser(__doc__)
-    parser.add_argument("--data", type=to_path, default=DATA, help="the canvases; made if they are not there")
+    parser.add_argument("--data", type=to_path, default=DATA, help="the canvases; made if missing")
     parser.add_argument("--results", type=to_path, default=RESULTS, help="where measured rows are kept")
     parser.add_argument("--output", type=to_path, default=None, help="where STUDY.md goes; default docs")
     parser.add_argument("--quick", action="store_true", help="few canvases, seeds and budgets, one step of training")

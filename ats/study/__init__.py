@@ -1,4 +1,4 @@
-"""The paper's tables and studies: what is run, run once, compared, and written down.
+"""The paper's tables and studies: what is run, kept, compared and written.
 
 * `results.py`: results kept in files, so that an interrupted study resumes;
 * `digits.yaml`, `digits.py`: the studies on the Digits data (`tools/study.py`); `study_page.*` writes docs/STUDY.md;

@@ -126,7 +126,7 @@ class Claims:
         return Claim(text, paper, self._contrast([*self._lead(a, b, small), *self._lead(a, b, large, -1.0)]))
 
     def loses_at_most(self, variant: str, points: float, *, text: str, paper: str) -> Claim:
-        """At the paper's cost `variant` is at most `points` worse than dense; `{saved}` in the text is as measured."""
+        """At the paper's cost `variant` is at most `points` worse than dense; `{saved}` in the text is filled in."""
         row, dense = self.rows[variant, "saving"], self.rows["dense", None]
         text = text.format(saved=f"{1 - row.costs.mean() / dense.costs.mean():.0%}")
         return Claim(text, paper, self._contrast([(1, row), (-1, dense)]), at_least=-points)
@@ -158,7 +158,8 @@ class Claims:
 
     def _at_budget(self, variant: str, budget: int) -> Terms:
         """The accuracy of `variant` at exactly the cost of the budget, interpolated linearly between its own costs, or
-        extrapolated beyond the last. K is an integer and set on other images, so costs miss the budget by a percent.
+        extrapolated beyond the last. K is an integer and set on other images, so costs miss the budget by about a
+        percent.
         """
         target, budgets = self.rows["top_k", budget].costs.mean(), self.budgets[::-1]
         costs = [self.rows[variant, b].costs.mean() for b in budgets]

@@ -1,7 +1,7 @@
-"""Every way to lose tokens, at the same mean GFLOPs: accuracies off the shelf and fine-tuned, and seconds.
+"""Every way to drop or merge tokens, at equal mean GFLOPs: accuracies off the shelf and fine-tuned, and seconds.
 
-The methods are those of `comparison.yaml`. For each budget, a share of the dense network's GFLOPs as run, the amount of
-a method (K, r, a keep rate) is set on other images than those it is measured on; `subjects.py` has both.
+The methods are those of `comparison.yaml`. For each budget (a share of the dense network's GFLOPs as run), each
+method's amount (K, r, a keep rate) is set on other images than those it is measured on; `subjects.py` has both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Method:
     name: str
     sampler: str
     blocks: str  # all, quarter or usual
-    ours: bool = False  # one of this project's, not only its plain baseline
+    ours: bool = False  # one of this project's, and not a plain baseline
     rival: bool = False
     options: dict = field(default_factory=dict)
 
@@ -83,7 +83,7 @@ class Cell:
     budget: float
     measured: np.ndarray  # [units, seeds, images], one seed off the shelf
     cost: float  # GFLOPs / dense, mean over seeds
-    stages: list[dict]  # entries of ATS.STAGES that meet the budget; of a fine-tuned one empty
+    stages: list[dict]  # entries of ATS.STAGES that meet the budget; empty if fine-tuned
     ms: float | None = None  # per image, one thread
 
     @property
@@ -93,7 +93,7 @@ class Cell:
 
     @property
     def in_reach(self) -> bool:
-        """Whether the budget was met: within 4 %, or a tenth less, which is no advantage."""
+        """Whether the budget was met: at most 4 % above it, or 10 % below, which is no advantage."""
         return -0.1 < self.cost / self.budget - 1 < 0.04
 
 
@@ -102,7 +102,7 @@ class Comparison:
 
     def __init__(self, subject: Subject, *, folder: Path, size: ComparisonSize) -> None:
         self.subject, self.folder, self.size = subject, folder, size
-        dense = subject.network([{"SAMPLER": "tome", "BLOCKS": [0], "R": 0}])  # only what it says of itself is read
+        dense = subject.network([{"SAMPLER": "tome", "BLOCKS": [0], "R": 0}])  # only its sizes are read
         shape = tuple(subject.calibration[:1].shape)
         self.depth, self.dense_gflops = len(dense.block_list()), dense_gflops(dense, shape)
         grid = dense.block_grids(shape)[0].queries
@@ -179,7 +179,7 @@ class Comparison:
         return {name: 1000 * median(own) / len(x) for name, own in seconds.items()}
 
     def _tuned(self) -> list[Cell]:
-        """Every method fine-tuned at the budgets in question, and the dense network by as many steps."""
+        """Every method fine-tuned at its budgets, and the dense network trained for as many steps."""
         cells = []
         for budget in (1.0, *self.size.tuned_budgets):
             for method in self.tuned_methods if budget < 1 else (None,):
@@ -202,7 +202,7 @@ class Comparison:
             save_safetensors(path, fine_tune(cfg, num_steps=self.size.tune_steps).state_dict())
             if method is None:
                 return {"values": subject.values(subject.network(None, path))[0], "cost": 1.0}
-            values, cost = subject.values(self._at_budget(method, budget, path))  # scores changed: met again
+            values, cost = subject.values(self._at_budget(method, budget, path))  # scores changed: set the amount again
             return {"values": values, "cost": cost / self.dense_gflops}
 
         name = f"tuned/{'dense' if method is None else method.id}__{budget}_{seed}"

@@ -40,7 +40,7 @@ class Compared:
 
 
 class View(NamedTuple):
-    """One thing that was measured of all cells, the first of which is the dense network's."""
+    """One quantity measured for all cells; the first cell is the dense network's."""
 
     heading: str
     unit: str
@@ -58,7 +58,7 @@ class View(NamedTuple):
 
 
 def _only(cell: Cell, index: int) -> Cell:
-    """The cell with one of the things that were measured."""
+    """The cell with one of its quantities."""
     return replace(cell, measured=cell.measured[index : index + 1])
 
 
@@ -84,7 +84,7 @@ def write_comparison(found: Sequence[Compared], *, folder: Path, command: str, m
 
 
 def _each(found: Sequence[Compared], text: Callable[[ComparisonSize], str]) -> str:
-    """What is said of the sizes, once if it is the same of all."""
+    """The text about each size, once if all are the same."""
     said = {one.subject.title: text(one.size) for one in found}
     if len({*said.values()}) == 1:
         return next(iter(said.values()))
@@ -105,7 +105,7 @@ def difference(a: Cell, b: Cell, clusters: np.ndarray | None) -> Estimate:
     """a - b on the same images, with its 95 % interval; over the seeds too, where one of them was trained.
 
     Args:
-        clusters: [images], see `Subject`; None: every image is one of its own.
+        clusters: [images], see `Subject`; None: every image is its own cluster.
     """
     seeds = max(len(a.values), len(b.values))
     values = np.broadcast_to(a.values, (seeds, a.values.shape[1])) - b.values
@@ -148,7 +148,7 @@ def _unit(one: Compared) -> str:
 
 
 def _never_behind(view: View, clusters: np.ndarray | None) -> list[str]:
-    """Ids of the methods that meet every budget and are at none surely worse than the best there."""
+    """Ids of the methods that meet every budget and are nowhere surely worse than the best there."""
     columns = [view.at(budget) for budget in view.budgets]
     equal = Counter(
         cell.method.id for own in columns for cell in own if difference(cell, own[0], clusters).verdict() != FAILS

@@ -1,7 +1,7 @@
 """The paper's studies on the Digits data: what is measured, at which cost, and how.
 
-Every variant of `digits.yaml` is measured on the same canvases: `num_seeds` groups of them, which show the same
-validation digits with other placement and clutter. Seed s is group s, and also the seed of the random sampler and of
+Every variant of `digits.yaml` is measured on the same canvases: `num_seeds` groups, which show the same validation
+digits with different placement and clutter. Seed s is group s, and also the seed of the random sampler and of
 the variant's fine-tuning. A budget is the cost of a network that keeps exactly k patches from block 3 on. K of inverse
 transform sampling is set on training images to meet it. Costs are in the paper's accounting (`ats/flops.py`).
 """
@@ -74,7 +74,7 @@ class Variant:
 
     @property
     def file_name(self) -> str:
-        """Its name without what a file name should not have."""
+        """Its name, made safe for a file."""
         return re.sub(r"\W", "_", self.name)
 
     def overrides(self, num_tokens: int | None, seed: int) -> list:
@@ -165,7 +165,7 @@ class DigitsStudy:
         self.data, self.folder, self.size = data, folder, size
         self.cfg = self._cfg([])
         self.data_sha256 = file_sha256(data / "SHA256SUMS")
-        # The rows: variant, budget, and K where it is not searched for.
+        # The rows: variant, budget, and K where it is given.
         self.plan: list[tuple[Variant, Any, Any]] = [(VARIANTS[id], None, None) for id in ("dense", "dense_tuned")]
         self.plan += [(variant, budget, None) for variant in AT_BUDGETS for budget in size.budgets]
         self.plan += [(VARIANTS[id], "saving", None) for id in ("saving", "saving_tuned")]
@@ -215,7 +215,7 @@ class DigitsStudy:
             return gflops(model, model.forward_tokens(x)[1], x.shape).paper.item()
 
     def run(self) -> list[Row]:
-        """Measure everything that is not there yet."""
+        """Measure everything not measured yet."""
         for variant in self.tuned:
             for seed in range(self.size.num_seeds):
                 self.tune(variant, seed)
@@ -240,7 +240,7 @@ class DigitsStudy:
             train()
 
     def num_tokens(self, variant: Variant, budget: int | str | None, seed: int) -> int | None:
-        """K with which the variant costs what the budget says; None without a budget."""
+        """K with which the variant meets the budget; None without a budget."""
         if budget is None:
             return None
         if variant.sampler != "inverse_transform":  # keeps exactly K tokens, with CLS
@@ -268,7 +268,7 @@ class DigitsStudy:
         return row
 
     def _inputs(self, variant: Variant, seed: int, **more: Any) -> dict:
-        """What a result depends on; kept results are compared with it, so renaming a key measures them again."""
+        """What a result depends on. A kept result is reused only if this is the same: renaming a key measures again."""
         fields = {key: getattr(variant, key) for key in ("blocks", "sampler", "score", "rule", "weights")}
         return {
             "variant": fields | {"tuned_on": variant.blocks if variant.tuned else None},

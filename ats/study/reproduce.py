@@ -1,7 +1,7 @@
 """The paper's tables, measured: `tools/reproduce.py`. `paper.yaml` has the numbers, and what each row needs.
 
 Every row whose data and weights are there is evaluated once, and its result kept. The others are listed with the files
-they want.
+they need.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Outcome:
 
     row: PaperRow
     measured: dict | None = None  # by `results.measure`
-    missing: str = ""  # the files it wants
+    missing: str = ""  # the files it needs
     num_tokens: int | None = None  # the K that was found, if the row has a budget
     warning: str = ""  # about its accuracy
     error: str = ""  # why the files that are there cannot be used
@@ -138,7 +138,7 @@ def select_rows(table: str, only: Sequence[str] = ()) -> tuple[PaperRow, ...]:
 
 
 def check_folders(rows: Sequence[PaperRow], folders: Folders) -> None:
-    """UserError, with the files that the rows want, if a folder does not exist."""
+    """UserError, with the files that the rows need, if a folder does not exist."""
     weights = ", ".join(sorted({row.weights for row in rows if row.config}))
     for name, folder in folders.items():
         if not folder.is_dir():
@@ -147,7 +147,7 @@ def check_folders(rows: Sequence[PaperRow], folders: Folders) -> None:
 
 
 def missing(row: PaperRow, folders: Folders) -> str:
-    """What a row still wants; "" if it can be measured."""
+    """What a row still needs; "" if it can be measured."""
     if not row.config:
         return "not built here, only quoted from the paper"
     data_file, data_files = DATA_FILES[row.data]
@@ -175,8 +175,8 @@ def row_config(row: PaperRow, folders: Folders, overrides: Sequence = (), *, num
 def run_table(
     rows: Sequence[PaperRow], folders: Folders, overrides: Sequence = (), *, results_folder: Path
 ) -> list[Outcome]:
-    """Measure the rows that can be measured; the results are kept. Weights or data that do not fit or cannot be read
-    are the `error` of their row.
+    """Measure the rows that can be measured; the results are kept. If weights or data do not fit or cannot be read, the
+    row gets an `error`.
 
     Args:
         overrides: config keys for every row, [KEY, VALUE, ...].
@@ -220,7 +220,7 @@ def _run_row(row: PaperRow, folders: Folders, overrides: Sequence, results: Resu
 
 
 def _search(cfg: CfgNode, weights: Path, gflops: float) -> dict:
-    """K, on images evenly spaced over the set. Looks at no label."""
+    """K, searched on images evenly spaced over the set. Uses no labels."""
     dataset = build_loader(cfg, "test").dataset
     count = min(NUM_IMAGES, len(dataset))
     x = torch.stack([dataset[i * len(dataset) // count].x for i in range(count)])
@@ -239,7 +239,7 @@ def _inputs(cfg: CfgNode, weights: Path) -> dict:
 
 
 def accuracy_warning(row: PaperRow, weights: Path, top1: float) -> str:
-    """A warning if the accuracy suggests that the weights are another network's; else ""."""
+    """A warning if the accuracy suggests that the weights belong to another network; else ""."""
     if row.dense_top1 is None:
         return ""
     low = FAR if row.is_dense else FAR_WITH_ATS

@@ -54,7 +54,7 @@ def _compare(paper: float | None, measured: float | None, form: str) -> list[str
 
 
 def as_dict(table: str, outcomes: Sequence[Outcome]) -> dict:
-    """The same for programs, without the per-sample values, which the files of the rows hold."""
+    """The same as plain values, without those per sample, which are in the files of the rows."""
     rows = []
     for outcome in outcomes:
         fields = {field: getattr(outcome, field) for field in ("gflops", "num_tokens", "missing", "error", "warning")}

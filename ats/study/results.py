@@ -38,7 +38,7 @@ class ResultStore:
 
     def __init__(self, folder: Path, *, total_cost: float) -> None:
         self.folder = folder
-        self.total_cost = total_cost  # of all results that will be asked for, in any unit; tells the time left
+        self.total_cost = total_cost  # of all results that will be asked for, in any unit; for the time left
         self.costs: dict[str, float] = {}  # of the results that were asked for, by name
         self.measured_cost = self.measured_seconds = 0.0
 
@@ -106,8 +106,8 @@ def measure(model: nn.Module, loader: Iterable[Sample], *, ensemble: Ensemble | 
 
 
 def search_num_tokens(model: nn.Module, x: Tensor, gflops: float) -> dict:
-    """`num_tokens`: the K, the same in all blocks, with which images x [B, 3, H, W] cost `gflops` on average in the
-    paper's accounting. Changes the K of the model.
+    """`num_tokens`: the K, the same in all blocks, with which images x [B, 3, H, W] cost `gflops` on average, in the
+    paper's accounting. Changes the model's K.
     """
     nearest(model, x, gflops, accounting="paper")
     first: Any = ats_blocks(model)[0].reduction

@@ -62,7 +62,7 @@ class _Page:
         return [self.by_key[variant, budget] for budget in self.size.budgets]
 
     def tables(self) -> dict[str, object]:
-        """By their place in the template."""
+        """Tables by their placeholder in the template."""
         once = [("dense", None), ("dense_tuned", None), ("saving", "saving"), ("saving_tuned", "saving")]
         return {
             "sampling": self.budget_table(SAMPLING),
@@ -160,7 +160,7 @@ def _claims_table(found: list[Claim]) -> str:
 
 
 def _budgets_table(found: list[Claim]) -> str:
-    """The claims that were answered at single budgets, there."""
+    """The claims with answers at single budgets, and these answers."""
     lines = [[claim.text, *(str(estimate) for _, estimate in claim.parts)] for claim in found if claim.parts]
     budgets = next([label for label, _ in claim.parts] for claim in found if claim.parts)
     return charts.markdown_table(["claim", *budgets], lines, left=1)

@@ -1,5 +1,5 @@
-"""What the comparison measures with: a classifier of ours and its validation images or clips, or the features of a timm
-model on photographs without labels; and how much.
+"""What the comparison measures, and how much of it: one of our classifiers on its validation images or clips, or a timm
+model's features on unlabelled photographs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Subject(ABC):
 
     @abstractmethod
     def network(self, stages: Sequence[dict] | None, weights: Path | None = None) -> nn.Module:
-        """The network with these entries of ATS.STAGES, or dense; `weights`: others than its own."""
+        """The network with these entries of ATS.STAGES, or dense. `weights` replace its own."""
 
     @property
     @abstractmethod
@@ -70,10 +70,10 @@ class Subject(ABC):
 
     @abstractmethod
     def values(self, model: nn.Module) -> tuple[list[list[float]], float]:
-        """For each of `units` a number per image, more is better; and mean GFLOPs as run."""
+        """For each of `units` a number per image, higher is better; and mean GFLOPs as run."""
 
     def dense_values(self, model: nn.Module) -> list[list[float]]:
-        """The same of the dense network."""
+        """The same for the dense network."""
         return self.values(model)[0]
 
     @property
@@ -83,10 +83,10 @@ class Subject(ABC):
 
 
 class Classifier(Subject):
-    """A network of a configuration, by its top-1 accuracy on validation images or clips, one view of each.
+    """A config's network, judged by its top-1 accuracy on validation images or clips, one view each.
 
     Args:
-        has_copies: files are called <number>_<copy>; those of one number show the same thing.
+        has_copies: files are called <number>_<copy>; files with the same number show the same thing.
     """
 
     units: ClassVar = {"": "top-1 %"}
@@ -118,7 +118,7 @@ class Classifier(Subject):
 
     @cached_property
     def calibration(self) -> Tensor:
-        dataset = build_loader(self.cfg(None), "val").dataset  # the training data, seen as validation data are
+        dataset = build_loader(self.cfg(None), "val").dataset  # replaced by training data, with this transform
         if isinstance(dataset, Kinetics):
             dataset = replace(dataset, listing=build_loader(self.cfg(None), "train").dataset.listing)
         else:
@@ -157,11 +157,11 @@ class Classifier(Subject):
 
 
 class Features(Subject):
-    """A timm model with weights, by how near its features stay to the dense network's: the cosine of CLS, and the mean
-    cosine of the patches, where one that is gone has the feature of the token that stands for it (`restore` nearest).
+    """A timm model with weights, judged by how near its features stay to the dense network's: the cosine of CLS, and
+    the mean cosine of the patches. A dropped patch has the feature of the token that stands for it (`restore` nearest).
 
     Args:
-        images: a folder; every second image, by name, is measured, the others are for budgets.
+        images: a folder; every second image, by name, is measured, the others set budgets.
     """
 
     units: ClassVar = {"CLS": "cosine x 100", "patches": "cosine x 100"}
@@ -181,7 +181,7 @@ class Features(Subject):
         transform = create_transform(**settings)
         paths = files_below(str(images), IMG_EXTENSIONS, noun="image")
         if len(paths) < 4:
-            raise UserError(f"{images} holds {len(paths)} images; give a folder with some more.")
+            raise UserError(f"{images} holds {len(paths)} images; give a folder with at least 4.")
         x = torch.stack([transform(read_image(str(images / path))) for path in sorted(paths)])
         self.measured, self._calibration = x[1::2][: size.images], x[::2][: size.calibration_images]
         with torch.inference_mode():
@@ -208,7 +208,7 @@ class Features(Subject):
         return torch.cat([model.forward_features(x) for x in self.measured.split(20)])
 
     def dense_values(self, model: nn.Module) -> list[list[float]]:
-        return [[100.0] * len(self.measured)] * 2  # it is what the others are compared with
+        return [[100.0] * len(self.measured)] * 2  # the reference itself
 
     @torch.inference_mode()
     def values(self, model: nn.Module) -> tuple[list[list[float]], float]:

@@ -1,9 +1,9 @@
-"""Time the kernels among which ATS.CPU_BACKEND auto chooses: each linear layer of a network's block, and attention.
+"""Time the kernels that ATS.CPU_BACKEND auto chooses from: each linear layer of a network's block, and attention.
 
     python tools/perf/cpu_kernels.py --cfg configs/ImageNet/DeiT_S.yaml [--rounds N] [KEY VALUE ...]
 
 GFLOP/s (two operations per multiply-add) for one image and for eight, medians over rounds in which every kernel runs
-once. "+ GELU" is a layer with its activation: as two calls, and by oneDNN as one.
+once. "+ GELU" is a layer with its activation: two calls in PyTorch, one in oneDNN.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def measure(args: Namespace, cfg: CfgNode) -> list[dict]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line, by default that of the process."""
+    """Run the command line; returns the exit status."""
     return run_tool(make_parser(__doc__), measure, argv)
 
 

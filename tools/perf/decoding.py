@@ -110,7 +110,7 @@ def compare_decoding(paths: list[str], cfg: CfgNode, *, rounds: int) -> dict[str
             run()
             seconds_of[run.__name__].append(time.perf_counter() - begin)
     ratios = [a / b for a, b in zip(seconds_of["bare"], seconds_of["loader"], strict=True)]
-    low, *_, high = statistics.quantiles(ratios, n=10, method="inclusive")  # within what was measured
+    low, *_, high = statistics.quantiles(ratios, n=10, method="inclusive")  # inclusive: no extrapolation
     return {
         "videos": len(paths),
         "clips": len(ratios),

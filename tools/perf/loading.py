@@ -168,7 +168,7 @@ def data_limit(images_per_second_per_core: float, needed: float, *, cores: int |
 
     Args:
         images_per_second_per_core: of the loader. needed: images/s of the network.
-        cores: that read; default: those this process may use.
+        cores: how many read; default: those this process may use.
     """
     cores = len(os.sched_getaffinity(0)) if cores is None else cores
     readable = images_per_second_per_core * cores
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = make_parser(__doc__, source="FOLDER")
     parser.add_argument(
-        "--needed", type=in_range(float, POSITIVE), metavar="IMAGES_PER_SECOND", help="what the network evaluates"
+        "--needed", type=in_range(float, POSITIVE), metavar="IMAGES_PER_SECOND", help="the network's images/s"
     )
 
     def measure(args: Namespace, cfg: CfgNode) -> list[dict[str, str | float]]:

@@ -173,7 +173,7 @@ def train_both(cfg: CfgNode, output_dir: str, *, num_steps: int) -> tuple[_Timed
     trainer.train_loader = timed
     with closing(trainer.log):
         while len(timed.engine) < num_steps:
-            trainer._train_epoch(StopSignals())  # not entered: Ctrl-C ends the measurement
+            trainer._train_epoch(StopSignals())  # not entered, so Ctrl-C ends the measurement
     return trainer, bare, timed
 
 
@@ -206,7 +206,7 @@ def compare_training(cfg: CfgNode, *, rounds: int) -> dict[str, float | int]:
     low, ratio, high = ((engine - around) / bare).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
     step_seconds, save_seconds = bare.median().item(), statistics.median(saves)
     shares = {
-        "around %": 100 * around.mean().item() / step_seconds,  # the mean: a round has one line of the log
+        "around %": 100 * around.mean().item() / step_seconds,  # the mean, as one step per round logs
         "checkpoints %": 100
         * checkpoint_share(cfg, seconds=save_seconds, step_seconds=step_seconds, num_steps=trainer.num_steps),
     }
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def measure(args: Namespace, cfg: CfgNode) -> list[dict[str, float | int]]:
         if args.cfg is None:
-            raise UserError("--cfg FILE is missing: which training?")
+            raise UserError("--cfg FILE is missing: give the config of a training.")
         return [compare_training(cfg, rounds=args.rounds)]
 
     return run_tool(make_parser(__doc__), measure, argv)
