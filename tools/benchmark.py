@@ -1,4 +1,4 @@
-"""GFLOPs and speed of ATS beside its dense network: `ats/cli/benchmark.py`, from a clone that need not be installed."""
+"""GFLOPs and speed of ATS against dense: `ats/cli/benchmark.py`, from a clone that need not be installed."""
 
 import sys
 from pathlib import Path

@@ -79,7 +79,7 @@ class Network:
             self.compare_with_dense()
 
     def compare_with_dense(self) -> None:
-        """From now on passes measure how far the logits are from the dense network's."""
+        """Let later passes measure how far the logits are from the dense network's."""
         with self.restored_after_an_error():
             give(self.model, ())
             logits = (logits for _, logits, _ in self._forward("dense", self.batches))

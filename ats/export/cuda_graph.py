@@ -34,7 +34,7 @@ def capture(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = No
         other x.
 
     Raises:
-        UserError: there is no GPU, the model is training, or what it does depends on the image.
+        UserError: there is no GPU, the model is training, or a graph cannot hold its forward pass.
     """
     if reason := obstacle(model, example):
         raise UserError(f"This network cannot be captured as a CUDA graph: {reason}")
@@ -59,7 +59,7 @@ def capture(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = No
     except RuntimeError as error:
         raise UserError(
             "This network cannot be captured as a CUDA graph: its forward pass does something a graph cannot hold, "
-            f"as timm's DINOv3, which makes tensors on the CPU ({error})."
+            f"like timm's DINOv3, which makes tensors on the CPU ({error})."
         ) from error
 
     def replay(new: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class Difference:
 
 def compare(exported: Exported, run: Runner, images: Tensor, batch_sizes: Sequence[int] | None = None) -> Difference:
     """Run the file and the network on `images` [N, 3, H, W], the file in batches of these sizes, in turn; by default 1,
-    2, 5, and 1 alone for an adaptive file.
+    2, 5, or only 1 for an adaptive file.
     """
     with torch.no_grad():
         logits, trace = exported.eager.forward_tokens(images)

@@ -230,7 +230,7 @@ def refusal_of_blocks(model: nn.Module, blocks: nn.ModuleList, refusal: Callable
             )
         if isinstance(block, ATSBlock) and not isinstance(model, Patched):
             return (
-                f"it shares block {index} with another model, which has ATS; give it its own by copy.deepcopy, or "
+                f"it shares block {index} with another model, which has ATS; give it its own with copy.deepcopy, or "
                 "ats.unpatch the other model first"
             )
         if reason := refusal(block):

@@ -106,7 +106,7 @@ def settings(model: nn.Module) -> dict[str, object]:
     Raises a UserError if the model is not patched.
     """
     if not isinstance(model, Patched):
-        raise UserError(f"This {type(model).__name__} has no ATS, so no settings: ats.patch(model, ...) comes first.")
+        raise UserError(f"This {type(model).__name__} has no ATS, so no settings: call ats.patch(model, ...) first.")
     found = copy.deepcopy(model.ats.settings)
     if "stages" not in found:
         own = {option.name for option in options_of(REDUCTIONS[found["sampler"]])}

@@ -97,7 +97,7 @@ def token_statistics(counts: Sequence[int]) -> tuple[int, float, float, str]:
 
 
 def token_table(token_counts: Mapping[int, Sequence[int]], *, paper: Mapping[int, Sequence] | None = None) -> str:
-    """Per ATS block: mode, mean, standard deviation and range of the number of tokens kept, beside the paper's four if
+    """Per ATS block: mode, mean, standard deviation and range of the number of tokens kept, next to the paper's if
     given.
     """
     headers, lines = ["block", "mode", "mean", "standard deviation", "range"], []

@@ -1,4 +1,4 @@
-"""A network with ATS beside the dense one with the same weights, sample by sample."""
+"""A network with ATS against the dense one with the same weights, sample by sample."""
 
 from __future__ import annotations
 

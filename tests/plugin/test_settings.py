@@ -53,7 +53,7 @@ def test_save_pretrained_carries_them(name, tmp_path):
 
 def test_mistakes_are_said(tmp_path):
     model = timm_models.small_model("deit_tiny_patch16_224")
-    with pytest.raises(UserError, match=r"VisionTransformer has no ATS, so no settings: ats\.patch"):
+    with pytest.raises(UserError, match=r"VisionTransformer has no ATS, so no settings: call ats\.patch"):
         ats.settings(model)
     with pytest.raises(UserError, match=r"There is no .*ats\.json\. Write it with save_pretrained"):
         ats.load(model, tmp_path)

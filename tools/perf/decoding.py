@@ -1,4 +1,4 @@
-"""Time the decoding of clips: the loader beside a bare PyAV loop that decodes the same frames and checks nothing.
+"""Time clip decoding: the loader against a bare PyAV loop that decodes the same frames without checks.
 
     python tools/perf/decoding.py [FOLDER_OR_CSV] [--cfg FILE] [--rounds N] [KEY VALUE ...]
 

@@ -1,5 +1,5 @@
-"""Time the reading of images: the loader beside a bare loop, which opens each file with Pillow, applies the same timm
-transform and checks nothing. One process, one thread: images/s are per core.
+"""Time image reading: the loader against a bare loop, which opens each file with Pillow and applies the same timm
+transform, without checks. One process, one thread: images/s are per core.
 
     python tools/perf/loading.py [FOLDER] [--cfg FILE] [--rounds N] [--needed IMAGES_PER_SECOND] [KEY VALUE ...]
 

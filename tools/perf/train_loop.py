@@ -178,7 +178,7 @@ def train_both(cfg: CfgNode, output_dir: str, *, num_steps: int) -> tuple[_Timed
 
 
 def compare_training(cfg: CfgNode, *, rounds: int) -> dict[str, float | int]:
-    """The engine's step beside a bare one, over `rounds` rounds of LOG_PERIOD steps, after one round of warm-up.
+    """The engine's step against a bare one, over `rounds` rounds of LOG_PERIOD steps, after one round of warm-up.
 
     Neither time includes the wait for data. The engine's step is compared with the bare step on the same batch; what
     the engine does around its step is timed directly.

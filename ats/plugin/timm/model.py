@@ -299,7 +299,7 @@ class TimmModel(Patched):
     @staticmethod
     def _refuse_masks(attn_mask: object, is_causal: bool) -> None:
         if attn_mask is not None or is_causal:
-            raise UserError("attn_mask and is_causal are not supported with ATS: call without, or ats.unpatch(model).")
+            raise UserError("attn_mask and is_causal do not work with ATS: leave them out, or ats.unpatch(model).")
 
 
 FILTERS = {  # convert released state dicts

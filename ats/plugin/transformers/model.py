@@ -80,7 +80,7 @@ def dense_outputs(forward: Callable) -> Callable:
         asked, config = signature.bind(self, *args, **kwargs).arguments, self.config
         asked |= asked.get("kwargs", {})
         if asked.get("attention_mask") is not None or asked.get("is_causal", getattr(config, "is_causal", False)):
-            raise UserError("attention_mask, is_causal: not supported with ATS. Call without, or ats.unpatch(model).")
+            raise UserError("attention_mask and is_causal do not work with ATS: omit them, or ats.unpatch(model).")
         mask = asked.get("pixel_attention_mask")
         if isinstance(mask, Tensor) and not mask.all():
             raise UserError(
@@ -290,7 +290,7 @@ REASONS = {
     ),
     **dict.fromkeys(
         AVERAGING_TOWERS,
-        "its head averages all patches, so those that are gone have to be restored: "
+        "its head averages all patches, so dropped ones have to be restored: "
         'ats.patch(model.vision_model, restore="nearest", ...)',
     ),
 }
@@ -315,7 +315,7 @@ def refusal(model: nn.Module) -> str:
     for part in _behind(model):
         if hasattr(part, "ats_state") and not isinstance(model, Patched):
             name = NAMES.get(original_class(part), "encoder")
-            return f"it shares its {name} with another model, which has ATS; give it its own by copy.deepcopy"
+            return f"it shares its {name} with another model, which has ATS; give it its own with copy.deepcopy"
         if original_class(part) not in BEHIND_VERSIONS:
             return f"its final norm is a {type(part).__name__}"
     return refusal_of_blocks(model, _layers(model), refusal_of_block)
