@@ -71,7 +71,7 @@ def load_checkpoint(path: str | Path) -> dict:
         files = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
         raise UserError(f"{path} is a folder: type the file in it, {path / (files[0] if files else 'FILE')}.")
     if not path.is_file():
-        how = f" A training writes it: the dense network's config with TRAIN.ENABLE True OUTPUT_DIR {path.parent}."
+        how = f" Training writes it: run the dense network's config with TRAIN.ENABLE True OUTPUT_DIR {path.parent}."
         trained = how if path.name == "model.safetensors" else ""
         raise UserError(f"No checkpoint file {path}.{_nearby(path) or trained}")
     try:

@@ -78,12 +78,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
         raise UserError("--cfg FILE is missing: which network? For example: --cfg configs/Digits/DeiT_ATS.yaml")
     if all(getattr(args, name) is None for name in BUDGETS):
         raise UserError(
-            "Which budget? Give --gflops G, --keep SHARE or --speedup X; of time --latency-ms MS or --time-speedup X."
+            "Which budget? Give --gflops G, --keep SHARE or --speedup X; for time, --latency-ms MS or --time-speedup X."
         )
     by_time = args.latency_ms is not None or args.time_speedup is not None
     for name in ("batch_size", "threads"):
         if getattr(args, name) is not None and not by_time:
-            raise UserError(f"{option_of(name)} is of what is timed: give it with --latency-ms or --time-speedup.")
+            raise UserError(f"{option_of(name)} affects only timing: use it with --latency-ms or --time-speedup.")
     if args.refine and by_time:
         raise UserError("--refine keeps the GFLOPs, not the time: leave it out with --latency-ms or --time-speedup.")
     cfg = load_config(args.cfg, args.overrides)

@@ -96,7 +96,7 @@ def run(argv: list[str]) -> None:
         print(f"On {len(images)} {name}: {difference}.")
         if not difference.scale.isfinite():
             raise UserError(
-                f"The network gives NaN or infinite logits on {name}, so {args.output} is of no use. Check "
+                f"The network gives NaN or infinite logits on {name}, so {args.output} is useless. Check "
                 "TEST.CHECKPOINT_FILE_PATH."
             )
         if not difference.is_right:

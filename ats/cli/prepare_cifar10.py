@@ -149,7 +149,7 @@ def _fill(folder: Path, files: Iterable[File]) -> dict:
         for split, name, content in files:
             path = folder / split / name
             if path.exists():
-                raise UserError(f"Two images would become {split}/{name}: there are several copies of CIFAR-10 in one.")
+                raise UserError(f"Two images would become {split}/{name}: the source holds several copies of CIFAR-10.")
             path.write_bytes(content)
             count[split, name.partition("/")[0]] += 1
             bar.update()

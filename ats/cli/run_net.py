@@ -154,4 +154,4 @@ def execute(argv: list[str]) -> None:
     train_and_evaluate(cfg, force=args.force)
 
 
-main = command(execute, interrupted="interrupted; the same command goes on from the last checkpoint, if there is one")
+main = command(execute, interrupted="interrupted; run the same command to resume from the last checkpoint, if any")

@@ -69,7 +69,7 @@ def split_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Split words into files or folders, and overrides [KEY, VALUE, ...]. Names of existing files are never keys."""
     overrides, paths = split_overrides(words, is_key=lambda word: looks_like_key(word) and not Path(word).exists())
     if "" in paths:
-        raise UserError("An empty word is no file: . is the current folder.")
+        raise UserError("An empty argument is not a file: type . for the current folder.")
     return list(map(to_path, paths)), overrides
 
 

@@ -155,7 +155,7 @@ class Video(AbstractContextManager):
     def _open(self) -> None:
         if not os.path.isfile(self.path):
             alike = any(os.path.isfile(unicodedata.normalize(form, self.path)) for form in ("NFC", "NFD"))
-            other = ", but one with this name in other characters (Unicode NFC or NFD: macOS writes an accent as one)"
+            other = ", but one with this name in other Unicode characters (NFC or NFD: macOS stores accents separately)"
             folder = "it is a folder: frames as images are not read" if os.path.isdir(self.path) else ""
             raise ValueError(folder or f"there is no such file{other if alike else ''}")
         # "file:" and the whitelists: neither a path like http:// nor a playlist in the file can open anything else.

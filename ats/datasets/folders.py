@@ -146,8 +146,8 @@ def advise_nfc(names: Iterable[str], others: Collection[str], *, folder: str, ro
     if not any(same_in_nfc(name, others) for name in names):
         return ""
     return (
-        f" {folder} has the same in other characters (macOS writes an accent as one of its own, others do not). To "
-        f"make the names equal type convmv -r -f utf8 -t utf8 --nfc --notest {root}"
+        f" {folder} has the same name in other Unicode characters (macOS stores accents separately). To make the names "
+        f"equal, type convmv -r -f utf8 -t utf8 --nfc --notest {root}"
     )
 
 

@@ -152,7 +152,7 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
         logger.warning(message, folder, counted(num_beside, "image is", "images are"))
     if empty := sorted(known - set(map(_class_of, files))):
         names = ", ".join(map(printable, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        message = "%d of the %d class folders in %s hold no image: %s. Their labels keep their places."
+        message = "%d of the %d class folders in %s hold no image: %s. They keep their labels."
         logger.warning(message, len(empty), len(classes), folder, names)
     warn_about_numbers(root, tuple(classes))
     return classes, files

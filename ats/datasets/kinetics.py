@@ -31,7 +31,7 @@ from ats.files import encoding_of
 logger = logging.getLogger(__name__)
 
 SEPARATORS = (" ", ",", "\t", ";")
-NO_TABLE = "Remove it; pandas leaves it out with to_csv(..., header=False, index=False)."
+NO_TABLE = "Remove it; pandas omits it with to_csv(..., header=False, index=False)."
 
 
 class Listing(NamedTuple):

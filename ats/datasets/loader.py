@@ -173,8 +173,8 @@ def _no_way_to_hand_over(error: Exception) -> UserError:
     return UserError(
         f"A data worker cannot hand over its batch: {error}. If /dev/shm is full, give the container more (docker run "
         "--shm-size=8g); if too many files are open, type ulimit -n 65535 first; if a path is too long, type export "
-        "TMPDIR=/tmp first. Or set DATA_LOADER.NUM_WORKERS to a smaller number: 0 needs none of these. The same "
-        "command goes on from the last checkpoint."
+        "TMPDIR=/tmp first. Or lower DATA_LOADER.NUM_WORKERS: 0 needs none of these. Run the same command to resume "
+        "from the last checkpoint."
     )
 
 

@@ -202,7 +202,7 @@ def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = F
     batch_size, _ = changes.get("TRAIN.BATCH_SIZE", (cfg.TRAIN.BATCH_SIZE, None))
     state.restore({"sizes": {"batch_size": batch_size}} | contents)
     if changes and is_main():
-        logger.warning("%s was saved with other settings; from here on the new ones hold.%s", path, listed)
+        logger.warning("%s was saved with other settings; the new ones apply from now on.%s", path, listed)
     return path
 
 

@@ -207,7 +207,7 @@ def train_step(
     scale = scaler.get_scale() if scaler.is_enabled() else None
     if scale is not None and scale < MIN_LOSS_SCALE and not math.isfinite(grad_norm):
         raise NonFiniteError(
-            f"The gradient's norm is {grad_norm} (loss {loss:.4g}), however small float16's loss scale ({scale:.3g}); "
-            "TRAIN.AMP_DTYPE bfloat16 needs none. It happened"
+            f"The gradient's norm is {grad_norm} (loss {loss:.4g}), even at float16's loss scale {scale:.3g}; "
+            "TRAIN.AMP_DTYPE bfloat16 needs no loss scale. It happened"
         )
     return StepStats(loss, grad_norm, dict(zip(tokens, token_means, strict=True)), loss_scale=scale)

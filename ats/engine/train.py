@@ -152,7 +152,7 @@ class Trainer:
         seen = state.step * before.get("batch_size", batch_size)
         step, state.step = state.step, min(seen // batch_size, self.num_steps)
         if is_main() and (changes or state.step != step):
-            goes_on = f" It goes on after the {seen} samples that epoch {state.epoch + 1} has seen." if step else ""
+            goes_on = f" Continuing after the {seen} samples that epoch {state.epoch + 1} has seen." if step else ""
             what = ", ".join(changes) or f"step {step} of the checkpoint, steps per epoch {self.num_steps}"
             logger.warning("The data or the batch size changed since the last run: %s.%s", what, goes_on)
 

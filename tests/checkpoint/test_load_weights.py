@@ -148,7 +148,7 @@ def test_truncated_file(tmp_path, weights):
 def test_missing_file_and_wrong_contents(tmp_path):
     with pytest.raises(UserError, match="No checkpoint file"):
         load_checkpoint(tmp_path / "none.pth")
-    how = r"A training writes it: .* TRAIN\.ENABLE True OUTPUT_DIR output/a\."
+    how = r"Training writes it: .* TRAIN\.ENABLE True OUTPUT_DIR output/a\."
     with pytest.raises(UserError, match=rf"file output/a/model\.safetensors\. {how}"):
         load_checkpoint("output/a/model.safetensors")
     with pytest.raises(UserError, match=r"deit_at\.safetensors\. Did you mean deit_ats\.safetensors"):  # shipped
