@@ -49,8 +49,8 @@ def reduction_keys() -> list[Key]:
             options.setdefault(option.key, option)
             samplers.setdefault(option.key, []).append(name)
     text = "How ATS.BLOCKS reduce tokens: inverse_transform (the paper), topk (highest scores), random, tome "
-    text += "(ToMe, merges similar tokens, see TOME), evit (EViT, fuses the tokens it drops, see EVIT), or "
-    text += "your own."
+    text += "(ToMe, merges similar tokens), evit (EViT, fuses the tokens it drops), ppt (PPT, prunes or pools), pitome "
+    text += "(PiToMe, merges redundant tokens), merge_sample (merges in early blocks, then samples), or your own."
     result = [Key("ATS.SAMPLER", "inverse_transform", text, choices=tuple(REDUCTIONS))]
     for key, option in options.items():
         about, readers = option.about, tuple(samplers[key])
