@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-# What schedulers and terminals send to a run that is to end: SLURM, submitit and SGE may use SIGUSR1 or SIGUSR2, LSF
-# and limits of CPU time SIGXCPU, a closed terminal SIGHUP.
+# Signals by which schedulers and terminals stop a run: SLURM, submitit and SGE may send SIGUSR1 or SIGUSR2, LSF and CPU
+# time limits SIGXCPU, a closed terminal SIGHUP.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
@@ -39,8 +39,9 @@ class NoSuchSplit(UserError):
 
 
 class Stopped(BaseException):
-    """A signal stopped the training after it had saved a checkpoint. Like KeyboardInterrupt it may be raised anywhere,
-    and nothing that copes with errors, such as a bad file, may catch it.
+    """A signal stopped the training after it saved a checkpoint.
+
+    A BaseException like KeyboardInterrupt: it can be raised anywhere, and handlers of bad files must not catch it.
 
     Attributes:
         status: the process's exit status, 128 + the signal: 143 after SIGTERM, 130 after SIGINT.
@@ -57,16 +58,16 @@ def exit_status(
     """Run a command and return its exit status.
 
     A `UserError` or `OSError` prints one line to stderr and gives 1; Ctrl-C prints `interrupted` and gives 130. With
-    `debug` they are raised. `Stopped` gives its own status. If nobody reads stdout any more (`| head`), it ends quietly
-    with 141, as a process that SIGPIPE ends.
+    `debug` they are raised. `Stopped` gives its own status. If nobody reads stdout any more (`| head`), it quietly
+    gives 141, like a process killed by SIGPIPE.
 
     Args:
-        prefix: of the error's line; the process, if there are several.
+        prefix: put before the error; names the process if there are several.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, e.g. by `2>&-`; progress bars and logs write to it nevertheless
+        if getattr(sys, name) is None:  # closed, e.g. by `2>&-`; progress bars and logs would still write to it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - stays open as long as the process lives
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does; a file name may hold what the terminal does not know
+    if isinstance(sys.stdout, io.TextIOWrapper):  # like stderr: file names may have characters it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run()
@@ -95,7 +96,7 @@ def exit_status(
 
 @contextmanager
 def needing(package: str, *, what: str) -> Iterator[None]:
-    """Around the import of a package that is in no plain installation: if it is missing, say `what` needs it."""
+    """Wrap the import of an optional package: if it is missing, raise a UserError that says `what` needs it."""
     try:
         yield
     except ImportError as error:
@@ -103,13 +104,13 @@ def needing(package: str, *, what: str) -> Iterator[None]:
 
 
 def flush_stdout() -> None:
-    """What cannot be written is then an error of the command, not of the interpreter while it exits."""
+    """Flush now, so that a failed write is the command's error and not the interpreter's at exit."""
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
 def _give_up_broken_stdout() -> None:
-    """If what was printed cannot be written, keep the interpreter from trying again while it exits."""
+    """If stdout cannot be flushed, keep the interpreter from trying again at exit."""
     try:
         flush_stdout()
     except OSError:
@@ -118,17 +119,17 @@ def _give_up_broken_stdout() -> None:
 
 
 def shown(value: object) -> str:
-    """`value` for a message: on one line, and cut if it is long."""
+    """`value` for a message: on one line, truncated if long."""
     if isinstance(value, str) and 0 < len(value) <= _SHORT.maxstring and value.isprintable() and value == value.strip():
         return value
     return quoted(value)
 
 
 def quoted(value: object) -> str:
-    """`value` as Python writes it, cut if it is long."""
+    """The `repr` of `value`, truncated if long."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # of more digits than Python prints
+    except ValueError:  # an int with more digits than Python prints
         return "a number of thousands of digits"
 
 
@@ -151,14 +152,14 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 def rounded(value: float, digits: int = 4) -> str:
-    """`value` to so many significant digits, large numbers in full: 0.04543, 4.608, 13150 rather than 1.315e+04."""
+    """`value` with `digits` significant digits, never in scientific notation if large: 0.04543, 4.608, 13150."""
     text = f"{value:.{digits}g}"
     return f"{value:.0f}" if "e+" in text else text
 
 
 def printable(name: str) -> str:
-    """A file name, or any other text from outside, as messages show it: with escapes for what could clear the terminal,
-    fake a line of the log, or not be written as UTF-8.
+    """A file name or other untrusted text, for messages: escapes characters that could clear the terminal, fake a log
+    line, or not be encoded as UTF-8.
     """
     return UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], name)
 

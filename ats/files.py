@@ -1,7 +1,7 @@
-"""Writes that leave the old file or the whole new one, on file systems that lack some operations too.
+"""Atomic writes: afterwards the file is either the old one or the whole new one, even on limited file systems.
 
-Network drives, FUSE mounts and FAT may be unable to link, lock, rename over a file or sync a folder. None of that is
-needed to go on: there is a way round, and one warning where a promise is lost with it.
+Network drives, FUSE mounts and FAT may be unable to link, lock, rename over a file or sync a folder. Each has a
+fallback, with one warning if a guarantee is lost.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ats.errors import UserError
 logger = logging.getLogger(__name__)
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FAILED = {errno.EIO, errno.ENOENT, errno.EROFS, errno.ESTALE} | NO_ROOM  # the operation exists; the disk has a problem
+FAILED = {errno.EIO, errno.ENOENT, errno.EROFS, errno.ESTALE} | NO_ROOM  # supported, but it failed on this disk
 
 _warned: set[str] = set()
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """An error of the operating system in this block names `path`, also if a library turned it into its own."""
-    outer = sys.exception()  # already being handled when the block begins
+    """Make an OSError in this block name `path`, even if a library wrapped it in its own exception."""
+    outer = sys.exception()  # already being handled when the block starts
     try:
         yield
     except UserError:
@@ -42,7 +42,7 @@ def naming(path: str | Path) -> Iterator[None]:
         if not isinstance(cause, OSError) or cause is outer or not cause.errno:
             raise
         if cause is error and cause.filename and not str(cause.filename2 or cause.filename).endswith(".tmp"):
-            raise  # it names a file already
+            raise  # already names a file
         raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
 
 
@@ -51,8 +51,8 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, delete it if the block fails.
 
     Args:
-        sync: flush the file and its folder to disk, so that the file survives a crash of the machine. False suits many
-            small files that can be written again.
+        sync: flush the file and its folder to disk, so that the file survives a crash of the machine. Use False for
+            many small files that can be written again.
 
     Raises:
         OSError: the file cannot be written. It names `path`.
@@ -67,7 +67,7 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
                 _sync(temporary, os.O_RDWR)  # some file systems report a full disk only here
             replace(temporary, path, sync=sync)
         finally:
-            temporary.unlink(missing_ok=True)  # also after success: a second name for the same file is not renamed
+            temporary.unlink(missing_ok=True)  # even after success: rename does nothing between two links to one file
         if sync:
             _sync(path.parent, os.O_RDONLY)  # makes the rename durable
 
@@ -80,22 +80,23 @@ def write(path: str | Path, content: str | bytes, *, sync: bool = True) -> None:
 
 
 def encoding_of(path: str | Path) -> str:
-    """The encoding of a text that people wrote: UTF-8, or UTF-16 (PowerShell, Excel's "Unicode text"), perhaps with a
-    byte order mark, which is no part of the text.
+    """The encoding of a text file written by a user: UTF-8, or UTF-16 (PowerShell, Excel's "Unicode text").
+
+    Both codecs drop a byte order mark.
     """
     with open(path, "rb") as file:
         return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def write_picture(path: str | Path, save: Callable[..., object], **options: object) -> None:
-    """Write what `save(file, format=..., **options)` writes. Pillow would not say why it cannot write to a file."""
+    """Write the output of `save(file, format=..., **options)`. Pillow alone would not say why a write failed."""
     buffer = io.BytesIO()
     save(buffer, format=Path(path).suffix.removeprefix(".") or "png", **options)
     write(path, buffer.getvalue(), sync=False)
 
 
 def link(path: Path, other: Path) -> None:
-    """Make `other` a second name of the file `path`, or a copy of it where links are not possible."""
+    """Hard-link `path` as `other`, or copy it if links are not possible."""
     with atomic_write(other) as temporary:
         temporary.unlink(missing_ok=True)
         try:
@@ -105,14 +106,14 @@ def link(path: Path, other: Path) -> None:
 
 
 def warn_once(text: str, path: Path, error: OSError) -> None:
-    """Warn that something is not possible in `path`, once for each text: `%s cannot be ... (%s).`"""
+    """Warn that `path` does not support something, once per text: `%s cannot be ... (%s).`"""
     if text not in _warned:
         _warned.add(text)
         logger.warning(text, path, error.strerror)
 
 
 def replace(temporary: Path, path: Path, *, sync: bool = False) -> None:
-    """Rename a file over another, or copy it where that is not possible."""
+    """Rename a file over another, or copy it if that is not possible."""
     try:
         os.replace(temporary, path)
     except OSError as error:

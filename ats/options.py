@@ -1,4 +1,4 @@
-"""What a setting may be: ranges for config keys and for the options of a reduction. Imports no PyTorch."""
+"""Allowed values of config keys and of the options of a reduction. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_INT = 2**63 - 1
 
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`; `above`: without `low`, `below`: without `high`.
+    """Numbers from `low` to `high`; `above` excludes `low`, `below` excludes `high`.
 
     NaN, infinity and integers that do not fit in 64 bits are in no range.
     """
@@ -21,7 +21,7 @@ class Range(NamedTuple):
     below: bool = False
 
     def holds(self, value: object) -> bool:
-        """Whether `value` is a number of the range."""
+        """Whether `value` is a number in the range."""
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return False
         if not (is_64_bit(value) if isinstance(value, int) else math.isfinite(value)):
@@ -36,7 +36,7 @@ class Range(NamedTuple):
 
 
 def is_64_bit(value: int) -> bool:
-    """Whether an integer fits in 64 bits with its sign."""
+    """Whether an integer fits in 64 bits, with its sign."""
     return -MAX_INT <= value <= MAX_INT
 
 
@@ -52,13 +52,13 @@ SEED = Range(0, 2**32 - 1)
 
 
 class Option(NamedTuple):
-    """What is known of one option of a reduction besides its default, which is the dataclass field's."""
+    """One option of a reduction. Its default is the dataclass field's."""
 
     help: str = ""  # its meaning, in a sentence
-    within: Range | None = None  # the numbers it takes; None: any
-    choices: tuple[object, ...] = ()  # the values it takes, if few
-    types: tuple[type, ...] = ()  # Python types it takes; empty: the default's
-    per_block: bool = False  # a list with one entry per block of the network is taken, too
+    within: Range | None = None  # allowed numbers; None: any
+    choices: tuple[object, ...] = ()  # allowed values, if few
+    types: tuple[type, ...] = ()  # allowed types; empty: the default's
+    per_block: bool = False  # also accepts a list with one entry per block of the network
     networks: tuple[str, ...] = ()  # values of MODEL.NAME that read it; empty: all with ATS
     give: str = ""  # what to type, for the message that refuses a value: "a share in (0, 1]"
 

@@ -1,8 +1,8 @@
-"""Read and write files of weights safely.
+"""Read and write weights files safely.
 
-* Files are read with `weights_only=True` or as safetensors. A pickle that would run code is refused and runs nothing.
-* A damaged file is an error that names it. Whenever weights are read, their check sums are verified: those of a .pth
-  file, which is a zip archive since PyTorch 1.6, and the one that `save_safetensors` adds to the metadata.
+* Files are read with `weights_only=True` or as safetensors. A pickle that would run code is refused unrun.
+* A damaged file is an error that names it. Checksums are verified on every read: those of a .pth file, which is a zip
+  archive since PyTorch 1.6, and the one that `save_safetensors` adds to the metadata.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from ats.files import atomic_write, write
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".pth", ".pyth", ".pt", ".bin", ".safetensors")
-CHECKSUM = "sha256"  # in the metadata of our safetensors: of all keys, types, shapes and values
+CHECKSUM = "sha256"  # in the metadata of our safetensors: hash of all keys, dtypes, shapes and values
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began a file before PyTorch 1.6
 UNPACK = "unpack it, and give a file in it"
-KINDS = {  # how files of other kinds begin -> what they are
+KINDS = {  # first bytes of other file types -> what they are
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for: type git lfs pull in its folder",
     b"\x1f\x8b": "compressed with gzip: unpack it",
     b"\xfd7zXZ": "compressed with xz: unpack it",
@@ -49,7 +49,7 @@ KINDS = {  # how files of other kinds begin -> what they are
     b"\xff\xd8\xff": "a picture",
     b"%PDF": "a PDF document",
 }
-NAMES = {  # the same for formats that begin with anything, by their names
+NAMES = {  # the same by name, for formats without fixed first bytes
     r"\.(index|meta|data-\d+-of-\d+)": "part of a TensorFlow checkpoint: convert it to a PyTorch state dict",
     r"\.(pb|tflite)": "a TensorFlow model: convert it to a PyTorch state dict",
     r"\.(msgpack|flax)": "a Flax file: convert it to a PyTorch state dict",
@@ -62,16 +62,16 @@ class _WrongChecksum(Exception):
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The contents of a .pth, .pyth or .safetensors file, on the CPU. Shipped files are found from any folder.
+    """The contents of a .pth, .pyth or .safetensors file, on the CPU. Finds shipped files from any folder.
 
-    Raises a UserError if there is no such file, it is damaged or no checkpoint, or it is a pickle that would run code.
+    Raises a UserError if the file is missing, damaged or not a checkpoint, or is a pickle that would run code.
     """
     path = find_shipped(path)
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
         raise UserError(f"{path} is a folder: type the file in it, {path / (files[0] if files else 'FILE')}.")
     if not path.is_file():
-        how = f" A training writes it: the dense network's config with TRAIN.ENABLE True OUTPUT_DIR {path.parent}."
+        how = f" Training writes it: run the dense network's config with TRAIN.ENABLE True OUTPUT_DIR {path.parent}."
         trained = how if path.name == "model.safetensors" else ""
         raise UserError(f"No checkpoint file {path}.{_nearby(path) or trained}")
     try:
@@ -81,7 +81,7 @@ def load_checkpoint(path: str | Path) -> dict:
     with file:
         try:
             contents = _read(file, path)
-        except Exception as error:  # damage can end in any
+        except Exception as error:  # damage can raise anything
             raise UserError(f"{path} {_reason(error, file)}") from error
     if isinstance(contents, (list, tuple)) and len(contents) == 1:
         contents = contents[0]
@@ -92,7 +92,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def _nearby(path: Path) -> str:
-    """A hint at the file of weights in the same folder, or among the shipped ones, that `path` may mean."""
+    """Suggests the weights file, in the same folder or among the shipped ones, that `path` may mean."""
     inside = path.parent.relative_to("configs") if path.parts[:1] == ("configs",) else path.parent
     for folder in (path.parent, SHIPPED / inside):
         if folder.is_dir():
@@ -109,24 +109,24 @@ def save_checkpoint(path: str | Path, contents: dict) -> None:
 def save_safetensors(
     path: str | Path, state_dict: dict[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write weights as safetensors with a check sum, also atomically; `metadata`: more to say in the header."""
+    """Write weights atomically as safetensors with a checksum; `metadata`: more entries for the header."""
     # Copies, because safetensors refuses tensors that share memory, such as tied weights.
     tensors = {
         key: torch.clone(tensor.detach().cpu(), memory_format=torch.contiguous_format)
         for key, tensor in state_dict.items()
     }
     contents = safetensors.torch.save(tensors, {**(metadata or {}), CHECKSUM: _checksum(tensors)})
-    # The library writes the metadata in any order; the same training shall give the same bytes.
+    # The library writes metadata in arbitrary order; sort it, so that the same training gives the same bytes.
     end = 8 + int.from_bytes(contents[:8], "little")
     header = json.loads(contents[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     write(path, len(text).to_bytes(8, "little") + text + contents[end:])
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside the weights; of other files {}."""
+    """The metadata in the header of a safetensors file; {} for other files."""
     try:
         with safe_open(find_shipped(path), "pt") as file:
             return file.metadata() or {}
@@ -138,7 +138,7 @@ def _read(file: BufferedReader, path: Path) -> object:
     head = file.read(9)
     file.seek(0)
     is_zip = head.startswith(b"PK")
-    # The header's length, then the header, in JSON; whatever the file is called.
+    # Length of the header, then the header as JSON. The file name does not matter.
     is_safetensors = head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
     if is_safetensors or (path.suffix == ".safetensors" and not is_zip):
         return _read_safetensors(path)
@@ -148,7 +148,7 @@ def _read(file: BufferedReader, path: Path) -> object:
         _compare_with_name(file, path)
     file.seek(0)
     with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickles that are refused in the next moment
+        warnings.simplefilter("ignore")  # about pickles that are about to be refused
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -170,28 +170,28 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _verify_zip(file: BufferedReader) -> None:
-    """Compare a zip archive with its check sums, which torch.load does not look at."""
+    """Verify the checksums of a zip archive, which torch.load ignores."""
     try:
         with zipfile.ZipFile(file) as archive:
             files = archive.infolist()
             has_checksums = any(info.CRC for info in files)  # torch.save can leave them out
             is_right = not has_checksums or archive.testzip() is None
-    except Exception as error:  # of any kind: the directory may hold anything
+    except Exception as error:  # a damaged directory can raise anything
         raise zipfile.BadZipFile(f"its zip archive is damaged or cut short ({error})") from error
-    # PyTorch takes a file that is marked as a folder (0x10) for read, and leaves its tensor as it finds the memory.
+    # PyTorch skips reading a file marked as a folder (0x10) and leaves its tensor uninitialised.
     if not is_right or any(info.external_attr & 0x10 and info.file_size for info in files):
         raise _WrongChecksum("its checksums are wrong")
 
 
 def _compare_with_name(file: BufferedReader, path: Path) -> None:
-    """Before 1.6, PyTorch wrote no check sums; but releases have the start of their SHA-256 in their name."""
+    """Compare the SHA-256 in a release's file name; PyTorch before 1.6 wrote no checksums."""
     digits = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
     if digits and not digits[1].isdigit() and not hashlib.file_digest(file, "sha256").hexdigest().startswith(digits[1]):
         logger.warning("%s is damaged or was changed: its SHA-256 is not the one in its name.", path)
 
 
 def _reason(error: Exception, file: BufferedReader) -> str:
-    """Why a file could not be read, to follow its path: what it is, what it would run, or how it is damaged."""
+    """Why a file could not be read, worded to follow its path: what it is, what it would run, or how it is damaged."""
     if isinstance(error, _WrongChecksum):
         return f"is damaged: {error}"
     if not isinstance(error, zipfile.BadZipFile) and (kind := _kind(file)):
@@ -204,13 +204,13 @@ def _reason(error: Exception, file: BufferedReader) -> str:
     head, text = file.read(len(LEGACY)), ""
     if head.startswith(b"\x80") and head != LEGACY:
         text = "it is a pickle that torch.save did not write, and reading it could run code"
-    elif isinstance(error, (RuntimeError, OSError, SafetensorError, zipfile.BadZipFile)):  # others say nothing
+    elif isinstance(error, (RuntimeError, OSError, SafetensorError, zipfile.BadZipFile)):  # others tell nothing
         text = str(error).split("\n")[0]
     return f"is not a checkpoint or is damaged{f': {text}' if text else ''}"
 
 
 def _kind(file: BufferedReader) -> str:
-    """What a file is that is no checkpoint, judged by its bytes and its name; "" if unknown."""
+    """What kind of file a non-checkpoint is, by its bytes and name; "" if unknown."""
     file.seek(0)
     head = file.read(512)
     if not any(head):

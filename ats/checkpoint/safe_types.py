@@ -1,7 +1,7 @@
-"""Types that a checkpoint may hold besides tensors: those that other projects' files have and that cannot run code.
+"""Types that a checkpoint may hold besides tensors: types found in other projects' files that cannot run code.
 
-Only these are built, by what is listed here; a pickle that names anything else is refused. NumPy's own functions are
-not among them: `ndarray(...)`, `ndarray.__setstate__` and `dtype.__setstate__` can take numbers for addresses.
+A pickle that names anything else is refused. NumPy's own functions are excluded, because `ndarray(...)`,
+`ndarray.__setstate__` and `dtype.__setstate__` can interpret numbers as addresses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 class _DType:
-    """numpy.dtype, of numbers and text."""
+    """Stands for numpy.dtype; numbers and text only."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.dtype = np.dtype(code)
@@ -28,7 +28,7 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """numpy.ndarray, which gets its values once, as bytes."""
+    """Stands for numpy.ndarray; its values are set once, from bytes."""
 
     def __new__(cls, *_: object) -> _Array:
         return super().__new__(cls, 0)
@@ -49,7 +49,7 @@ def _scalar(dtype: _DType, value: bytes) -> np.generic:
 
 
 def _plain_dict(*_: object) -> dict:
-    """For a defaultdict, which PyTorch does not fill."""
+    """Replaces a defaultdict, which PyTorch does not fill."""
     return {}
 
 
@@ -57,7 +57,7 @@ _NUMPY = ("numpy.core", "numpy._core")  # before and since NumPy 2
 _PATHS = {"PosixPath": pathlib.PosixPath, "WindowsPath": pathlib.PureWindowsPath}
 _PATHS |= {cls.__name__: cls for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath)}
 
-# For `torch.serialization.safe_globals`: types, or (what to build, the name in the pickle).
+# For `torch.serialization.safe_globals`: types, or (callable, the name in the pickle).
 SAFE_TYPES: list = [
     argparse.Namespace,
     *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone),

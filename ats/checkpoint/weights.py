@@ -1,8 +1,8 @@
-"""Load weights into a network and match their keys strictly.
+"""Load weights into a network, matching keys strictly.
 
 Releases wrap their weights (`model`, `state_dict`, ...) and prefix their keys (`module.`, `backbone.`, ...). Wrappers
-are removed, and so is the prefix in front of the network's own keys. What is specific to an architecture, e.g. resizing
-position embeddings, is its `adapt_state_dict`.
+and prefixes are removed. Anything specific to an architecture, e.g. resizing position embeddings, is in its
+`adapt_state_dict`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ats.errors import UserError, counted
 
 logger = logging.getLogger(__name__)
 
-# Keys under which releases keep their weights. EMA weights come first: they are the ones that were evaluated.
+# Keys under which releases keep their weights. EMA weights come first, because those were evaluated.
 WRAPPERS = ("ema_state", "state_dict_ema", "model_ema", "model_state", "model", "state_dict", "module")
 INFIXES = re.compile(r"\b_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")  # PyTorch's own, at any level
-# Keys that no network here needs: of pretraining (MAE, DINOv2), and of profilers (thop), which leave theirs behind.
+# Keys that no network here needs: from pretraining (MAE, DINOv2), or left behind by profilers (thop).
 NOT_NEEDED = re.compile(r"(mask_token|decoder)|(.*\.)?total_(ops|params)$")
 GIVEN = "the given state dict"
 Weights = str | Path | dict[str, Tensor]  # a file, or a state dict, which may be wrapped
 
 
 def load_weights(model: nn.Module, source: Weights, *, skip: Iterable[str] = (), advice: str = "") -> None:
-    """Load weights into `model`, strictly: the keys must match, except those that `adapt_state_dict` knows to ignore.
+    """Load weights into `model` strictly: keys must match, except those that `adapt_state_dict` ignores.
 
-    Keys that begin with one of `skip` keep the model's values, e.g. ("head.",) for other classes. `advice`: keys to
-    type, for the message about a file with another number of classes.
+    Keys that start with an entry of `skip` keep the model's values, e.g. ("head.",) for other classes. `advice`: config
+    keys to type, for the message about a file with another number of classes.
 
     Raises:
         UserError: the file cannot be read, or has missing, unexpected or misshapen keys, which the message lists.
@@ -54,10 +54,10 @@ def load_weights(model: nn.Module, source: Weights, *, skip: Iterable[str] = (),
     if hasattr(model, "adapt_state_dict"):
         try:
             state = model.adapt_state_dict(state)
-        except (RuntimeError, LookupError, TypeError, ValueError) as error:  # of shapes that no release has
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:  # shapes that no release has
             _check(expected, state, name, advice)
             raise UserError(f"{name} does not belong to this model: {str(error).splitlines()[0]}") from error
-    # Only now: the filters of timm know a release by such keys.
+    # Only now, because timm's filters recognise releases by such keys.
     if unused := [key for key in state if key not in expected and NOT_NEEDED.match(key)]:
         logger.info("%s: not used by this network: %s.", name, _grouped(unused))
     state = {key: value for key, value in state.items() if key not in unused}
@@ -66,13 +66,13 @@ def load_weights(model: nn.Module, source: Weights, *, skip: Iterable[str] = (),
     numbers = {key: state[key] for key, own in model.named_parameters() if key in state and not own.is_meta}
     if broken := [key for key, value in numbers.items() if not value.isfinite().all()]:
         logger.warning(
-            "%s holds NaN or infinite weights, as diverged trainings leave them: %s.", name, _grouped(broken)
+            "%s holds NaN or infinite weights, perhaps from a diverged training: %s.", name, _grouped(broken)
         )
     model.load_state_dict(state)
 
 
 def to_fine_tune(cfg: CfgNode) -> str:
-    """The config keys to add, to fine-tune TEST.CHECKPOINT_FILE_PATH for other classes."""
+    """The config keys to add to fine-tune TEST.CHECKPOINT_FILE_PATH for other classes."""
     keys = {"ENABLE": True, "RESET_HEAD": True, "CHECKPOINT_FILE_PATH": cfg.TEST.CHECKPOINT_FILE_PATH}
     return " ".join(f"TRAIN.{key} {value}" for key, value in keys.items() if value and not cfg.TRAIN[key])
 
@@ -88,8 +88,8 @@ def unwrap(contents: dict, _seen: tuple[int, ...] = ()) -> dict[str, Tensor]:
 
 
 def _find(contents: dict, needed: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The weights in `contents` for a network with the keys of `expected`: the dict and the prefix that hold most of
-    the `needed` ones. If no key matches, the network may know them by other names.
+    """The weights in `contents` for a network with the keys `expected`: from the dict and prefix with most of the
+    `needed` keys. If none matches, returns all, in case `adapt_state_dict` renames them.
     """
     state = unwrap(contents)
     parts = {(): state} if state else _parts(contents)
@@ -97,7 +97,7 @@ def _find(contents: dict, needed: dict[str, Tensor], expected: dict[str, Tensor]
         parts = {path: {INFIXES.sub("", key): value for key, value in part.items()} for path, part in parts.items()}
     counts = {(path, prefix): n for path, part in parts.items() for prefix, n in _prefixes(part, needed).items()}
     most = max(counts.values(), default=0)
-    # Most, not half: one stage of another naming scheme (`stages.2.blocks.0...`) can hold two thirds of all blocks.
+    # 0.8, not half: one stage of another naming scheme (`stages.2.blocks.0...`) can hold two thirds of all blocks.
     places = [place for place, count in counts.items() if count == most and count >= 0.8 * len(needed)]
     if not places:
         places = [(path, "") for path, part in parts.items() if path == () or 2 * len(part) >= len(expected)]
@@ -112,7 +112,7 @@ def _find(contents: dict, needed: dict[str, Tensor], expected: dict[str, Tensor]
 
 
 def _parts(contents: dict) -> dict[tuple, dict[str, Tensor]]:
-    """The tensors of every dict within `contents`, by the keys that lead there."""
+    """The tensors of every dict nested in `contents`, by the path of keys to it."""
     found, seen, todo = {}, set(), deque[tuple[tuple, Any]]([((), contents)])
     while todo:
         path, value = todo.popleft()
@@ -127,7 +127,7 @@ def _parts(contents: dict) -> dict[tuple, dict[str, Tensor]]:
 
 
 def _prefixes(state: dict[str, Tensor], expected: dict[str, Tensor]) -> Counter[str]:
-    """Prefix -> how many keys are the network's own behind it."""
+    """Prefix -> how many keys, without it, are the network's own."""
     counts: Counter[str] = Counter()
     for key in state:
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", key))]
@@ -144,12 +144,12 @@ def _without_shared_prefix(state: dict[str, Tensor], expected: dict[str, Tensor]
 
 
 def _which(contents: dict, places: list[tuple[tuple, str]], name: str) -> str:
-    """The message about a checkpoint that holds no weights, or several sets of them of which one must be chosen."""
+    """The message about a checkpoint with no weights, or with several sets to choose from."""
     keys = ", ".join(str(key)[:40] for key in list(contents)[:12]) + (", ..." if len(contents) > 12 else "")
     top_level = f"Its top-level keys: {keys}." if contents else "It is empty."
     if not places:
         return f"{name} holds no weights. {top_level}"
-    if len({path for path, _ in places}) == len(places):  # what leads to them tells them apart
+    if len({path for path, _ in places}) == len(places):  # the paths alone tell them apart
         places = [(path, "") for path, _ in places]
     labels = {".".join(map(str, (*path, prefix.rstrip(".")))).strip("."): (path, prefix) for path, prefix in places}
     label = next((label for label in labels if re.search("ema|teacher", label)), next(iter(labels)))
@@ -206,7 +206,7 @@ def _wrong_type(given: Tensor, own: Tensor) -> str:
 
 
 def _grouped(keys: Iterable[str], limit: int = 12) -> str:
-    """List the keys, those that differ only in their block number as one with a count, the shortest paths first."""
+    """List keys, shortest paths first; those that differ only in the block number are grouped with a count."""
     shortest_first = sorted(keys, key=lambda key: (key.count("."), key))
     groups = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key in shortest_first)
     texts = [f"{key} (x{count})" if count > 1 else key for key, count in groups.items()]

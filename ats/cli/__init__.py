@@ -1,4 +1,4 @@
-"""The commands: `python tools/<name>.py` in a clone and `ats-<name>` after `pip install` run the same `main`."""
+"""The commands. `python tools/<name>.py` in a clone and `ats-<name>` after `pip install` run the same `main`."""
 
 from __future__ import annotations
 

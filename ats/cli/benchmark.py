@@ -1,4 +1,4 @@
-"""GFLOPs and speed of ATS beside its dense network: the same weights and inputs, in one process, interleaved.
+"""Compare GFLOPs and speed of ATS with its dense network: same weights and inputs, interleaved in one process.
 
     python tools/benchmark.py --cfg configs/ImageNet/DeiT_S.yaml                  # random images
     python tools/benchmark.py --cfg X.yaml TEST.CHECKPOINT_FILE_PATH w.pth DATA.PATH_TO_DATA_DIR <data>
@@ -8,22 +8,23 @@
     python tools/benchmark.py --cfg configs/ImageNet/DeiT_S.yaml --peers --threads 1   # every engine
     python tools/benchmark.py --suite cpu                                         # what docs/BENCHMARKS.md shows
 
-Weights decide how many tokens survive. Without TEST.CHECKPOINT_FILE_PATH, every image keeps a number of tokens drawn
-from the paper's histograms (DeiT-S on ImageNet). Scoring and sampling still run and cost their time. Only inverse
-transform sampling gets imposed counts.
+The weights decide how many tokens survive. Without TEST.CHECKPOINT_FILE_PATH, token counts per image are drawn from the
+paper's histograms (DeiT-S on ImageNet). Scoring and sampling still run and take their time. Only inverse transform
+sampling gets imposed counts.
 
 topk, random, tome (ToMe) and evit (EViT) keep a number of tokens set by the configuration. The benchmark searches for
-the number that gives them the mean cost of ats, over the images of --accuracy or else the largest batch;
---as-configured takes ATS.NUM_TOKENS, TOME.R and EVIT.KEEP_RATE in ATS.BLOCKS as they are.
+the number that matches the mean cost of ats, over the images of --accuracy or else the largest batch.
+--as-configured uses ATS.NUM_TOKENS, TOME.R and EVIT.KEEP_RATE in ATS.BLOCKS unchanged.
 
-Printed and written to OUTPUT_DIR are medians over rounds, relative to the dense run of the same round:
+Prints, and writes to OUTPUT_DIR, medians over rounds, relative to the dense run of the same round:
 
-    dense time / time       what the clock says
-    dense FLOPs / FLOPs     what it should say
-    efficiency              the first over the second; 1 means that seconds follow FLOPs
+    dense time / time       measured speedup
+    dense FLOPs / FLOPs     ideal speedup
+    efficiency              the first over the second; 1 means that time follows FLOPs
 
---peers runs both networks in PyTorch, compiled, ONNX Runtime and OpenVINO, on the CPU; ATS in the last two as files of
-tools/export.py. "Absolute efficiency" then is the gain on the fastest dense engine over dense FLOPs / FLOPs.
+--peers runs both networks on the CPU in PyTorch, compiled PyTorch, ONNX Runtime and OpenVINO; in the last two, ATS runs
+from files of tools/export.py. "Absolute efficiency" is then the speedup over the fastest dense engine, divided by
+dense FLOPs / FLOPs.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ if TYPE_CHECKING:
 BATCH, SIDE, THREADS = Range(1, 2**16), Range(1, 2**14), Range(1, 1024)
 DTYPES = ("float32", "bfloat16", "float16")
 NOT_WITH_PEERS = ("--compare", "--compile", "--train", "--accuracy", "--as-configured")
-# Former options -> the script in tools/perf of a clone that has taken over.
+# Former options -> the script in tools/perf of a clone that replaces them.
 MOVED = {"--decode": "decoding.py", "--loader": "loading.py", "--train-loop": "train_loop.py"}
 
 
 def make_parser() -> Parser:
-    """The options; some are fields of `BenchmarkSettings`. Config keys are taken out before, see `split_overrides`."""
+    """The options; some are fields of `BenchmarkSettings`. Config keys are removed first, see `split_overrides`."""
     usage = "python tools/benchmark.py --cfg FILE [options] [KEY VALUE | KEY=VALUE ...], or --suite NAME"
     parser = command_parser(__doc__, usage=as_typed(usage))
     parser.option("--cfg", "config with ATS.ENABLE True", metavar="FILE")
@@ -73,17 +74,17 @@ def make_parser() -> Parser:
         "--batch-size", "one or more (default: 1 8)", type=in_range(int, BATCH), nargs="+", default=[1, 8], metavar="N"
     )
     parser.option("--image-size", "random images of these sizes", type=in_range(int, SIDE), nargs="+", metavar="PIXELS")
-    text = "one or more: of weights and inputs, with --train of autocast (default: float32)"
+    text = "one or more dtypes of weights and inputs, or with --train of autocast (default: float32)"
     parser.option("--dtype", text, nargs="+", choices=DTYPES, default=["float32"])
     parser.option("--threads", "CPU threads (default: PyTorch's)", type=in_range(int, THREADS), metavar="N")
     parser.option("--rounds", "timed rounds (default: 15)", type=in_range(int, COUNT), default=15, metavar="N")
     parser.option("--compile", "torch.compile every variant", action="store_true")
-    parser.option("--peers", "in every engine of this CPU, beside the fastest dense one", action="store_true")
+    parser.option("--peers", "run in every CPU engine; compare with the fastest dense one", action="store_true")
     parser.option("--train", "forward and backward instead of inference", action="store_true")
     text, count = "top-1 over N images (all)", in_range(int, FROM_0)
     parser.option("--accuracy", text, nargs="?", type=count, const=0, metavar="N")
-    parser.option("--as-configured", "do not search for the cost of ats", action="store_false", dest="equal_gflops")
-    parser.option("--synthetic", "random inputs although DATA.PATH_TO_DATA_DIR is set", action="store_true")
+    parser.option("--as-configured", "do not match the cost of ats", action="store_false", dest="equal_gflops")
+    parser.option("--synthetic", "random inputs even if DATA.PATH_TO_DATA_DIR is set", action="store_true")
     return parser
 
 
@@ -115,7 +116,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run_config(args: argparse.Namespace) -> None:
-    """Measure one config; print the tables and write them to OUTPUT_DIR as they come, whatever fails later."""
+    """Measure one config; print the tables and write them to OUTPUT_DIR at once, in case a later one fails."""
     from ats.benchmark import tables
     from ats.benchmark.synthetic_counts import describe_counts
     from ats.benchmark.timing import BenchmarkSettings, measure
@@ -145,7 +146,7 @@ def run_config(args: argparse.Namespace) -> None:
         try:
             for row in measure(cfg, batches, BenchmarkSettings(**how | {"dtype": dtype})):
                 found.append(row.as_dict())
-        finally:  # keeps what is measured if the next batch does not fit
+        finally:  # keep what was measured if the next batch does not fit
             if found:
                 size = found[0]["image_size"]
                 entries.append({"title": f"{size} pixels, {dtype}", "at": size, "rows": found})

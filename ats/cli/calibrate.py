@@ -1,17 +1,17 @@
-"""Find K of every ATS block for a mean budget, on a few hundred images. Labels are not needed.
+"""Find K of every ATS block for a mean budget, on a few hundred unlabelled images.
 
     python tools/calibrate.py --cfg configs/ImageNet/DeiT_S.yaml --gflops 2.9 DATA.PATH_TO_DATA_DIR imagenet \\
         TEST.CHECKPOINT_FILE_PATH deit_small_patch16_224-cd65a155.pth
     python tools/calibrate.py --cfg X.yaml --speedup 1.6 --refine --output configs/mine.yaml
     python tools/calibrate.py --cfg X.yaml --latency-ms 20 --batch-size 8 --threads 1
 
-The budget is a cost, or a time on this machine: then it also finds which of ATS.BLOCKS sample, and says so if none
-should, because the dense network is fastest.
+The budget is a cost, or a time on this machine. For a time it also finds which of ATS.BLOCKS should sample, and says so
+if none should because the dense network is fastest.
 
 Prints what it reached, how GFLOPs vary between images, and the YAML lines with ATS.NUM_TOKENS. Any key can follow the
 options, as KEY VALUE or KEY=VALUE. Which tokens survive depends on the weights and on ATS.BLOCKS, ATS.SAMPLER,
-ATS.SCORE and ATS.RULE: calibrate again after changing one of them. K may exceed the number of tokens: more sample
-points than tokens select more of the tokens.
+ATS.SCORE and ATS.RULE: calibrate again after changing any of them. K may exceed the number of tokens; more sample
+points than tokens keep more of the tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BUDGETS = ("gflops", "keep", "speedup", "latency_ms", "time_speedup")
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
-    """The options, with `overrides` [KEY, VALUE, ...] among them, and the configuration.
+    """The options, including `overrides` [KEY, VALUE, ...], and the configuration.
 
     Raises a UserError if an option, file or key is missing or wrong, or if ATS is off.
     """
@@ -51,22 +51,22 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
         ("--gflops", POSITIVE, "G", "mean GFLOPs (multiply-adds) of an image or clip"),
         ("--keep", PROBABILITY, "SHARE", "mean share of tokens kept after the ATS blocks, 0 to 1"),
         ("--speedup", POSITIVE, "X", "FLOP ratio: dense GFLOPs over mean GFLOPs; not a ratio of times"),
-        ("--latency-ms", POSITIVE, "MS", "milliseconds of a batch on this machine"),
+        ("--latency-ms", POSITIVE, "MS", "milliseconds per batch on this machine"),
         ("--time-speedup", POSITIVE, "X", "ratio of times on this machine: dense over ATS"),
     ):
         budget.add_argument(name, type=in_range(float, within), metavar=metavar, help=text)
-    text = "with --latency-ms or --time-speedup: images of a batch, as you will serve them (default: 1)"
+    text = "with --latency-ms or --time-speedup: images per batch in deployment (default: 1)"
     parser.option("--batch-size", text, type=in_range(int, COUNT), metavar="N")
-    text = "with --latency-ms or --time-speedup: threads of the CPU (default: PyTorch's)"
+    text = "with --latency-ms or --time-speedup: CPU threads (default: PyTorch's)"
     parser.option("--threads", text, type=in_range(int, COUNT), metavar="N")
     text = "GFLOPs as run, or as the paper's tables count them (default: run)"
     parser.option("--accounting", text, choices=("run", "paper"), default="run")
-    text = "where the images come from, preprocessed as in evaluation; a network may keep fewer tokens of its own "
-    text += "training images than of others (default: val)"
+    text = "split of the images, preprocessed as in evaluation; a network may keep fewer tokens on its training images "
+    text += "than on others (default: val)"
     parser.option("--split", text, choices=("train", "val"), default="val")
     text = "number of images or clips, spread evenly over the split and held in memory (default: %(default)s)"
     parser.option("--images", text, type=in_range(int, COUNT), default=256, metavar="N")
-    text = "then move tokens between blocks where that changes the logits less at the same cost; about 7 passes over "
+    text = "then move tokens between blocks if that changes the logits less at the same cost; about 7 passes over "
     text += "the images per block and round (default: 2 rounds)"
     parser.option("--refine", text, type=in_range(int, FROM_0), nargs="?", const=2, default=0, metavar="ROUNDS")
     text = "stop when the mean is within this fraction of the budget (default: %(default)s)"
@@ -78,12 +78,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
         raise UserError("--cfg FILE is missing: which network? For example: --cfg configs/Digits/DeiT_ATS.yaml")
     if all(getattr(args, name) is None for name in BUDGETS):
         raise UserError(
-            "Which budget? Give --gflops G, --keep SHARE or --speedup X; of time --latency-ms MS or --time-speedup X."
+            "Which budget? Give --gflops G, --keep SHARE or --speedup X; for time, --latency-ms MS or --time-speedup X."
         )
     by_time = args.latency_ms is not None or args.time_speedup is not None
     for name in ("batch_size", "threads"):
         if getattr(args, name) is not None and not by_time:
-            raise UserError(f"{option_of(name)} is of what is timed: give it with --latency-ms or --time-speedup.")
+            raise UserError(f"{option_of(name)} affects only timing: use it with --latency-ms or --time-speedup.")
     if args.refine and by_time:
         raise UserError("--refine keeps the GFLOPs, not the time: leave it out with --latency-ms or --time-speedup.")
     cfg = load_config(args.cfg, args.overrides)
@@ -98,7 +98,7 @@ def option_of(name: str) -> str:
 
 
 def search(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
-    """Calibrate the network of `cfg`, in TEST.DTYPE. UserError: weights, data or budget missing or do not fit."""
+    """Calibrate the network of `cfg`, in TEST.DTYPE. UserError: weights, data or budget are missing or do not fit."""
     import torch
 
     from ats.budget.calibration import calibrate
@@ -121,13 +121,13 @@ def search(args: argparse.Namespace, cfg: CfgNode) -> Calibration:
         budget["speedup"], how["measure"], options["speedup"] = ratio, "time", options["time_speedup"]
     try:
         return calibrate(model, batches, **budget, **how)
-    except UserError as error:  # it names the arguments of `calibrate`: gflops is --gflops here
+    except UserError as error:  # names arguments of `calibrate`: show gflops as --gflops
         named = re.sub(rf"\b({'|'.join(options)})\b", lambda match: options[match[1]], str(error))
         raise UserError(named) from None
 
 
 def format_report(found: Calibration, *, noun: str, split: str) -> str:
-    """What was reached, as tables; `noun` names a sample."""
+    """The result as tables; `noun` names a sample."""
     from tabulate import tabulate
 
     spread = found.spread()
@@ -156,7 +156,7 @@ def format_report(found: Calibration, *, noun: str, split: str) -> str:
 
 
 def format_timing(timing: Timing) -> str:
-    """What was timed, as tables."""
+    """The timings as tables."""
     from tabulate import tabulate
 
     goal = timing.goal
@@ -185,9 +185,9 @@ def format_timing(timing: Timing) -> str:
 
 
 def with_overrides(text: str, cfg: CfgNode, overrides: list[str]) -> str:
-    """The YAML lines plus what the command line sets and they lack, as `cfg` has it, so that the file runs by itself:
-    every key that changes a result, the weights for which K was found, and the data. Paths are absolute, except those
-    of shipped files.
+    """The YAML lines plus the command line's settings that they lack, with values from `cfg`, so that the file runs on
+    its own: every key that changes a result, the weights for which K was found, and the data. Paths are absolute,
+    except those of shipped files.
     """
     import yaml
 
@@ -197,7 +197,7 @@ def with_overrides(text: str, cfg: CfgNode, overrides: list[str]) -> str:
     for name in dict.fromkeys([*overrides[::2], *["TEST.CHECKPOINT_FILE_PATH"] * bool(cfg.TEST.CHECKPOINT_FILE_PATH)]):
         key = known.get(name)
         if key is None or name in ("ATS.STAGES", "OUTPUT_DIR") or (key.machine and not key.path):
-            continue  # a former name, what was calibrated, or how and where a run is carried out
+            continue  # a former name, what was calibrated, or how and where a run executes
         section, _, last = name.rpartition(".")
         value = cfg[section][last] if section else cfg[last]
         if key.path and os.path.exists(path := os.path.expanduser(value)):

@@ -1,16 +1,16 @@
-"""Export the network of a config as ONNX or as PyTorch's .pt2 and check the file.
+"""Export the network of a config as ONNX or PyTorch's .pt2, and verify the file.
 
     python tools/export.py --cfg configs/Digits/DeiT_ATS.yaml ATS.NUM_TOKENS 30 -o output/deit_ats.onnx
     python tools/export.py --cfg X.yaml TEST.CHECKPOINT_FILE_PATH w.pth DATA.PATH_TO_DATA_DIR <data> -o x.pt2
     python tools/export.py --cfg X.yaml TEST.CHECKPOINT_FILE_PATH w.pth --dense -o dense.onnx
     python tools/export.py --cfg X.yaml TEST.CHECKPOINT_FILE_PATH w.pth --adaptive -o adaptive.onnx
 
-The weights are those that run_net.py would evaluate. A file takes batches of any size. With ATS, every image then has
-the same number of token slots, min(ATS.NUM_TOKENS, slots of the block before), so choose ATS.NUM_TOKENS: it sets the
-cost of the file and is the most that an image keeps. With --adaptive the file takes one image, whose cost follows the
-tokens that it keeps (docs/DEPLOY.md). The file is run on random images, and on images of the data set if
-DATA.PATH_TO_DATA_DIR exists; an output that differs from the evaluated network's is an error. `ats/export/graph.py`
-describes inputs and outputs.
+The weights are those that run_net.py would evaluate. The file takes batches of any size. With ATS, every image has the
+same number of token slots per block, min(ATS.NUM_TOKENS, slots of the block before). So ATS.NUM_TOKENS sets the cost of
+the file and the most tokens an image can keep. With --adaptive the file takes one image, whose cost follows the tokens
+it keeps (docs/DEPLOY.md). The file is verified on random images, and on images of the data set if DATA.PATH_TO_DATA_DIR
+exists; any difference from the evaluated network's output is an error. `ats/export/graph.py` describes inputs and
+outputs.
 
 Works for MODEL.NAME ViT (also with VIT.DISTILLED True), PSViT and timm/<name>, with and without ATS.
 """
@@ -40,13 +40,11 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
         "-o", "--output", type=to_path, required=True, metavar="FILE", help="what to write: .onnx or .pt2"
     )
     parser.add_argument("--format", help="onnx or pt2, if the suffix does not say")
-    parser.add_argument(
-        "--adaptive", action="store_true", help="for one image at a time, which costs what its kept tokens cost"
-    )
+    parser.add_argument("--adaptive", action="store_true", help="one image at a time; the cost follows its kept tokens")
     parser.add_argument("--dense", action="store_true", help="without ATS, like ATS.ENABLE False")
     parser.option("--images", "images for the check (default: 16)", type=in_range(int, IMAGES), default=16, metavar="N")
     parser.add_argument(
-        "--engine", default="onnxruntime", help="what checks an ONNX file: onnxruntime (default) or openvino"
+        "--engine", default="onnxruntime", help="engine that checks an ONNX file: onnxruntime (default) or openvino"
     )
     args, words = parser.parse_known_args(argv)
     overrides = parse_overrides(words, parser)
@@ -54,7 +52,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
 
 
 def read_images(cfg: CfgNode, count: int) -> dict[str, Tensor]:
-    """Normalised images [N, 3, H, W] for the check: random ones, and some of the data set if there is one."""
+    """Normalised images [N, 3, H, W] for the check: random ones, and some from the data set if there is one."""
     import torch
 
     from ats.datasets import build_dataset, input_shape
@@ -98,7 +96,7 @@ def run(argv: list[str]) -> None:
         print(f"On {len(images)} {name}: {difference}.")
         if not difference.scale.isfinite():
             raise UserError(
-                f"The network gives NaN or infinite logits on {name}, so {args.output} is of no use. Check "
+                f"The network gives NaN or infinite logits on {name}, so {args.output} is useless. Check "
                 "TEST.CHECKPOINT_FILE_PATH."
             )
         if not difference.is_right:

@@ -1,11 +1,10 @@
-"""A folder of generated files, for the tools that make a data set: made once, verified, replaced as a whole.
+"""A folder of generated files, for the tools that make data sets: made once, verified, replaced as a whole.
 
     made = make_folder("data/digits", kind=Kind("Digits", "digits.json"), settings={"seed": 0}, fill=write_files)
 
 `<output>/<manifest>` says what the files are and how they were made. `<output>/SHA256SUMS` has a line for everything
-else at the top of the folder. If the settings are the same and the sums match, nothing is touched. Otherwise - other
-settings, a damaged or an extra file - the folder is made again, beside the old one, which stays until the new one is
-complete.
+else at the top level of the folder. If settings and checksums match, nothing is touched. Otherwise (other settings, a
+damaged or extra file) a new folder is made next to the old one, which stays until the new one is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SUMS = "SHA256SUMS"
 
 
 class Kind(NamedTuple):
-    """What a folder holds, for messages, and the name of the file that says so and has its settings."""
+    """What a folder holds, for messages, and the name of its manifest file."""
 
     name: str
     manifest: str
@@ -39,14 +38,14 @@ def make_folder(output: str | Path, *, kind: Kind, settings: dict, fill: Callabl
 
     Args:
         output: a folder that does not exist, is empty, or holds an older data set of this kind (which is replaced).
-        settings: everything that the files depend on; plain values.
-        fill: writes the files into the folder it is given and returns the rest of the manifest.
+        settings: everything that the files depend on, as plain values.
+        fill: writes the files into a given folder and returns the rest of the manifest.
 
     Returns:
         True if the files were made, False if they were up to date.
 
     Raises:
-        UserError: `output` is a file, or a folder of something else.
+        UserError: `output` is a file, or a folder with other contents.
     """
     output = Path(output).absolute()
     _check_output(output, kind)
@@ -74,7 +73,7 @@ def write_manifest(folder: Path, kind: Kind, manifest: dict) -> None:
 
 
 def checksums(folder: Path, kind: Kind) -> list[str]:
-    """`<sum>  <name>` of every file and folder in `folder`, sorted by name; not of hidden ones, manifest and sums."""
+    """`<sum>  <name>` of every file and folder in `folder`, sorted by name; skips hidden ones, manifest and sums."""
     names = sorted(path.name for path in folder.iterdir())
     names = [name for name in names if name not in (kind.manifest, SUMS) and not name.startswith(".")]
     return [f"{checksum(folder / name)}  {name}" for name in names]
@@ -83,7 +82,7 @@ def checksums(folder: Path, kind: Kind) -> list[str]:
 def checksum(path: Path) -> str:
     """SHA-256 of a file, or of the names (relative to `path`) and bytes of all files below a folder, sorted by name.
 
-    Hidden files, which Jupyter and macOS add, do not count, as the loaders do not read them either.
+    Ignores hidden files, which Jupyter and macOS add and the loaders ignore too.
     """
     digest = hashlib.sha256()
     if path.is_file():
@@ -93,7 +92,7 @@ def checksum(path: Path) -> str:
     for name, file_path in sorted((os.path.relpath(file, path).replace(os.sep, "/"), file) for file in files):
         if name.startswith(".") or "/." in name:
             continue
-        with open(file_path, "rb", buffering=0) as file:  # pathlib takes three times as long for 25,000 files
+        with open(file_path, "rb", buffering=0) as file:  # pathlib is three times slower for 25,000 files
             content = file.read()
         digest.update(os.fsencode(name) + f"\0{len(content)}\0".encode())
         digest.update(content)
@@ -137,10 +136,10 @@ def _remove_leftovers(output: Path) -> None:
 
 
 def _replace(output: Path, new: Path) -> None:
-    """Move `new` to `output`; at every moment `output` is complete or absent."""
+    """Move `new` to `output`, which is complete or absent at every moment."""
     if output.exists():
         old = new.with_name(new.name.replace(".partial-", ".partial-old-"))
-        shutil.move(output, old)  # which copies where a folder cannot be renamed, as in a container's lower layer
+        shutil.move(output, old)  # copies if a folder cannot be renamed, as in a container's lower layer
         shutil.move(new, output)
         shutil.rmtree(old)
     else:
@@ -165,9 +164,9 @@ _function: Callable[[int], list]
 
 
 def _keep(function: Callable[[int], list]) -> None:
-    global _function  # in the worker: sent once, not with every item
+    global _function  # runs in the worker: sent once, not with every item
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends the others
 
 
 def _call(item: int) -> list:
@@ -175,7 +174,7 @@ def _call(item: int) -> list:
 
 
 def run_tool(parser: Parser, make: Callable[..., bool], argv: list[str] | None) -> int:
-    """Call `make(output, ...)` with the options of `parser` as keywords, print the outcome, return the exit status."""
+    """Call `make(output, ...)` with the options of `parser` as keywords; print the outcome, return the exit status."""
 
     def run(argv: list[str]) -> None:
         options = vars(parser.parse_args(argv))

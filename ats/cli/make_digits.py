@@ -3,17 +3,17 @@
     python tools/make_digits.py --output data/digits
 
 scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels. They are split by digit image, stratified by class: 80 %
-for training, 20 % for validation. Each digit is enlarged, turned a little and placed at random on several canvases,
+for training, 20 % for validation. Each digit is enlarged, slightly rotated and placed at random on several canvases,
 among fragments (about half a digit each) of other digits of the *same split*. So nothing in the validation images, not
-even a fragment, was seen in training. The number of fragments differs between canvases, and with it the number of
-tokens an image needs. The label is unambiguous: no fragment enters the box of the digit, and each is smaller than a
-digit. Training canvases slant, stretch and thicken the digit more than validation canvases do. This is augmentation,
-and unlike crops it never cuts a digit off.
+even a fragment, was seen in training. The number of fragments varies between canvases, and with it the number of tokens
+an image needs. The label is unambiguous: fragments stay out of the digit's box, and each is smaller than a digit.
+Training canvases slant, stretch and thicken the digit more than validation canvases do. This is augmentation that,
+unlike crops, never cuts off a digit.
 
     <output>/train/<class>/<digit>_<copy>.png     <digit> is the index in sklearn.datasets.load_digits()
     <output>/val/<class>/<digit>_<copy>.png
     <output>/SHA256SUMS                           one checksum per split, over the names and bytes of all its files
-    <output>/digits.json                          settings, counts, number of distractors on every image
+    <output>/digits.json                          settings, counts, number of distractors in every image
 
 Each image depends only on (seed, split, digit, copy, size), not on the number of processes or copies.
 """
@@ -37,7 +37,7 @@ from ats.options import SEED, Range
 
 KIND = Kind("Digits", "digits.json")
 SOURCE = "scikit-learn's load_digits(): optical recognition of handwritten digits, UCI (Alpaydin and Kaynak)"
-VERSION = 2  # of the pictures: raise it when they change, so that old folders are made again
+VERSION = 2  # of the pictures: raise it when they change, so that old folders are remade
 VAL_FRACTION = 0.2
 NUM_CELLS = 8  # per side of the grid that digits are placed on; each cell is a patch of configs/Digits
 MAX_DISTRACTORS = 10  # per canvas; a crowded canvas gets as many as fit
@@ -55,7 +55,7 @@ class Digits(NamedTuple):
 
 
 class Variation(NamedTuple):
-    """How much a digit varies between canvases; each value is the half-width of a uniform distribution."""
+    """How much a digit varies between canvases; values are half-widths of uniform distributions."""
 
     angle: float  # degrees
     shear: float  # horizontal, in pixels per pixel
@@ -96,7 +96,7 @@ def split_digits(*, seed: int) -> dict[str, Digits]:
         `{"train": Digits, "val": Digits}`, about 80 % and 20 % of every class.
     """
     with needing("scikit-learn", what="These digits need"):
-        from sklearn.datasets import load_digits  # takes a second to import, and "up to date" does not need it
+        from sklearn.datasets import load_digits  # takes a second to import; not needed if up to date
 
     source = load_digits()
     rng = np.random.default_rng(seed)
@@ -121,12 +121,12 @@ def draw_strokes(
     stretch: float = 0.0,
     threshold: float = 0.3,
 ) -> np.ndarray:
-    """Enlarge and turn a small glyph, and crop it to its ink.
+    """Enlarge and rotate a small glyph, and crop it to its ink.
 
     Args:
         glyph: [h, w] in 0..1.
         scale: pixels per glyph cell. angle: degrees. shear: horizontal, in pixels per pixel.
-        stretch: logarithm of height over width. threshold: the darkness at which ink begins; lower is bolder.
+        stretch: logarithm of height over width. threshold: the darkness at which ink starts; lower is bolder.
 
     Returns:
         Opacity [H, W] in 0..1 whose first and last rows and columns have ink; [0, 0] if the glyph is blank.
@@ -210,7 +210,7 @@ def place(canvas: np.ndarray, strokes: np.ndarray, box: Box, *, ink: np.ndarray,
 
 
 def box_at(strokes: np.ndarray, y: float, x: float, *, size: int) -> Box:
-    """The box of strokes at y, x, where 0..1 covers all places in which they fit on the canvas."""
+    """The box of strokes at y, x in 0..1, which covers all positions that fit on the canvas."""
     height, width = strokes.shape
     return Box(int(y * (size - height + 1)), int(x * (size - width + 1)), height, width)
 
@@ -225,7 +225,7 @@ def scatter_fragments(
     avoid: int,
     max_distractors: int = MAX_DISTRACTORS,
 ) -> int:
-    """Place up to `max_distractors` fragments where they touch neither a box in `taken` nor each other.
+    """Place up to `max_distractors` fragments that touch neither a box in `taken` nor each other.
 
     Args:
         avoid: use no fragment of this digit (an index in `Digits`).
@@ -281,9 +281,9 @@ def make_canvas(
 
 
 def snap(box: Box, *, size: int) -> Box:
-    """Move the box so that its centre lies on an 8 x 8 grid and the box inside the canvas.
+    """Move the box so that its centre is on an 8 x 8 grid and the box inside the canvas.
 
-    A vision transformer has no translation invariance. Learning every offset between a digit and its patches takes more
+    A vision transformer is not translation invariant, and learning every offset between digits and patches takes more
     training than a demo can afford. So digits move in steps of a patch; size, slant and angle vary freely.
     """
     cell = size / NUM_CELLS
@@ -306,7 +306,7 @@ def _write_digit(
     size: int,
     seed: list[int],
 ) -> list[tuple[str, int]]:
-    """Write all canvases of one digit; returns (name relative to `folder`, number of distractors) of each."""
+    """Write all canvases of one digit; returns (name relative to `folder`, number of distractors) for each."""
     digit_id, label = int(digits.ids[index]), int(digits.labels[index])
     written = []
     for copy in range(per_digit):
@@ -379,7 +379,7 @@ def make_digits(
         True if the files were made, False if they were up to date.
 
     Raises:
-        UserError: `output` is a folder of something else, or a setting is out of range.
+        UserError: `output` is a folder with other contents, or a setting is out of range.
     """
     check_settings(seed=seed, train_per_digit=train_per_digit, val_per_digit=val_per_digit, size=size)
     settings = {
@@ -412,9 +412,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     count, pixels = in_range(int, Range(1, 10**4)), in_range(int, Range(1, 2**12))
     default = "(default: %(default)s)"
-    parser.option("--output", f"where to {default}", type=to_path, default="data/digits", metavar="DIR")
+    parser.option("--output", f"output folder {default}", type=to_path, default="data/digits", metavar="DIR")
     parser.option("--seed", default, type=in_range(int, SEED), default=0)
-    parser.option("--train-per-digit", f"canvases {default}", type=count, default=16, metavar="N")
-    parser.option("--val-per-digit", f"canvases {default}", type=count, default=5, metavar="N")
-    parser.option("--size", f"of the canvas in pixels {default}", type=pixels, default=56)
+    parser.option("--train-per-digit", f"training canvases per digit {default}", type=count, default=16, metavar="N")
+    parser.option("--val-per-digit", f"validation canvases per digit {default}", type=count, default=5, metavar="N")
+    parser.option("--size", f"side of the canvas in pixels {default}", type=pixels, default=56)
     return run_tool(parser, make_digits, argv)

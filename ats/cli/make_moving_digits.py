@@ -5,11 +5,11 @@
 A class is a digit and the direction it moves in: "3_left", "7_up", ... (10 digits x 4 directions, 40 classes). The
 digits, their split into training and validation, and the fragments that clutter the canvas are those of make_digits.py:
 nothing in the validation clips, not even clutter, was seen in training. Clutter stands still. The digit moves in front
-of it at constant speed, with a rim of background that separates its strokes from what it passes.
+of it at constant speed, with a rim of background that separates its strokes from the clutter.
 
-Telling the class takes both the digit and the motion. A clip played backwards is a clip of the opposite direction, so
-neither a single frame nor the set of all frames tells the two apart. And the digit's position has the same distribution
-along the motion and across it, so a frame does not tell the axis either.
+Recognising the class takes both the digit and the motion. A clip played backwards is a clip of the opposite direction,
+so neither a single frame nor the set of all frames tells the two apart. The digit's position has the same distribution
+along and across the motion, so a frame does not reveal the axis either.
 
     <output>/train/<class>/<digit>_<copy>.mp4     h264; <digit> is the index in sklearn.datasets.load_digits()
     <output>/val/<class>/<digit>_<copy>.mp4
@@ -55,7 +55,7 @@ from ats.errors import UserError, needing
 from ats.options import SEED, Range
 
 KIND = Kind("moving Digits", "moving_digits.json")
-VERSION = 1  # of the clips: raise it when they change, so that old folders are made again
+VERSION = 1  # of the clips: raise it when they change, so that old folders are remade
 DIRECTIONS = ("left", "right", "up", "down")
 CLASSES = [f"{digit}_{direction}" for digit in range(10) for direction in DIRECTIONS]  # in label order
 FPS = 15
@@ -74,9 +74,8 @@ class Clip(NamedTuple):
 def draw_path(rng: np.random.Generator, direction: str, *, room: int, num_frames: int) -> np.ndarray:
     """Position of a square in each frame, int [num_frames, 2] as y, x, with both coordinates in 0..`room` pixels.
 
-    For one `rng` the positions along and across the motion are the same whatever the `direction`, which only decides
-    which axis is which and in which order the positions are visited. Across the motion the square stays where a second,
-    independent path is at a random moment.
+    For a given `rng`, the positions along and across the motion do not depend on `direction`, which only decides the
+    axis and the order of positions. Across the motion, the square stays at a random point of a second path.
     """
     paths = []
     for _ in range(2):
@@ -105,7 +104,7 @@ def draw_clip(
     strokes = draw_digit(rng, digits.images[index], variation=variation, size=size)
     opacity = rng.uniform(0.75, 1.0)
     height, width = strokes.shape
-    side = max(height, width)  # a square moves, so that x and y have the same room
+    side = max(height, width)  # move a square, so that x and y have the same room
     corners = draw_path(rng, direction, room=size - side, num_frames=num_frames)
     corners += [(side - height) // 2, (side - width) // 2]
     clutter = background.copy()
@@ -130,7 +129,7 @@ def draw_clip(
 def encode(path: Path, frames: np.ndarray) -> None:
     """Write frames [T, H, W, 3] as h264."""
     with needing("av", what="Videos need"):
-        import av  # "up to date" does not need it
+        import av  # not needed if up to date
         from av.video.reformatter import VideoReformatter
 
     with av.open(str(path), "w") as container:
@@ -146,8 +145,8 @@ def encode(path: Path, frames: np.ndarray) -> None:
 
 
 def rank_in_class(digits: Digits) -> np.ndarray:
-    """How many digits of the same class come before each one. Its copies start with that direction, so that all
-    directions are equally frequent within a class.
+    """How many digits of the same class precede each one. Its copies start with the direction of that number, so that
+    all directions are equally frequent within a class.
     """
     result = np.zeros(len(digits.labels), int)
     for label in range(10):
@@ -159,7 +158,7 @@ def rank_in_class(digits: Digits) -> np.ndarray:
 def _write_digit(
     index: int, *, digits: Digits, first: np.ndarray, folder: Path, per_digit: int, seed: list[int], **drawing
 ) -> list[tuple[str, str]]:
-    """Write all clips of one digit; returns (name relative to `folder`, checksum of the frames) of each."""
+    """Write all clips of one digit; returns (name relative to `folder`, checksum of the frames) for each."""
     digit_id, label = int(digits.ids[index]), int(digits.labels[index])
     written = []
     for copy in range(per_digit):
@@ -227,15 +226,15 @@ def make_moving_digits(
         seed: of the split, the paths and the clutter.
         train_per_digit, val_per_digit: clips per source digit; with a multiple of 4, each digit moves equally often in
             every direction.
-        size: of the square canvas, in pixels, an even number; the digits scale with it.
-        num_frames: of a clip.
+        size: side of the square canvas in pixels, even; the digits scale with it.
+        num_frames: frames per clip.
         num_workers: processes, by default one per core. Does not change the result.
 
     Returns:
         True if the files were made, False if they were up to date.
 
     Raises:
-        UserError: `output` is a folder of something else, or a setting is out of range.
+        UserError: `output` is a folder with other contents, or a setting is out of range.
     """
     check_settings(seed=seed, train_per_digit=train_per_digit, val_per_digit=val_per_digit, size=size)
     if size % 2:
@@ -277,10 +276,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     count, pixels = in_range(int, Range(1, 10**4)), in_range(int, Range(1, 2**12))
     default = "(default: %(default)s)"
-    parser.option("--output", f"where to {default}", type=to_path, default="data/moving_digits", metavar="DIR")
+    parser.option("--output", f"output folder {default}", type=to_path, default="data/moving_digits", metavar="DIR")
     parser.option("--seed", default, type=in_range(int, SEED), default=0)
-    parser.option("--train-per-digit", f"clips {default}", type=count, default=4, metavar="N")
-    parser.option("--val-per-digit", f"clips {default}", type=count, default=2, metavar="N")
-    parser.option("--size", f"of the canvas in pixels {default}", type=pixels, default=56)
-    parser.option("--num-frames", f"of a clip {default}", type=count, default=16, metavar="N")
+    parser.option("--train-per-digit", f"training clips per digit {default}", type=count, default=4, metavar="N")
+    parser.option("--val-per-digit", f"validation clips per digit {default}", type=count, default=2, metavar="N")
+    parser.option("--size", f"side of the canvas in pixels {default}", type=pixels, default=56)
+    parser.option("--num-frames", f"frames per clip {default}", type=count, default=16, metavar="N")
     return run_tool(parser, make_moving_digits, argv)

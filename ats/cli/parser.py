@@ -1,4 +1,4 @@
-"""What the commands share: options, overrides of config keys, how they end.
+"""What the commands share: options, overrides of config keys, exit status.
 
 An override is `KEY VALUE` or `KEY=VALUE`; both forms may be mixed. A mistake is a `UserError`: one line and status 1.
 """
@@ -24,7 +24,7 @@ from ats.options import Range
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises a UserError where argparse would print the usage and end the process."""
+    """Raises a UserError where argparse would print the usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         _, unrecognized, words = message.partition("unrecognized arguments: ")
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def in_range(kind: type[int] | type[float], within: Range) -> Callable[[str], int | float]:
-    """The `type` of an argument that is a number in a range."""
+    """The argparse `type` for a number in a range."""
 
     def convert(text: str) -> int | float:
         value = kind(text)
@@ -60,16 +60,16 @@ def in_range(kind: type[int] | type[float], within: Range) -> Callable[[str], in
 
 
 def to_path(text: str) -> Path:
-    """The `type` of an argument that is a file or folder: a leading ~ is the home folder."""
+    """The argparse `type` for a file or folder: a leading ~ is the home folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("give a file or folder: . is the current one")
     return Path(os.path.expanduser(text))
 
 
 def check_folder(folder: Path, *, name: str) -> Path:
-    """Make the folder that an option or key names, before the work whose result it is for, and return it.
+    """Make the output folder that an option or key names, before any work is done, and return it.
 
-    Raises a UserError if that cannot be, or nothing can be written there.
+    Raises a UserError if it cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def check_folder(folder: Path, *, name: str) -> Path:
 
 
 def check_file(path: Path, *, name: str) -> Path:
-    """The same for a file that will be written."""
+    """The same for the folder of an output file; returns the file."""
     if path.is_dir():
         raise UserError(f"{name}: {path} is a folder: give a file.")
     check_folder(path.parent, name=name)
@@ -102,7 +102,7 @@ def command_parser(about: str, **options: Any) -> Parser:
 
 
 def command(run: Callable[[list[str]], None], **options: str) -> Callable[[list[str] | None], int]:
-    """The `main` of a command: calls `run` with the command line and returns `exit_status`, which takes `options`."""
+    """The `main` of a command: calls `run` with the command line; returns `exit_status(..., **options)`."""
 
     def main(argv: list[str] | None = None) -> int:
         argv = sys.argv[1:] if argv is None else argv
@@ -119,7 +119,7 @@ def say_weights(cfg: CfgNode) -> None:
 
 
 def looks_like_key(word: str) -> bool:
-    """Whether a word names a config key, perhaps a misspelt one, rather than a file or the value of an option."""
+    """Whether a word looks like a config key, perhaps misspelt, and not like a file or the value of an option."""
     key, known = word.partition("=")[0], keys()
     section, dot, _ = key.partition(".")
     is_section = bool(dot) and any(name.startswith(f"{section}.") for name in known)
@@ -129,9 +129,9 @@ def looks_like_key(word: str) -> bool:
 def split_overrides(
     words: Iterable[str], *, is_key: Callable[[str], bool] = looks_like_key
 ) -> tuple[list[str], list[str]]:
-    """The overrides on a command line, as [KEY, VALUE, KEY, VALUE, ...], and its other words.
+    """Split a command line into overrides [KEY, VALUE, KEY, VALUE, ...] and other words.
 
-    `is_key` says whether a word begins an override. A key without a value is a UserError.
+    `is_key` says whether a word starts an override. A key without a value is a UserError.
     """
     overrides, others, rest = [], [], iter(words)
     for word in rest:
@@ -147,10 +147,10 @@ def split_overrides(
 
 
 def parse_overrides(words: Iterable[str], parser: Parser) -> list[str]:
-    """The words that `parser` does not know, all of which must be overrides, as [KEY, VALUE, KEY, VALUE, ...].
+    """Turn the words that `parser` does not know, which must all be overrides, into [KEY, VALUE, KEY, VALUE, ...].
 
     Raises:
-        UserError: an unknown option (the closest options of `parser` are named), or a key without a value.
+        UserError: an unknown option (the closest options of `parser` are suggested), or a key without a value.
     """
 
     def is_key(word: str) -> bool:

@@ -5,12 +5,12 @@ loaders read.
     python tools/prepare_cifar10.py --source ~/Downloads    from a copy of cifar-10-python.tar.gz, or unpacked
     python tools/prepare_cifar10.py --source cifar10.zip    from images in a zip file or in a folder
 
-Images from the official archive become PNG files, without loss: <output>/train/<class>/*.png, 50,000 of them, and
-<output>/val/<class>/*.png, 10,000. Images of a zip file or a folder are copied as they are; it must hold
+Images from the official archive become lossless PNG files: 50,000 in <output>/train/<class>/*.png and 10,000 in
+<output>/val/<class>/*.png. Images of a zip file or folder are copied unchanged; it must hold
 
     train/<class>/*   and   val/<class>/* or test/<class>/*      <class>: airplane, automobile, bird, ..., truck
 
-If the same images are there already, nothing is written.
+If the same images are already there, nothing is written.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def prepare_cifar10(output: str | Path, *, source: str | Path | None = None, dow
 
     Args:
         source: the official archive or its folder, or a zip file or a folder of images in class folders.
-        download: get the official archive, into `source` or beside `output`.
+        download: get the official archive, into `source` or next to `output`.
 
     Returns:
-        True if the images were written, False if they were there already.
+        True if the images were written, False if they were already there.
 
     Raises:
-        UserError: there is no such source, or it does not hold CIFAR-10.
+        UserError: the source does not exist, or does not hold CIFAR-10.
     """
     if download:
         source = Path(source or Path(output).absolute().parent)
@@ -91,11 +91,11 @@ def _official(root: Path) -> Iterator[File]:
     from torchvision.datasets import CIFAR10
 
     if not (root / UNPACKED).is_dir():
-        _download(root)  # finds the archive, checks and unpacks it
+        _download(root)  # finds, checks and unpacks the archive
     for split in NUM_IMAGES:
         try:
             dataset = CIFAR10(root, train=split == "train")
-        except Exception as error:  # it unpickles
+        except Exception as error:  # unpickling can raise anything
             raise UserError(f"{root / UNPACKED} is damaged ({error}). Remove it and unpack {ARCHIVE} again.") from error
         for index, (pixels, label) in enumerate(zip(dataset.data, dataset.targets, strict=True)):
             file = io.BytesIO()
@@ -122,7 +122,7 @@ def _images(source: Path) -> Iterator[File]:
 
 
 def _members(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Name and content of every file of a folder or of a zip file, by name."""
+    """Name and content of every file in a folder or zip file, sorted by name."""
     if source.is_dir():
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             yield path.relative_to(source).as_posix(), path.read_bytes
@@ -140,7 +140,7 @@ def _members(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 
 def _fill(folder: Path, files: Iterable[File]) -> dict:
-    """Write the files below `folder`; returns how many of each split."""
+    """Write the files below `folder`; returns the number of images per split."""
     for split in NUM_IMAGES:
         for label in CLASSES:
             (folder / split / label).mkdir(parents=True)
@@ -149,7 +149,7 @@ def _fill(folder: Path, files: Iterable[File]) -> dict:
         for split, name, content in files:
             path = folder / split / name
             if path.exists():
-                raise UserError(f"Two images would become {split}/{name}: there are several copies of CIFAR-10 in one.")
+                raise UserError(f"Two images would become {split}/{name}: the source holds several copies of CIFAR-10.")
             path.write_bytes(content)
             count[split, name.partition("/")[0]] += 1
             bar.update()
@@ -167,7 +167,9 @@ def _fill(folder: Path, files: Iterable[File]) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = command_parser(__doc__)
-    parser.option("--output", "where to (default: %(default)s)", type=to_path, default="data/cifar10", metavar="DIR")
+    parser.option(
+        "--output", "output folder (default: %(default)s)", type=to_path, default="data/cifar10", metavar="DIR"
+    )
     parser.option("--source", "a local copy: folder, zip file or the official archive", type=to_path, metavar="PATH")
-    parser.add_argument("--download", action="store_true", help="get the official archive, into the folder --source")
+    parser.add_argument("--download", action="store_true", help="get the official archive, into --source if given")
     return run_tool(parser, prepare_cifar10, argv)

@@ -8,9 +8,9 @@ The archives come from https://image-net.org (an account is needed):
     ILSVRC2012_img_val.tar             50,000 validation images  ->  <output>/val/<wnid>/*.JPEG
     ILSVRC2012_img_train.tar           1,281,167 images          ->  <output>/train/<wnid>/*.JPEG
 
-Without --split, every archive that is there is unpacked. The archives are read once, in order, and are not changed.
-Each image is written under a temporary name and renamed when complete, so you can stop and restart the program at any
-time: images that are already there are kept.
+Without --split, every archive found is unpacked. Archives are read once, sequentially, and are not changed. Each image
+is written under a temporary name and renamed when complete, so you can stop and restart the program at any time; images
+that are already there are kept.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
 WNID = "n[0-9]{8}"
 AGAIN = "Download it again; images that are already unpacked will be kept."
-MAX_BYTES = 256 * 1024**2  # of a file in an archive; the largest official one has 15 MB
+MAX_BYTES = 256 * 1024**2  # per file in an archive; the largest official one has 15 MB
 
 
 class Devkit(NamedTuple):
     """What the devkit says about the images."""
 
-    wnids: set[str]  # of the classes that have images
+    wnids: set[str]  # classes that have images
     val_wnids: list[str]  # the class of each validation image, in order
-    num_train: dict[str, int]  # training images of each class; empty if it does not say
+    num_train: dict[str, int]  # training images per class; empty if unknown
 
 
 def read_devkit(path: Path) -> Devkit:
     """Read the class list (`data/meta.mat`) and the validation labels from the devkit archive.
 
     Raises:
-        UserError: the archive is missing or damaged, or is another file.
+        UserError: the archive is missing, damaged or another file.
     """
     with needing("scipy", what="The devkit needs"):
         from scipy.io import loadmat  # slow to import
@@ -58,13 +58,13 @@ def read_devkit(path: Path) -> Devkit:
     names = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
     with _open(path) as archive, _damage(path):
         meta, labels = (_read(archive, archive.getmember(f"ILSVRC2012_devkit_t12/data/{name}")) for name in names)
-        while archive.fileobj.read(2**20):  # to the end, where gzip compares check sums
+        while archive.fileobj.read(2**20):  # to the end, where gzip compares checksums
             pass
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         # Inner nodes of the WordNet tree (num_children > 0) also have ids, but no images.
         classes = {int(row["ILSVRC2012_ID"]): row for row in synsets if row["num_children"] == 0}
         wnids = {number: str(row["WNID"]) for number, row in classes.items()}
-        for wnid in wnids.values():  # they become folders
+        for wnid in wnids.values():  # they become folder names
             if not re.fullmatch(WNID, wnid):
                 raise tarfile.ReadError(f"meta.mat has the class {wnid!r}, which is not like n01440764")
         if not wnids or len(set(wnids.values())) < len(wnids):
@@ -151,7 +151,7 @@ def arrange_train(archive: Path, output: Path, *, devkit: Devkit | None = None) 
 def _extract(
     tar: tarfile.TarFile, folder: Path, *, archive: Path, target: Callable[[str], str], bar: tqdm | None = None
 ) -> tuple[int, int]:
-    """Write the files of an archive to `folder / target(name)`; returns how many it holds, and how many were new."""
+    """Write the files of an archive to `folder / target(name)`; returns how many it holds and how many were new."""
     num_found = num_written = 0
     for member in _files(tar, archive):
         path = folder / target(member.name)
@@ -168,7 +168,7 @@ def _extract(
 
 
 def _files(tar: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
-    """The files of an archive, without hidden ones; refuses links and other members, and a name that comes twice."""
+    """The files of an archive, except hidden ones; refuses links, other members, and repeated names."""
     names: set[str] = set()
     while True:
         with _damage(archive):
@@ -189,7 +189,7 @@ def _files(tar: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """The content of a file in an archive; refuses one so large that it would fill the memory."""
+    """The content of a file in an archive; refuses one that would exhaust memory."""
     if member.size > MAX_BYTES:
         raise tarfile.ReadError(f"{member.name} has {member.size} bytes, more than {MAX_BYTES}")
     content = tar.extractfile(member).read()
@@ -199,7 +199,7 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _check_image(content: bytes, name: str) -> None:
-    """Refuse a file without an image header, or with one of an image that would fill the memory."""
+    """Refuse a file without an image header, or whose image would exhaust memory."""
     from ats.datasets.imagenet import open_image  # imports torch
 
     try:
@@ -211,7 +211,7 @@ def _check_image(content: bytes, name: str) -> None:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Whatever is raised while an archive is read (nothing may be written here) means that the download is bad."""
+    """Treat any exception while reading an archive as a bad download. Do not write files inside this block."""
     try:
         yield
     except (UserError, MemoryError):
@@ -237,7 +237,7 @@ def prepare_imagenet(archives: str | Path, output: str | Path, *, splits: list[s
     """Unpack the archives in the folder `archives` below `output`.
 
     Args:
-        splits: "val", "train" or both; by default those whose archive is there.
+        splits: "val", "train" or both; default: those whose archive exists.
 
     Returns:
         The number of images written, by split.
@@ -262,14 +262,16 @@ def prepare_imagenet(archives: str | Path, output: str | Path, *, splits: list[s
 
 
 def run(argv: list[str]) -> None:
-    """Unpack what the command line says, and say what was written."""
+    """Unpack the archives given on the command line, and print what was written."""
     parser = command_parser(__doc__)
     parser.option(
-        "--archives", "where the archives are (default: %(default)s)", type=to_path, default=".", metavar="DIR"
+        "--archives", "folder of the archives (default: %(default)s)", type=to_path, default=".", metavar="DIR"
     )
-    parser.option("--output", "where to (default: %(default)s)", type=to_path, default="data/imagenet", metavar="DIR")
+    parser.option(
+        "--output", "output folder (default: %(default)s)", type=to_path, default="data/imagenet", metavar="DIR"
+    )
     parser.add_argument(
-        "--split", action="append", choices=list(ARCHIVES), help="may be repeated; default: all that are there"
+        "--split", action="append", choices=list(ARCHIVES), help="may be repeated; default: every archive found"
     )
     args = parser.parse_args(argv)
     for split, num in prepare_imagenet(args.archives, args.output, splits=args.split).items():

@@ -7,9 +7,9 @@
     <videos>/val/<class>/*.mp4
     <videos>/test/<class>/*.mp4       if there is none, test.csv lists the videos of val, as is usual for Kinetics
 
-Every file is opened, and its first, middle and last frame are decoded. A file that fails is left out and listed with
-the reason in <output>/bad_files.txt. With --short-side, larger videos are re-encoded (h264, without sound) at that
-size, which makes loading several times as fast. Both run in parallel, and skip files that an earlier run finished.
+Every file is opened, and its first, middle and last frames are decoded. A file that fails is left out and listed with
+the reason in <output>/bad_files.txt. With --short-side, larger videos are re-encoded (h264, without sound) to that
+size, which makes loading several times faster. Both steps run in parallel and skip files finished by an earlier run.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def find_videos(videos: Path) -> list[Item]:
         if unknown := sorted(set(classes[split]) - set(names)):
             shown = ", ".join(map(printable, unknown[:5]))
             advice = advise_nfc(unknown, names, folder=f"{splits[0]}/", root=str(videos))
-            raise UserError(f"{videos / split} has classes that {splits[0]}/ has not: {shown}.{advice}")
+            raise UserError(f"{videos / split} has classes that {splits[0]}/ does not have: {shown}.{advice}")
         labels = {name: label for label, name in enumerate(names)}
         paths = files_below(videos / split, VIDEO_EXTENSIONS, noun="video")
         in_class = [path for path in paths if path.count("/") == 1]
@@ -93,7 +93,7 @@ def prepare(
     """Check a video, and shrink it if `short_side` is not 0.
 
     Args:
-        ambiguous: paths without suffix that several videos have, which must not become one .mp4.
+        ambiguous: suffix-less paths shared by several videos, which must not become the same .mp4.
 
     Returns:
         The path of the video to list, and "" or the reason why it is bad.
@@ -108,7 +108,7 @@ def prepare(
             if not is_small:
                 keep_suffix = Path(name).with_suffix("") in ambiguous and target.suffix != ".mp4"
                 target = target.with_name(f"{target.name}.mp4") if keep_suffix else target.with_suffix(".mp4")
-            with atomic_write(target, sync=False) as temporary:  # a full disk is no FFmpegError then
+            with atomic_write(target, sync=False) as temporary:  # turns a full disk's FFmpegError into an OSError
                 if is_small:
                     shutil.copyfile(path, temporary)
                 else:
@@ -121,7 +121,7 @@ def prepare(
 def shrink(video: Video, target: Path, *, short_side: int) -> None:
     """Re-encode a video as h264 in mp4: short side `short_side` pixels, upright, with the same time stamps.
 
-    Where these do not ascend (AVI), a frame comes one period after the one before: mp4 cannot hold it otherwise.
+    If these do not ascend (AVI), a frame is placed one period after the previous one, because mp4 requires it.
     """
     with import_av().open(str(target), "w", format="mp4") as container:
         stream = None
@@ -178,7 +178,7 @@ def prepare_kinetics(
             for name, result in zip(todo, _map(work, list(todo), num_workers=num_workers), strict=True):
                 known[name] = [todo[name], *result]
                 bar.update()
-    finally:  # also when interrupted, so that the next run skips what is done
+    finally:  # even if interrupted, so that the next run skips what is done
         write(output / KNOWN, json.dumps(known))
     return _write_lists(items, known, output=output, separator=separator)
 
@@ -187,7 +187,7 @@ def _map(work: Callable[[str], tuple[str, str]], names: list[str], *, num_worker
     if num_workers == 1:
         yield from map(work, names)
         return
-    # Ctrl-C goes to every process: the workers leave it to this one, which waits for their videos, one each.
+    # Ctrl-C reaches every process: workers ignore it; this one waits for their current videos.
     with ProcessPoolExecutor(num_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
             yield from pool.map(work, names)
@@ -198,7 +198,7 @@ def _map(work: Callable[[str], tuple[str, str]], names: list[str], *, num_worker
 def _stamp(path: Path, short_side: int) -> list[int]:
     try:
         status = path.stat()
-    except OSError:  # a link that leads nowhere; `prepare` says so
+    except OSError:  # a broken link; `prepare` reports it
         return [-1, -1, short_side]
     return [status.st_size, status.st_mtime_ns, short_side]
 
@@ -241,16 +241,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.option("--videos", "folder with train/<class>/, val/<class>/", type=to_path, required=True, metavar="DIR")
     parser.option("--output", "where the csv files go (default: where the videos are)", type=to_path, metavar="DIR")
-    text, sides = "re-encode larger videos to this", Range(0, 2**12)
+    text, sides = "re-encode larger videos to this short side", Range(0, 2**12)
     parser.option("--short-side", text, type=in_range(int, sides), default=0, metavar="PIXELS")
-    parser.add_argument("--separator", default=" ", help='between path and label: " " (default) or ","')
+    parser.add_argument("--separator", default=" ", help='separator of path and label: " " (default) or ","')
     processes = in_range(int, Range(1, 1024))
     parser.option("--workers", "processes (default: one per core)", type=processes, metavar="N")
     return parser.parse_args(argv)
 
 
 def run(argv: list[str]) -> None:
-    """Prepare, and say what was written."""
+    """Prepare the videos and print what was written."""
     args = parse_args(argv)
     counts = prepare_kinetics(
         args.videos,

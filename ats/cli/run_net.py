@@ -3,8 +3,8 @@
     python tools/run_net.py --cfg configs/ImageNet/DeiT_S.yaml DATA.PATH_TO_DATA_DIR imagenet \\
         TEST.CHECKPOINT_FILE_PATH deit_small_patch16_224-cd65a155.pth
 
-Trains if TRAIN.ENABLE (and exports OUTPUT_DIR/model.safetensors), then evaluates if TEST.ENABLE (and writes
-OUTPUT_DIR/result.json): the weights it trained, or else TEST.CHECKPOINT_FILE_PATH. Any key can follow the file, as
+With TRAIN.ENABLE it trains and exports OUTPUT_DIR/model.safetensors. With TEST.ENABLE it then evaluates the trained
+weights, or else TEST.CHECKPOINT_FILE_PATH, and writes OUTPUT_DIR/result.json. Any key can follow the file, as
 KEY VALUE or KEY=VALUE.
 """
 
@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-# Only what --help and config errors need. PyTorch is imported once the config is known to be right.
+# Only what --help and config errors need. PyTorch is imported once the config is known to be valid.
 from ats.cli import as_typed
 from ats.cli.parser import Parser, command, command_parser, parse_overrides
 from ats.config import CfgNode, load_config
@@ -44,7 +44,7 @@ def make_parser() -> Parser:
     text += "all: every key) and stop"
     parser.option("--print-config", text, action="store_const", const="changes")
     parser.option(PRINT_ALL, argparse.SUPPRESS, action="store_const", const="all", dest="print_config")
-    parser.option("--force", "go on training in an OUTPUT_DIR of another configuration", action="store_true")
+    parser.option("--force", "resume in an OUTPUT_DIR of another configuration", action="store_true")
     parser.add_argument("-h", "--help", nargs="*", metavar="SECTION", help="this text, or the keys of sections")
     for option in SLOWFAST_OPTIONS:
         parser.option(option, argparse.SUPPRESS)
@@ -61,7 +61,7 @@ def join_all(argv: Sequence[str]) -> list[str]:
 
 
 def load(args: argparse.Namespace, words: list[str]) -> CfgNode:
-    """The command line's configuration. Raises a UserError without --cfg, on a wrong file or key, or nothing to do."""
+    """The command line's configuration. Raises a UserError without --cfg, for a wrong file or key, or nothing to do."""
     overrides = parse_overrides(words, make_parser())
     if args.cfg is None:
         raise UserError(f"--cfg FILE is missing: which network? For example:\n  {as_typed(EXAMPLE)}")
@@ -72,9 +72,9 @@ def load(args: argparse.Namespace, words: list[str]) -> CfgNode:
 
 
 def check(cfg: CfgNode) -> None:
-    """Build the network and the training recipe, to refuse what a run would refuse before it reads data or weights.
+    """Build the network and the training recipe, to find the errors that a run finds before it reads data or weights.
 
-    Raises a UserError if keys do not fit together, or if a network, data set or optimizer does not exist.
+    Raises a UserError if keys contradict each other, or if a network, data set or optimizer does not exist.
     """
     import torch
 
@@ -93,7 +93,7 @@ def check(cfg: CfgNode) -> None:
     try:
         with torch.device("meta"):
             model = build_model(cfg)
-    except (NotImplementedError, RuntimeError):  # a network of yours that reads values while it is built
+    except (NotImplementedError, RuntimeError):  # a custom network that reads values while it is built
         model = build_model(cfg)
     if cfg.TRAIN.ENABLE:
         Recipe(cfg)
@@ -114,7 +114,7 @@ def explain_slowfast_options(args: argparse.Namespace) -> None:
 
 
 def run(cfg: CfgNode, *, force: bool = False) -> None:
-    """Train, then evaluate, as `cfg` enables: the weights just trained, else those of TEST.CHECKPOINT_FILE_PATH."""
+    """Train, then evaluate the weights just trained, else TEST.CHECKPOINT_FILE_PATH; `cfg` enables either."""
     from ats.datasets.build import mean_std
     from ats.engine.device import process_group
     from ats.engine.evaluate import evaluate_weights
@@ -132,8 +132,8 @@ def run(cfg: CfgNode, *, force: bool = False) -> None:
 def execute(argv: list[str]) -> None:
     """Do what the command line says, or print the configuration or help."""
     if environment_number("WORLD_SIZE", 1) > 1:
-        # DistributedDataParallel warns about a setting we chose on purpose (`device.data_parallel`), and the store
-        # of every process warns that another one has ended.
+        # Silences DistributedDataParallel's warning about a deliberate setting (`device.data_parallel`), and the
+        # warnings of every process's store that another one has ended.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     setup_logging()
     parser, train_and_evaluate = make_parser(), run
@@ -147,11 +147,11 @@ def execute(argv: list[str]) -> None:
         check(cfg)
         print((cfg if args.print_config == "all" else nest(changed(cfg).items())).dump(), end="")
         return
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # `record` writes an error there, and torchrun makes its report of it
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # `record` writes errors there, for torchrun's report
         from torch.distributed.elastic.multiprocessing.errors import record
 
         train_and_evaluate = record(run)
     train_and_evaluate(cfg, force=args.force)
 
 
-main = command(execute, interrupted="interrupted; the same command goes on from the last checkpoint, if there is one")
+main = command(execute, interrupted="interrupted; run the same command to resume from the last checkpoint, if any")

@@ -1,14 +1,14 @@
-"""See which tokens a network keeps: of images, of clips, or of a whole validation run, as one page.
+"""Show which tokens a network keeps: of images, of clips, or of a whole validation run, as one page.
 
     python tools/visualize.py --cfg X.yaml image.jpg [more | folder | clip.mp4] -o out [KEY VALUE ...]
     python tools/visualize.py --cfg X.yaml --report out.html [KEY VALUE ...]
 
 For each image it draws a strip: the input, the tokens kept after every ATS block with their counts, the tokens'
-significance scores, and class and confidence with ATS and without it (dense, same weights). For each clip it draws a
-strip over time and a GIF. Pictures of a folder lie in the same folders as its files; a contact sheet shows them all,
-with the true class where the folder of a file is one. --limit N draws N files, spread evenly over those given.
---report runs both networks over the validation data and writes a page that works offline: what each block keeps of the
-cheapest and the most costly samples, histograms of tokens, accuracy by cost.
+significance scores, and class and confidence with and without ATS (dense, same weights). For each clip it draws a strip
+over time and a GIF. Pictures of a folder keep its subfolders; a contact sheet shows them all, with the true class if
+the folder of a file is a class. --limit N draws N files, spread evenly over those given. --report runs both networks
+over the validation data and writes an offline page: what each block keeps of the cheapest and most expensive samples,
+histograms of token counts, accuracy by cost.
 
 Weights come from TEST.CHECKPOINT_FILE_PATH, for example:
 
@@ -50,7 +50,7 @@ MOST_ON_SHEET = 120  # samples on a contact sheet
 
 
 def make_parser() -> Parser:
-    """The options; files and overrides are the remaining words."""
+    """The options; the remaining words are files and overrides."""
     usage = "python tools/visualize.py --cfg FILE [IMAGE | CLIP | FOLDER ...] [-o FOLDER] [--report FILE.html]"
     parser = command_parser(__doc__, usage=as_typed(f"{usage} [KEY VALUE ...]"))
     parser.add_argument("--cfg", metavar="FILE", help="config of the network")
@@ -66,17 +66,17 @@ def make_parser() -> Parser:
 
 
 def split_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Files and folders, and overrides as [KEY, VALUE, ...]. A word that names an existing file is never a key."""
+    """Split words into files or folders, and overrides [KEY, VALUE, ...]. Names of existing files are never keys."""
     overrides, paths = split_overrides(words, is_key=lambda word: looks_like_key(word) and not Path(word).exists())
     if "" in paths:
-        raise UserError("An empty word is no file: . is the current folder.")
+        raise UserError("An empty argument is not a file: type . for the current folder.")
     return list(map(to_path, paths)), overrides
 
 
 def run(argv: list[str]) -> None:
-    """Draw the files and write the report; prints a line for every file.
+    """Draw the files and write the report; prints a line per file.
 
-    Raises a UserError if something is missing or wrong; for unreadable files, after drawing the others.
+    Raises a UserError if something is missing or wrong; for unreadable files, only after drawing the others.
     """
     args = make_parser().parse_intermixed_args(argv)
     paths, overrides = split_words(args.words)
@@ -118,8 +118,8 @@ def draw_files(
     names: Sequence[str],
     with_sheet: bool,
 ) -> list[str]:
-    """Write the pictures of each file at its name below `output`, and the contact sheet of them all; returns an error
-    message for each file that cannot be read.
+    """Write the pictures of each file under its name below `output`, and a contact sheet; returns an error message for
+    each unreadable file.
     """
     from ats.datasets.class_names import labels_of_folders
     from ats.visualize.figures import draw_sheet, draw_strip, sheet_cell
@@ -128,7 +128,7 @@ def draw_files(
     labels = labels_of_folders(cfg, names)
     cells: list[SheetCell] = []
     stems: Counter[str] = Counter()
-    taken = set(map(real_name, files))  # the inputs, and what is drawn already
+    taken = set(map(real_name, files))  # the inputs, and what has been drawn
     for folder in {file.resolve().parent for file in files}:
         if folder.is_relative_to(output.resolve()):  # pictures that are not ours
             taken.update(map(real_name, folder.iterdir()))
@@ -158,10 +158,10 @@ def draw_files(
 
 
 def free_path(folder: Path, stem: str, *, stems: Counter[str], taken: set[str]) -> Path:
-    """`folder/stem.png`, or with _2, _3, ... after the stem: the first path that is not in `taken`, nor is its .gif,
-    which both join. A stem may lie in folders of its own.
+    """The first of `folder/stem.png`, `stem_2.png`, `stem_3.png`, ... that is not in `taken`, and whose .gif is not;
+    adds both to `taken`. A stem may include folders.
 
-    `stems` counts how often each stem was asked for.
+    `stems` counts how often each stem was requested.
     """
     while True:
         number = stems[stem] = stems[stem] + 1
@@ -173,12 +173,12 @@ def free_path(folder: Path, stem: str, *, stems: Counter[str], taken: set[str]) 
 
 
 def real_name(path: Path) -> str:
-    """The same for all paths of a file, even where file systems take "A" and "a" for the same name."""
+    """The same string for all paths of a file, even if the file system ignores case."""
     return str(path.resolve()).casefold()
 
 
 def animate_view(path: Path, view: SampleView) -> Path:
-    """Write a GIF: the clip, its significance scores, and what the first, middle and last ATS block keep of it."""
+    """Write a GIF: the clip, its significance scores, and what the first, middle and last ATS blocks keep."""
     import torch
 
     from ats.visualize.figures import animate, first_middle_last

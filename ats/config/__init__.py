@@ -1,7 +1,7 @@
-"""Configuration: `get_cfg()` gives every default, `load_config(path, overrides)` a checked and frozen configuration.
+"""Configuration: `get_cfg()` returns the defaults, `load_config(path, overrides)` a checked and frozen configuration.
 
-A YAML file may name other files in `_BASE_`, relative to itself; they are read first. YAMLs of the official ATS release
-and of SlowFast load as they are (`legacy.py`). To add a key, write its entry in `keys.py`; nothing else has to change.
+A YAML file may name base files in `_BASE_`, relative to itself; they are read first. YAML files of the official ATS
+release and of SlowFast load unchanged (`legacy.py`). To add a key, add its entry to `keys.py`; nothing else changes.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from ats.errors import UserError, shown
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# The YAML files and weights that ship with the package: where `pip install` puts them, or those of the clone.
+# The YAML files and weights that ship with the package: in an installation, or in the clone.
 SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 
-_named: set[Path] = set()  # shipped files that the log has named
-Settings = dict[str, tuple[object, Path]]  # dotted key -> its value, and the file that has it
+_named: set[Path] = set()  # shipped files already logged
+Settings = dict[str, tuple[object, Path]]  # dotted key -> its value, and the file that sets it
 
 __all__ = ["CfgNode", "find_shipped", "get_cfg", "load_config", "load_yaml"]
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[object] | None = None) -> CfgNode:
-    """Defaults, then the YAML file (`find_shipped`), then the overrides `[KEY, VALUE, ...]`; returned frozen. A network
-    of timm gets images as its weights want them, where neither says otherwise (`preprocessing.py`). MODEL.NUM_CLASSES
-    None becomes the number of classes in DATA.PATH_TO_DATA_DIR, if that is there.
+    """Merge the defaults, the YAML file (`find_shipped`) and the overrides `[KEY, VALUE, ...]`; return them frozen.
 
-    Raises a UserError if the file is missing or not YAML, a key is unknown, or a value wrong.
+    For timm networks, image keys that neither sets follow the weights (`preprocessing.py`). MODEL.NUM_CLASSES None
+    becomes the number of classes in DATA.PATH_TO_DATA_DIR, if that exists.
+
+    Raises a UserError if the file is missing or not YAML, a key is unknown, or a value is wrong.
     """
     cfg = get_cfg()
     if path is not None:
@@ -55,8 +56,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[object] | No
 
 
 def find_shipped(path: str | Path) -> Path:
-    """`path` if the file exists, else the shipped config (or weights) of that name, from any folder:
-    `ImageNet/DeiT_S.yaml`, with or without `configs/` before it. If neither exists, `path` as it is.
+    """`path` if that file exists, else the shipped config or weights file of that name; works from any folder.
+
+    For example `ImageNet/DeiT_S.yaml`, with or without `configs/` before it. Else returns `path` unchanged.
     """
     path = Path(os.path.expanduser(path))
     if not os.path.isfile(path) and not path.is_absolute():
@@ -72,14 +74,14 @@ def find_shipped(path: str | Path) -> Path:
 def load_yaml(path: str | Path) -> dict[str, object]:
     """Dotted key -> value of a YAML file, merged over its `_BASE_` file or files.
 
-    Raises a UserError if the file is missing, not YAML or not a mapping; if it has a key twice with two values (YAML
-    itself would let the last one win); if its `_BASE_` files form a circle.
+    Raises a UserError if the file is missing, not YAML or not a mapping; if a key appears twice with different values
+    (plain YAML would keep the last); or if its `_BASE_` files form a cycle.
     """
     return {key: value for key, (value, _) in _read(Path(path), {}).items()}
 
 
 def _read(path: Path, files: dict[Path, Settings | None], asked_by: str = "") -> Settings:
-    """`load_yaml`, with the file of each value. `files`: those read so far, None for those that led to this one."""
+    """`load_yaml`, with the file of each value. `files`: files read so far; None while their bases are being read."""
     path = Path(os.path.expanduser(path))
     if not os.path.isfile(path):
         what = "It is a folder." if os.path.isdir(path) else _nearest(path)
@@ -112,13 +114,13 @@ def _merge(path: Path, files: dict[Path, Settings | None]) -> Settings:
         if key in own and own[key] != value:
             raise UserError(f"{path} has two values for {shown(key)}.")
         own[key] = value
-        merged.pop(key, None)  # so that an old spelling here comes after the new one in a base
+        merged.pop(key, None)  # reinsert at the end: an old spelling here must override the new one in a base
         merged[key] = value, path
     return merged
 
 
 def _nearest(path: Path) -> str:
-    """`"Did you mean A or B?"`: config files with a similar name, beside `path` or shipped."""
+    """`"Did you mean A or B?"`: config files with similar names, next to `path` or shipped."""
     beside = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if os.path.isdir(path.parent) else []
     shipped = [p.relative_to(SHIPPED).as_posix() for p in sorted(SHIPPED.glob("*/[!_]*.yaml"))]
     same_folder = [name for name in shipped if Path(name).parent.name == path.parent.name]

@@ -1,4 +1,4 @@
-"""What is known about one configuration key, and how its values are checked and converted. Imports no PyTorch."""
+"""The definition of a configuration key, and how its values are checked and converted. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from ats.errors import UserError, quoted, shown, suggest
 from ats.options import FROM_0, MAX_INT, Range
 
 NONE = type(None)
-MAX_DEPTH = 8  # of lists in lists
+MAX_DEPTH = 8  # of nested lists
 _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 @dataclass(frozen=True)
 class Key:
-    """One configuration key. Everything the project knows about it is here."""
+    """One configuration key: everything the project knows about it."""
 
     name: str  # with its section, "VIT.DEPTH"
-    default: object  # its value where nothing sets it
+    default: object
     help: str  # what it means
-    range: Range | None = None  # the numbers it takes; for a list, the range of each number
-    types: tuple[type, ...] = ()  # the types it takes, by default the type of `default`
-    choices: tuple[object, ...] = ()  # the values it takes, if they are few
-    lengths: tuple[int, ...] = ()  # the lengths a list may have, by default any; 0 where an empty list means something
-    items: tuple[type, ...] = ()  # what a list holds, where `default` does not show it
-    has_block_rows: bool = False  # a list [[block, number, ...], ...]; `range` is for the numbers after the block
-    networks: tuple[str, ...] = ()  # the values of MODEL.NAME that read it, by default those of its section
-    samplers: tuple[str, ...] = ()  # the values of ATS.SAMPLER that read it; empty: it does not depend on ATS.SAMPLER
+    range: Range | None = None  # allowed numbers; for a list, of each entry
+    types: tuple[type, ...] = ()  # allowed types; default: the type of `default`
+    choices: tuple[object, ...] = ()  # allowed values, if they are few
+    lengths: tuple[int, ...] = ()  # allowed lengths of a list; default: any. 0 if an empty list has a meaning
+    items: tuple[type, ...] = ()  # types of a list's entries, if `default` does not show them
+    has_block_rows: bool = False  # a list [[block, number, ...], ...]; `range` applies to the numbers after the block
+    networks: tuple[str, ...] = ()  # the values of MODEL.NAME that read it; default: those of its section
+    samplers: tuple[str, ...] = ()  # the values of ATS.SAMPLER that read it; empty: independent of ATS.SAMPLER
     path: bool = False  # a file or folder: a leading ~ is the home folder
-    required: bool = False  # a text that may not be empty
-    machine: bool = False  # it says where and how a run is carried out, not what it computes: not in the config's hash
-    free: bool = False  # it may change between a stop and a resume, because it changes none of the weights
+    required: bool = False  # a string that must not be empty
+    machine: bool = False  # decides where and how a run executes, not what it computes; left out of the config's hash
+    free: bool = False  # may change between a stop and a resume, because the weights do not depend on it
 
     def __post_init__(self) -> None:
         if not self.types:
@@ -58,7 +58,7 @@ class Key:
         return self.name.rpartition(".")[0]
 
     def convert(self, value: object) -> Any:
-        """`value` as one of the key's types: 1 for 1.0, "true" for True, a scalar for a list, the home folder for ~.
+        """`value` as one of the key's types: 1.0 becomes 1, "true" True, a scalar a list, ~ the home folder.
 
         Raises a UserError if the type does not fit, or the value is not among the choices or out of range.
         """
@@ -93,7 +93,7 @@ class Key:
 
     @property
     def _item_types(self) -> tuple[type, ...]:
-        """What a list may hold. Lists in a list of numbers are checked with the range."""
+        """Types a list may hold. Lists inside a list of numbers are checked by `_is_in_range`."""
         first = (type(self.default[0]),) if isinstance(self.default, list) and self.default else ()
         return (first or self.items or (int, float, str)) + ((list,) if self.range else ())
 
@@ -104,7 +104,7 @@ class Key:
         return [parse(item) for item in value] if self.range and isinstance(value, (list, tuple)) else value
 
     def _kinds(self) -> str:
-        """The types, for messages: "int or None", "list of float"."""
+        """The allowed types, for messages: "int or None", "list of float"."""
         names = {NONE: "None", bool: "True or False"} | {kind: kind.__name__ for kind in (int, float, str)}
         of_one = [kind for kind in self._item_types if kind is not list]
         names[list] = f"list of {names.get(of_one[0], of_one[0].__name__)}" if len(of_one) == 1 else "list"
@@ -116,7 +116,7 @@ class Key:
         if isinstance(value, list) and self.lengths and len(value) not in self.lengths:
             return False
         numbers = value if isinstance(value, list) else [value]
-        if self.has_block_rows:  # their lengths are checked where the network is built
+        if self.has_block_rows:  # row lengths are checked when the network is built
             if not all(isinstance(row, (list, tuple)) and row and FROM_0.holds(row[0]) for row in numbers):
                 return False
             numbers = [number for row in numbers for number in row[1:]]
@@ -134,7 +134,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
-    """Keys with one prefix."""
+    """The keys with one prefix."""
 
     name: str  # the prefix; "" for keys without one
     help: str  # one line for `--help`
@@ -149,11 +149,11 @@ class Section:
 
 
 def parse(value: object) -> object:
-    """A command-line string as the Python value it spells: `[3, 4]`, `0.5`, `true`, `None`; else the string itself."""
+    """Parse a command-line string: `[3, 4]`, `0.5`, `true`, `None`. Any other string is returned unchanged."""
     if not isinstance(value, str):
         return value
     text = value.strip()
-    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # the last two for thousands of brackets
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: thousands of brackets
         return ast.literal_eval(text)
     if text.lower() in ("true", "false", "null", "~") or (text.startswith("[") and text.endswith("]")):
         with suppress(UserError):
@@ -162,7 +162,7 @@ def parse(value: object) -> object:
 
 
 def typed(settings: Mapping[str, object]) -> str:
-    """`KEY VALUE KEY VALUE`, as a user types them in a shell: `parse` gives the values back."""
+    """`KEY VALUE KEY VALUE`, as typed in a shell; `parse` restores the values."""
     return " ".join(f"{key} {shlex.quote(_text(value, top=True))}" for key, value in settings.items())
 
 
@@ -171,21 +171,21 @@ def _text(value: object, *, top: bool = False) -> str:
         return f"[{','.join(map(_text, value))}]"
     if isinstance(value, dict):
         return f"{{{','.join(f'{_text(key)}: {_text(item)}' for key, item in value.items())}}}"
-    if isinstance(value, str) and not top:  # without quotes of its own where they are not needed
+    if isinstance(value, str) and not top:  # quoted only if necessary
         return value if re.fullmatch(r"[A-Za-z_][\w./-]*", value) and parse_yaml(value) == value else json.dumps(value)
     if value is None:
         return "None" if top else "null"
-    return re.sub(r"^(-?\d+)e", r"\1.0e", str(value))  # without a point, 1e-07 is no number for YAML
+    return re.sub(r"^(-?\d+)e", r"\1.0e", str(value))  # YAML reads 1e-07 as a number only with a decimal point
 
 
 def _is_deep(value: object, levels: int) -> bool:
-    """Whether `value` has lists or mappings in each other beyond so many levels."""
+    """Whether lists or mappings in `value` are nested more than `levels` deep."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return levels < 0 or any(_is_deep(item, levels - 1) for item in items)
 
 
 def _convert(types: tuple[type, ...], value: Any, item_types: tuple[type, ...]) -> Any:
-    """`value` as one of `types`, a list's items as one of `item_types`. Raises a TypeError if it cannot be."""
+    """`value` as one of `types`, a list's items as one of `item_types`. Raises a TypeError if that is impossible."""
     if isinstance(value, (list, tuple)) and list in types:
         as_it_is = (*(kind for kind in (list, dict) if kind in item_types), *((tuple,) if list in item_types else ()))
         return [item if isinstance(item, as_it_is) else _convert(item_types, item, ()) for item in value]
@@ -201,7 +201,7 @@ def _convert(types: tuple[type, ...], value: Any, item_types: tuple[type, ...]) 
     if is_number and float in types:
         with suppress(OverflowError):
             return float(value)
-        return value  # in no range
+        return value  # too large for a float, so out of every range
     if str in types and isinstance(value, (int, str)) and not isinstance(value, bool):
         return str(value)
     if list not in types or isinstance(value, str):

@@ -1,10 +1,10 @@
 """Keys of older releases: SlowFast, X-ViT, TimeSformer, the official ATS code, CvT, PS-ViT.
 
-First the table, then `translate`, which applies it. A renamed key is logged with what it became, a key without effect
-is named in a warning with the reason, and a value that cannot be honoured is an error. Nothing is dropped silently.
+First the table, then `translate`, which applies it. Renamed keys are logged with their new names, keys without effect
+get a warning with the reason, and unsupported values are errors. Nothing is dropped silently.
 
-CvT and PS-ViT give batch size and learning rate per GPU, and CvT multiplies the rate by the number of GPUs. They are
-taken as they are, which is the release's training on one GPU; `configs/ImageNet` has them for the GPUs that were used.
+CvT and PS-ViT give batch size and learning rate per GPU, and CvT multiplies the rate by the number of GPUs. Both are
+taken unchanged, which is the release's training on one GPU; `configs/ImageNet` has them for the original GPU counts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _crop_ratio(is_centre_crop: object) -> float:
 
 
 def _psvit(side: int, stem: tuple = (64, 64, 256), depth: int = 14, width: int = 384, heads: int = 6) -> Settings:
-    """One of PS-ViT's networks, by default a B, and what its main.py does where its YAML says nothing."""
+    """The settings of a PS-ViT network (default: B), including the defaults of its main.py."""
     return {
         "MODEL.NAME": "PSViT", "PSVIT.NUM_POINTS": [side, side], "PSVIT.NUM_ITERS": 4, "PSVIT.OFFSET_GAMMA": 1.0,
         "PSVIT.MLP_RATIO": 3.0, "PSVIT.QKV_BIAS": False, "PSVIT.STEM_DIMS": list(stem), "PSVIT.DEPTH": depth,
@@ -67,7 +67,7 @@ def _psvit(side: int, stem: tuple = (64, 64, 256), depth: int = 14, width: int =
 PSVIT_NETWORKS = {"ps_vit_ti_14": _psvit(14, (64, 64, 192), 12, 192, 3)}
 PSVIT_NETWORKS |= {f"ps_vit_b_{side}": _psvit(side) for side in (14, 16, 18)}
 
-# Names of networks in older releases -> MODEL.NAME here; TimeSformer's release names it after its first weights.
+# Names of networks in older releases -> MODEL.NAME here. TimeSformer's release calls it by its initial weights.
 NETWORKS = {"XVIT": "XViT", "vit_base_patch16_224": "TimeSformer", "cls_cvt": "CvT"}
 
 # Loss functions and the label smoothing they imply. X-ViT's release has no key for its 0.3; the last three have one.
@@ -113,7 +113,7 @@ RENAMED: dict[str, Rule] = {
     "drop": "PSVIT.DROP_RATE", "mixup": "MIXUP.ALPHA", "reprob": "AUG.RE_PROB", "warmup_epochs": "SOLVER.WARMUP_EPOCHS",
 }  # fmt: skip
 
-# Settings that run with one value only in the releases: that value is what this project does.
+# Settings for which only one value works in the releases; this project always uses that value.
 FIXED: dict[str, object] = {
     "VIT.IN_CHANNELS": 3, "VIT.QK_SCALE": None, "VIT.REPRESENTATION_SIZE": None, "VIT.HYBRID_BACKBONE": None,
     "VIT.NORM_LAYER": None, "XVIT.BACKBONE.NORM_LAYER": "LN", "DATA.COLORAUGMENT": False, "DATA.RANDAUGMENT": False,
@@ -169,7 +169,7 @@ IGNORED: dict[str, str] = {
     "TRAIN.LR_SCHEDULER.ARGS.*": "the schedule ends at SOLVER.MAX_EPOCH",
 }  # fmt: skip
 
-# What the releases' code does where their YAML files say nothing, or whatever they say.
+# What the releases' code does if their YAML files do not set it, or regardless of what they set.
 _SLOWFAST_DEFAULTS: dict[str, object] = {"SOLVER.WARMUP_EPOCHS": 0.0, "SOLVER.COSINE_END_LR": 0.0}
 _SLOWFAST_DEFAULTS |= {"SOLVER.COSINE_AFTER_WARMUP": False, ZERO_WD: False, "AUG.ENABLE": False}
 _NO_AUG_NODE = {"AUG.RE_PROB": 0.0, "AUG.COLOR_JITTER": 0.0}  # X-ViT's and TimeSformer's forks are older
@@ -184,9 +184,9 @@ RELEASE_DEFAULTS: dict[str, dict[str, object]] = {
 
 
 def translate(key: str, value: object, known: Container[str]) -> list[tuple[str, object]]:
-    """One pair of any release as pairs of this project. `known` keys and keys of nobody stay as they are.
+    """Translate one pair of any release into pairs of this project; `known` and unknown keys stay unchanged.
 
-    Raises a UserError if the value asks for something that is not built.
+    Raises a UserError if the value asks for something unsupported.
     """
     if key == "MODEL.NAME" and isinstance(value, str) and value in NETWORKS:
         logger.info("MODEL.NAME %s -> %s", value, NETWORKS[value])
@@ -205,7 +205,7 @@ def translate_key(key: str, value: object) -> list[tuple[str, object]] | None:
     if key in FIXED:
         if value != FIXED[key]:
             raise UserError(f"{key} {shown(value)}: only {FIXED[key]} is supported.")
-        logger.info("%s %s is how it is here.", key, value)
+        logger.info("%s %s is always the case here.", key, value)
         return []
     for pattern, reason in IGNORED.items():
         if fnmatch.fnmatchcase(key, pattern):
@@ -226,7 +226,7 @@ def _apply(rule: Rule, key: str, value: object) -> list[tuple[str, object]]:
 
 
 def implied(given: Mapping[str, object]) -> list[tuple[str, object]]:
-    """What the code of a video release does; set before the pairs of its YAML, which may change it."""
+    """Settings built into the code of a video release; applied before its YAML, which may override them."""
     name = given.get("MODEL.MODEL_NAME")
     if not isinstance(name, str) or name not in RELEASE_DEFAULTS:
         return []

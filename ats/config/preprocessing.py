@@ -1,4 +1,4 @@
-"""MODEL.NAME timm/<name>: images as the model's weights want them, where the configuration does not say otherwise."""
+"""MODEL.NAME timm/<name>: preprocess images as the weights expect, unless the configuration says otherwise."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ PREFIX = "timm/"
 
 
 def adopt_preprocessing(cfg: CfgNode) -> None:
-    """Give keys of images that nobody set (mean, deviation, size, crop ratio, interpolation) the values of timm's
-    `pretrained_cfg`.
+    """Set image keys left unset (mean, deviation, size, crop ratio, interpolation) to timm's `pretrained_cfg`.
 
-    With another mean than that of its training, a network loses points without any message.
+    With a mean other than its training's, a network silently loses accuracy.
     """
     if not cfg.MODEL.NAME.startswith(PREFIX):
         return
@@ -36,7 +35,7 @@ def adopt_preprocessing(cfg: CfgNode) -> None:
         "DATA.TEST_CROP_RATIO": own.crop_pct,
         "DATA.TEST_INTERPOLATION": own.interpolation,
     }
-    empty = {"DATA.MEAN": list(IMAGENET_DEFAULT_MEAN), "DATA.STD": list(IMAGENET_DEFAULT_STD)}  # what it stands for
+    empty = {"DATA.MEAN": list(IMAGENET_DEFAULT_MEAN), "DATA.STD": list(IMAGENET_DEFAULT_STD)}  # what [] stands for
     now = {key: cfg.DATA[key.removeprefix("DATA.")] or empty.get(key) for key in values}
     new = {key: value for key, value in values.items() if key not in cfg.given and value != now[key]}
     if new:
@@ -51,5 +50,5 @@ def _is_model(name: str) -> bool:
 
 
 def _pairs(kwargs: list) -> list[tuple[str, object]]:
-    """TIMM.KWARGS as far as they are pairs; the network refuses others."""
+    """The pairs in TIMM.KWARGS; the network refuses anything else."""
     return [tuple(pair) for pair in kwargs if isinstance(pair, (list, tuple)) and len(pair) == 2]

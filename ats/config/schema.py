@@ -1,6 +1,6 @@
-"""The CfgNode of this project: fvcore's, with every value checked against its key and errors that name the nearest.
+"""This project's CfgNode: fvcore's, but every value is checked against its key, and errors suggest the nearest key.
 
-Also which keys of a configuration differ from the defaults, and which are set for something that does not read them.
+Also finds the keys that differ from the defaults, and those that are set but not read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class CfgNode(FvcoreCfgNode):
-    """A configuration. Every way of changing it goes through `merge_pairs`, so every value is checked."""
+    """A configuration. Every merge goes through `merge_pairs`, which checks each value."""
 
     @property
     def given(self) -> set[str]:
-        """The dotted keys that were merged into it, whatever their values."""
+        """The dotted keys that were merged into it, even with default values."""
         return self.__dict__.setdefault("_given", set())
 
     def merge_from_list(self, cfg_list: list) -> None:
@@ -47,14 +47,14 @@ class CfgNode(FvcoreCfgNode):
         self.merge_from_other_cfg(load_yaml(cfg_filename))
 
     def merge_pairs(self, pairs: Iterable[tuple[str, object]], files: Mapping[str, Path] | None = None) -> None:
-        """Merge `(dotted key, value)` pairs; keys of older releases are translated. `files`: where a key was read.
+        """Merge `(dotted key, value)` pairs, translating keys of older releases. `files`: the file each key came from.
 
-        Raises a UserError for an unknown key (naming the nearest), or a value of a wrong type, choice or range.
+        Raises a UserError for an unknown key (with suggestions), or a value of the wrong type, choice or range.
         """
         known, pairs, files = keys(), list(pairs), files or {}
         for given, value in [*legacy.implied(dict(pairs)), *pairs]:
             try:
-                if value in (None, {}) and _is_section(given, known):  # all its keys are comments
+                if value in (None, {}) and _is_section(given, known):  # all its keys are commented out
                     continue
                 for name, new in legacy.translate(given, value, known):
                     if name not in known:
@@ -120,9 +120,10 @@ def _set(cfg: CfgNode, name: str, value: object) -> None:
 
 
 def unread_keys(cfg: CfgNode) -> dict[str, list[str]]:
-    """The keys of `cfg` that are set (not at their default) but not read, under what does not read them: "MODEL.NAME
-    ViT". `Section.networks`, `Key.networks` and `Key.samplers` say what reads a key. A network that no key names may
-    read every key.
+    """Keys of `cfg` that are not at their default but have no effect, grouped by what ignores them: "MODEL.NAME ViT".
+
+    `Section.networks`, `Key.networks` and `Key.samplers` say what reads a key. A network that no key names may read
+    every key.
     """
     network = "timm/<name>" if cfg.MODEL.NAME.startswith("timm/") else cfg.MODEL.NAME
     used, values = {*samplers(cfg)}, changed(cfg)
@@ -150,7 +151,7 @@ def samplers(cfg: CfgNode) -> list[str]:
 
 
 def titles(cfg: CfgNode) -> list[str]:
-    """What the stages do, for tables: "ToMe", "ATS merge"."""
+    """Titles of the stages, for tables: "ToMe", "ATS merge"."""
     names = []
     for sampler, stage in zip(samplers(cfg), _stages(cfg) or [{}], strict=True):
         dropped = stage.get("DROPPED", cfg.ATS.get("DROPPED", "drop"))
@@ -160,12 +161,12 @@ def titles(cfg: CfgNode) -> list[str]:
 
 
 def _stages(cfg: CfgNode) -> list[dict[str, object]]:
-    """ATS.STAGES with names in capitals."""
+    """ATS.STAGES with upper-case names."""
     return [{str(name).upper(): value for name, value in stage.items()} for stage in cfg.ATS.STAGES]
 
 
 def warn_of_unread_keys(cfg: CfgNode) -> None:
-    """One warning, once in a process, that names the keys of `cfg` that are set but not read."""
+    """Warn, once per process, about the keys of `cfg` that are set but not read."""
     if unread := unread_keys(cfg):
         text = "; ".join(f"{reader} does not read {', '.join(names)}" for reader, names in unread.items())
         _warn_once("Keys without effect: %s.", text)

@@ -1,7 +1,7 @@
-"""YAML as configs use it: words, numbers, lists and mappings. Whatever a file holds, reading it ends soon.
+"""The YAML that configs use: words, numbers, lists and mappings, with bounded size and depth.
 
-A value means what it means on the command line. YAML 1.1 reads `012` as 10, `1:30` as 90 and `2026-11-01` as a date;
-here they are text, so a key that wants a number refuses them.
+Values mean the same as on the command line. YAML 1.1 reads `012` as 10, `1:30` as 90 and `2026-11-01` as a date; here
+they are strings, so keys that expect numbers refuse them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ats.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 2**17  # of a file: the longest config of the project has 4 kB
-MAX_VALUES = 100_000  # with aliases written out: a few nested ones stand for gigabytes
-# A published YAML, SlowFast's MVIT_B_32x3_CONV, has a key twice: (key, first, last). The last one counts, as in YAML.
+MAX_BYTES = 2**17  # per file; the project's longest config has 4 kB
+MAX_VALUES = 100_000  # with aliases expanded: a few nested ones can stand for gigabytes
+# Keys that a published YAML, SlowFast's MVIT_B_32x3_CONV, repeats: (key, first, last). The last counts, as in YAML.
 REPEATED = [("DEPTH", 16, 24)]
 _TAG = "tag:yaml.org,2002:"
 
 
 def read_yaml(path: Path) -> object:
-    """What a YAML file holds. Raises a UserError with file and line if it cannot be read or is not plain YAML."""
+    """The contents of a YAML file. Raises a UserError with file and line if it is unreadable or not plain YAML."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> object:
 
 
 def parse_yaml(text: str | bytes, *, name: str = "") -> object:
-    """What a text holds; `name` is for warnings. Raises a UserError, of one line, if it is not plain YAML."""
+    """Parse YAML text; `name` is for warnings. Raises a one-line UserError if it is not plain YAML."""
     try:
         loader = _Loader(text)
         loader.name = name
@@ -60,9 +60,9 @@ def parse_yaml(text: str | bytes, *, name: str = "") -> object:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML of bounded size, that refuses a key written twice with two values (except where a published file does).
+    """Safe YAML of bounded size. Refuses a repeated key with two values, except in `REPEATED`.
 
-    Besides !!str, tags are refused: no config needs one, and PyYAML raises errors of many kinds for wrong ones.
+    Refuses all tags but !!str: no config needs one, and PyYAML raises errors of many kinds for wrong ones.
     """
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - PyYAML's name; `_read_numbers_plainly` fills it
@@ -74,9 +74,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _count(self, node: yaml.Node, counts: dict[int, float]) -> float:
-        """How many values `node` stands for; infinitely many if it holds itself. Checks tags and keys on the way."""
+        """How many values `node` stands for; infinitely many if it contains itself. Also checks tags and keys."""
         if id(node) not in counts:
-            counts[id(node)] = math.inf  # until it is known: only a node that holds itself asks before
+            counts[id(node)] = math.inf  # for now; read only if the node contains itself
             if problem := self._problem(node):
                 raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
             below = node.value if isinstance(node, yaml.SequenceNode) else []

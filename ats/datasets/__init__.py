@@ -1,4 +1,4 @@
-"""Data sets, their transforms and batch samplers, and the loader a config asks for."""
+"""Data sets, transforms, batch samplers, and the loader of a config."""
 
 from ats.datasets.base import Draw, Sample
 from ats.datasets.build import build_dataset, build_loader, build_transform, input_shape, register_dataset

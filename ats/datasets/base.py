@@ -1,4 +1,4 @@
-"""What all data sets share: a sample, its key and seeded random transform, and what happens to an unreadable file."""
+"""What all data sets share: samples, their keys, seeded random transforms, and the handling of unreadable files."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Sample(NamedTuple):
 
     x: Tensor  # [3, H, W] or [3, T, H, W]
     label: Any  # int; of a batch [B] int64
-    index: Any  # int or [B], of the sample in x: the replacement's, if a bad file was replaced
-    bad: Any  # path of the requested file if it could not be read, else ""; of a batch a list
+    index: Any  # int or [B]: the sample in x; if a bad file was replaced, its replacement
+    bad: Any  # path of the requested file if it could not be read, else ""; for a batch, a list
 
 
 class Draw(NamedTuple):
-    """A data set key: the sample to read, and the seed of its random transform (32 bits)."""
+    """A data set key: the sample to read, and the 32-bit seed of its random transform."""
 
     index: int  # type: ignore[assignment]  # not the method of tuples
     seed: int
@@ -44,7 +44,7 @@ class FileDataset(Dataset[Sample], ABC):
     """Samples read from files."""
 
     # What to do with an unreadable file: "raise" a UserError; "replace" it by another sample, the same in every run; or
-    # "skip" it: x is NaN. The last two report its path in `Sample.bad`.
+    # "skip" it, with NaN in x. The last two report its path in `Sample.bad`.
     on_bad: OnBad = "raise"
     seed: int = 0  # chooses the replacements
 
@@ -61,10 +61,10 @@ class FileDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def load(self, index: int) -> Tensor:
-        """Read and transform sample `index`. Whatever it raises means that the file is bad."""
+        """Read and transform sample `index`. Any exception means that the file is bad."""
 
     def listed_in(self, index: int) -> str:
-        """Where the file of sample `index` is listed, for errors; "" if it is in no list."""
+        """Where the file of sample `index` is listed, for errors; "" if nowhere."""
         return ""
 
     def blank(self) -> Tensor:
@@ -74,8 +74,8 @@ class FileDataset(Dataset[Sample], ABC):
     def __getitem__(self, key: int | Draw) -> Sample:
         """Read and transform a sample.
 
-        With an index, random transforms draw from the global generators in their current state; with a `Draw`, these
-        are seeded with `key.seed`, and restored afterwards.
+        With an index, random transforms draw from the global generators as they are; with a `Draw`, those are seeded
+        with `key.seed` and restored afterwards.
 
         Raises:
             UserError: the file cannot be read and `on_bad` is "raise", or too many files in a row cannot be read.
@@ -84,12 +84,10 @@ class FileDataset(Dataset[Sample], ABC):
             return self._read(key)
 
     def __getitems__(self, keys: Sequence[int | Draw]) -> list[Sample] | UserError:
-        """A batch for a DataLoader, of indices or of Draws. Returns a UserError instead of raising it: see
-        `ats.datasets.loader.Loader`.
-        """
+        """A batch for a DataLoader, by indices or Draws. Returns a UserError instead of raising it, see `Loader`."""
         try:
             with generators_unchanged() if isinstance(keys[0], Draw) else nullcontext():
-                # Once per batch, because it takes 2 % of the time of reading an image.
+                # Once per batch: per image it would add 2 % to the reading time.
                 return [self._read(key) for key in keys]
         except UserError as error:
             return error
@@ -116,8 +114,9 @@ class FileDataset(Dataset[Sample], ABC):
 
 @contextmanager
 def read_errors(path: str, *, kind: str = "file", listed_in: str = "") -> Iterator[None]:
-    """Turn whatever is raised while a file is read into a UserError with its path, because a damaged file can make a
-    decoder raise anything, even a MemoryError. One that already is a UserError keeps its text.
+    """Turn any exception raised while reading a file into a UserError with its path; UserErrors keep their text.
+
+    A damaged file can make a decoder raise anything, even a MemoryError.
     """
     try:
         yield

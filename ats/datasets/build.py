@@ -23,7 +23,7 @@ from ats.errors import UserError, counted, printable, suggest
 
 logger = logging.getLogger(__name__)
 
-MAX_COUNTED = 2**20  # classes that `count_classes` takes for real: one wrong label must not make a head of gigabytes
+MAX_COUNTED = 2**20  # most classes `count_classes` accepts: one wrong label must not allocate a head of gigabytes
 DATASETS: dict[str, Callable[[CfgNode, Split], Dataset]] = {}  # TRAIN.DATASET, in lower case -> builder
 
 
@@ -38,14 +38,14 @@ def register_dataset(name: str) -> Callable:
 
 
 def mean_std(cfg: CfgNode, *, clips: bool | None = None) -> tuple[Sequence[float], Sequence[float]]:
-    """Channel mean and standard deviation that images or clips (None: the test samples) are normalised with."""
+    """Channel mean and standard deviation for normalising images or clips (None: whichever the test samples are)."""
     clips = len(input_shape(cfg)) == 4 if clips is None else clips
     mean, std = transforms.CLIP_MEAN_STD if clips else transforms.IMAGE_MEAN_STD
     return cfg.DATA.MEAN or mean, cfg.DATA.STD or std
 
 
 def preprocessing(cfg: CfgNode) -> dict[str, object]:
-    """What is done to a test image or clip, for those who use the weights elsewhere; plain values."""
+    """The preprocessing of a test image or clip as plain values, for using the weights elsewhere."""
     mean, std = mean_std(cfg)
     shape = input_shape(cfg)
     facts = {"input_size": list(shape), "mean": list(mean), "std": list(std)}
@@ -91,7 +91,7 @@ def build_imagenet(cfg: CfgNode, split: Split) -> ImageNet:
         _check_same_classes(dataset)
     if num_classes != cfg.MODEL.NUM_CLASSES:
         advice = f"Set MODEL.NUM_CLASSES {num_classes}, or give another DATA.PATH_TO_DATA_DIR."
-        if not cfg.TRAIN.ENABLE:  # the weights fit the model, or the run would have stopped earlier
+        if not cfg.TRAIN.ENABLE:  # the weights fit the model, or the run would already have stopped
             advice = (
                 "Give another DATA.PATH_TO_DATA_DIR or, to fine-tune for these classes with tools/run_net.py, type "
                 f"MODEL.NUM_CLASSES {num_classes} {to_fine_tune(cfg)}."
@@ -122,7 +122,7 @@ def _check_same_classes(val: ImageNet) -> None:
 
 
 def build_clip_transforms(cfg: CfgNode, split: Split) -> list[transforms.ClipTransform]:
-    """The clip transforms of a split: for "test" one per spatial crop, otherwise one."""
+    """The clip transforms of a split: one per spatial crop for "test", else one."""
     data, (mean, std) = cfg.DATA, mean_std(cfg, clips=True)
     if split == "train":
         scales = {"jitter_scales": data.TRAIN_JITTER_SCALES, "multi_scales": data.TRAIN_MULTI_SCALE_CROP}
@@ -136,7 +136,7 @@ def build_clip_transforms(cfg: CfgNode, split: Split) -> list[transforms.ClipTra
 
 
 def clip_sampling(cfg: CfgNode) -> ClipSampling:
-    """Which frames a clip has."""
+    """How the frames of a clip are sampled."""
     data = cfg.DATA
     rate = data.SAMPLING_RATE, data.TARGET_FPS, data.TRAIN_JITTER_FPS
     return ClipSampling(data.NUM_FRAMES, *rate, data.USE_OFFSET_SAMPLING)
@@ -169,8 +169,8 @@ def _read_csv(cfg: CfgNode, split: str, *, num_classes: int) -> Listing:
 
 
 def count_classes(cfg: CfgNode) -> int | None:
-    """What MODEL.NUM_CLASSES None stands for: the class folders in train/, or without it in val/; the labels up to the
-    highest in any csv file. None: such data are not there.
+    """What MODEL.NUM_CLASSES None stands for: the number of class folders in train/ (or val/ if there is no train/), or
+    the highest label in any csv file + 1. None if there is no such data.
     """
     root, name = cfg.DATA.PATH_TO_DATA_DIR, cfg.TRAIN.DATASET if cfg.TRAIN.ENABLE else cfg.TEST.DATASET
     if name.lower() == "imagenet" and root:
@@ -190,7 +190,7 @@ def build_dataset(cfg: CfgNode, split: Split) -> Any:
 
 
 def dataset_builder(cfg: CfgNode, split: Split) -> Callable[[CfgNode, Split], Dataset]:
-    """What `build_dataset` calls; raises a UserError if no data set is registered under that name."""
+    """The builder that `build_dataset` calls; raises a UserError if no data set is registered under that name."""
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {get_args(Split)}; got {split!r}.")
     key = "TEST.DATASET" if split == "test" else "TRAIN.DATASET"
@@ -203,8 +203,8 @@ def dataset_builder(cfg: CfgNode, split: Split) -> Callable[[CfgNode, Split], Da
 def build_sample_loader(cfg: CfgNode, split: Literal["train", "val"], *, num_samples: int) -> Loader:
     """A loader of some samples of a split, transformed as in evaluation.
 
-    Splits the data set into `num_samples` equal parts (at least 1) and draws one sample from each, so all classes are
-    represented. The same RNG_SEED gives the same samples.
+    Splits the data set into `num_samples` equal parts (at least 1) and draws one sample from each, which covers all
+    classes. The same RNG_SEED gives the same samples.
     """
     if num_samples < 1:
         raise UserError(f"{num_samples} samples: give at least 1.")
@@ -214,7 +214,7 @@ def build_sample_loader(cfg: CfgNode, split: Literal["train", "val"], *, num_sam
     elif isinstance(dataset, Kinetics):
         dataset.split, dataset.transforms = "val", build_clip_transforms(cfg, "val")
     elif split == "train":
-        logger.warning("TRAIN.DATASET %s: its training samples come augmented, as it yields them.", cfg.TRAIN.DATASET)
+        logger.warning("TRAIN.DATASET %s: its training samples keep their augmentation.", cfg.TRAIN.DATASET)
     count = min(num_samples, len(dataset))
     places = torch.rand(count, generator=torch.Generator().manual_seed(cfg.RNG_SEED)).tolist()
     chosen = [int((index + place) * len(dataset) / count) for index, place in enumerate(places)]
@@ -235,7 +235,7 @@ def noun_of(cfg: CfgNode) -> str:
 
 
 def build_loader(cfg: CfgNode, split: Split, *, rank: int = 0, world_size: int = 1) -> Loader:
-    """A loader of one process's share of every batch.
+    """A loader of process `rank`'s share of every batch.
 
     Yields `Sample`s. `loader.batch_sampler` is a `TrainBatchSampler` for "train" (call its `set_epoch`), otherwise an
     `EvalBatchSampler`. The batches do not depend on the number of workers.

@@ -1,4 +1,4 @@
-"""The names of the classes, and which folders hold them."""
+"""Class names, and the folders of the classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def class_names(cfg: CfgNode, source: str = "") -> list[str]:
 
     Args:
         source: a file with one name per line, or "imagenet-1k" for timm's list. "": the names of the data's class
-            folders; without data, ImageNet's if the network classifies images into 1,000 classes; else numbers.
+            folders; without data, ImageNet's names for an image network with 1,000 classes, else numbers.
 
     Raises:
         UserError: the file cannot be read, or its number of names differs from the network's number of classes.
@@ -54,13 +54,13 @@ def class_names(cfg: CfgNode, source: str = "") -> list[str]:
 
 
 def labels_of_folders(cfg: CfgNode, names: Sequence[str]) -> dict[str, int]:
-    """Name of a class folder -> label: the data's folders or, without data, the `names` of the classes."""
+    """Name of a class folder -> label, from the data's folders or, without data, from the class `names`."""
     folders = folders_of_classes(cfg)
     return {name: label for label, name in enumerate(folders if len(folders) == cfg.MODEL.NUM_CLASSES else names)}
 
 
 def _names_of_folders(cfg: CfgNode) -> list[str]:
-    """Names of the classes of the class folders in label order; none if there are no such folders."""
+    """Class names from the class folders, in label order; empty if there are no such folders."""
     names = folders_of_classes(cfg)
     if names and all(re.fullmatch(r"n\d{8}", name) for name in names):
         descriptions = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
@@ -69,8 +69,9 @@ def _names_of_folders(cfg: CfgNode) -> list[str]:
 
 
 def folders_of_classes(cfg: CfgNode) -> list[str]:
-    """Names of the class folders of the validation data in label order; none without data, or if the folder of a video
-    does not tell its class.
+    """Names of the validation data's class folders, in label order.
+
+    Empty without data, or if the folder of a video does not identify its class.
     """
     root, num_classes = cfg.DATA.PATH_TO_DATA_DIR, cfg.MODEL.NUM_CLASSES
     if not root:

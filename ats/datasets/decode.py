@@ -7,9 +7,8 @@
         frames = video.read(sampling.indices(video.num_frames, size, start))
 
 The sampling is SlowFast's (`get_start_end_idx`, `temporal_sampling`). Frames are counted in display order: frame i is
-the i-th frame that decoding the whole file would give. `Video` reads the time stamps from the file's packets, which
-needs no decoding, and decodes from the last key frame before the clip. Where a packet may not be a frame it decodes
-everything.
+the i-th frame of a full decode. `Video` reads time stamps from the packets, without decoding, and decodes from the last
+key frame before the clip. If packets may not correspond to frames, it decodes everything.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ from ats.errors import UserError, needing
 if TYPE_CHECKING:
     import av
 
-# Of the files in a folder; a file that is named by itself may have any extension.
+# For files found in a folder; a file given by name may have any extension.
 VIDEO_EXTENSIONS: tuple[str, ...] = (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
 VIDEO_EXTENSIONS += (".mts", ".m2ts", ".flv", ".wmv", ".ogv")
 MAX_PIXELS = 8192 * 8192  # per frame; more is a mistake or an attempt to exhaust memory
 # Formats FFmpeg may use: video containers, not lists of other files (concat, hls, dash, image2, sdp, ...).
 CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
-TIMED = {"mp4", "matroska"}  # those whose packets have the time stamps of the frames
-PROGRESSIVE = (0, 1)  # FFmpeg's field orders "unknown" and "progressive"; in the others a packet may be half a frame
+TIMED = {"mp4", "matroska"}  # containers whose packets carry the time stamps of the frames
+PROGRESSIVE = (0, 1)  # FFmpeg's field orders "unknown" and "progressive"; with others a packet may be half a frame
 DAMAGED = "it is cut off or damaged"
 
 
 def import_av() -> ModuleType:
-    """PyAV, which only videos need. Raises a UserError if it is not installed."""
+    """Import PyAV, which only videos need. Raises a UserError if it is not installed."""
     with needing("av", what="Videos need"):
         import av
         import av.video.reformatter
@@ -55,9 +54,9 @@ def import_av() -> ModuleType:
 class ClipSampling(NamedTuple):
     """Which frames a clip has: `num_frames`, every `sampling_rate`-th of a video at `target_fps`.
 
-    Training adds a random amount up to `fps_jitter` to `target_fps`. With `use_offset_sampling` test clips span the
-    whole video, and a single clip is in the middle. Without it they are `1 / num_clips` of the free length apart, so
-    the last one ends before the video does.
+    Training adds a random amount up to `fps_jitter` to `target_fps`. With `use_offset_sampling`, test clips span the
+    whole video, and a single clip is taken from the middle. Without it, clips start `1 / num_clips` of the free length
+    apart, so the last one ends before the video does.
     """
 
     num_frames: int = 8
@@ -78,8 +77,8 @@ class ClipSampling(NamedTuple):
         return float(math.floor(free / 2) if num_clips == 1 else clip * math.floor(free / (num_clips - 1)))
 
     def indices(self, num_video_frames: int, size: float, start: float) -> list[int]:
-        """The frames, evenly spaced over the clip. Past the end of the video, its last frame repeats."""
-        # float32, as in SlowFast: float64 rounds down to a different frame in some cases.
+        """Frame indices, evenly spaced over the clip. Past the end of the video, the last frame repeats."""
+        # float32, as in SlowFast: float64 sometimes rounds down to a different frame.
         index = torch.linspace(start, start + size - 1, self.num_frames)
         return index.clamp(0, num_video_frames - 1).long().tolist()
 
@@ -116,8 +115,8 @@ class Video(AbstractContextManager):
             self._container = None
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
-        """uint8 RGB [len(indices), H, W, 3], turned and mirrored for display as the file says. Any order; indices may
-        repeat. If the resolution changes, frames are resized to that of the video's first frame.
+        """Decode frames in any order, with repeats: uint8 RGB [len(indices), H, W, 3], rotated and mirrored as the file
+        says. If the resolution changes, frames are resized to that of the video's first frame.
 
         Raises:
             UserError: a frame is damaged.
@@ -137,7 +136,7 @@ class Video(AbstractContextManager):
             return np.stack([rgb[i] for i in indices])
 
     def frames(self) -> Iterator[av.VideoFrame]:
-        """Every frame, turned and mirrored for display as the file says.
+        """Every frame, rotated and mirrored as the file says.
 
         Raises a UserError if the file is damaged.
         """
@@ -156,7 +155,7 @@ class Video(AbstractContextManager):
     def _open(self) -> None:
         if not os.path.isfile(self.path):
             alike = any(os.path.isfile(unicodedata.normalize(form, self.path)) for form in ("NFC", "NFD"))
-            other = ", but one with this name in other characters (Unicode NFC or NFD: macOS writes an accent as one)"
+            other = ", but one with this name in other Unicode characters (NFC or NFD: macOS stores accents separately)"
             folder = "it is a folder: frames as images are not read" if os.path.isdir(self.path) else ""
             raise ValueError(folder or f"there is no such file{other if alike else ''}")
         # "file:" and the whitelists: neither a path like http:// nor a playlist in the file can open anything else.
@@ -167,17 +166,17 @@ class Video(AbstractContextManager):
             raise ValueError(f"it is not in one of the supported containers ({CONTAINERS})") from error
         cover = self._av.stream.Disposition.attached_pic
         streams = [s for s in self._container.streams.video if not s.disposition & cover]
-        if not streams:  # a cover picture in a sound file does not count
+        if not streams:  # the cover picture of an audio file does not count
             raise ValueError("it has no video stream")
         self._stream = streams[0]
         codec = self._stream.codec_context
         if codec.width * codec.height > MAX_PIXELS:
             raise ValueError(f"its frames of {codec.width} x {codec.height} pixels are too large")
-        codec.options = {"max_pixels": str(MAX_PIXELS)}  # of frames that are larger than the header says
+        codec.options = {"max_pixels": str(MAX_PIXELS)}  # for frames larger than the header says
         codec.thread_count = 1  # the workers already read clips in parallel
 
     def _scan(self) -> None:
-        """Find time stamps (in display order), key frames and rate from the packets alone."""
+        """Find time stamps (in display order), key frames and frame rate from the packets alone."""
         codec, first, shown, stamps, is_counted = self._stream.codec_context, None, [], [], False
         self._key_pts: list[int] = []
         for packet in self._container.demux(self._stream):
@@ -205,21 +204,23 @@ class Video(AbstractContextManager):
         self.fps = self._rate(stamps)
 
     def _are_of_frames(self, pts: list[int], shown: list[int], first: av.Packet | None) -> bool:
-        """Whether `pts`, which are those of the packets `shown` but sorted, are the time stamps that the decoder gives
-        to the frames. Where they may not be, frames are counted by decoding.
+        """Whether `pts` (the packets' `shown`, sorted) are the time stamps that the decoder gives to the frames.
+
+        If not, frames are counted by decoding.
         """
         codec = self._stream.codec_context
         if not TIMED & set(self._container.format.name.split(",")) or codec.field_order not in PROGRESSIVE:
             return False
         if not pts or len(pts) != len(shown) or not first.is_keyframe or first.pts is None or first.pts > pts[0]:
-            return False  # what is shown before the first key frame may not decode
-        # Some programs write times of decoding. They ascend, and the first is that of the first packet.
+            return False  # frames shown before the first key frame may not decode
+        # Some programs write decoding times instead. These ascend, starting with the first packet.
         is_delayed = first.dts is not None and first.dts < first.pts
         return shown != pts or is_delayed or not codec.has_b_frames
 
     def _rate(self, stamps: list[int]) -> float:
-        """The declared rate, as in SlowFast; the measured one if the file declares none or a wrong one. `stamps`: of
-        all packets that may be frames, in any order.
+        """The declared frame rate, as in SlowFast, or the measured one if the declared one is missing or wrong.
+
+        `stamps`: time stamps of all packets that may be frames, in any order.
         """
         declared = float(self._stream.average_rate or self._stream.guessed_rate or 0)
         length = (max(stamps) - min(stamps)) * Fraction(self._stream.time_base or 0) if stamps else 0
@@ -234,7 +235,7 @@ class Video(AbstractContextManager):
         yield from self._container.decode(self._stream)
 
     def _frames_from(self, key_pts: int, wanted: Container[int]) -> Iterator[av.VideoFrame]:
-        """Frames from a key frame on. Skips frames that are neither wanted nor referenced by others."""
+        """Frames from a key frame on, skipping those neither wanted nor referenced by others."""
         self._container.seek(key_pts, stream=self._stream)
         codec = self._stream.codec_context
         for packet in self._container.demux(self._stream):
@@ -272,7 +273,7 @@ class Video(AbstractContextManager):
 
 
 def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """The pixels [H, W, 3] of a frame, turned and mirrored as its display matrix says, to the nearest quarter turn."""
+    """Rotate (to the nearest quarter turn) and mirror the pixels [H, W, 3] of a frame by its display matrix."""
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels

@@ -1,8 +1,8 @@
-"""What is in a data folder: the one place that lists folders, so that all commands see the same classes and files.
+"""Lists data folders, in one place, so that all commands see the same classes and files.
 
-Names that begin with a dot (`.ipynb_checkpoints`, `.DS_Store`, `._cat.png`) and folders of operating systems (SYSTEM)
-are left out. Symbolic links are followed, but each real file is listed once: a link to a file or folder that is listed
-anyway adds nothing. What is neither a file nor a folder, such as a FIFO, is left out too.
+Skips names that begin with a dot (`.ipynb_checkpoints`, `.DS_Store`, `._cat.png`), folders of operating systems
+(SYSTEM), and anything that is neither a file nor a folder, such as a FIFO. Follows symbolic links, but lists each real
+file once: a link to something already listed adds nothing.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ats.errors import UserError, counted, printable
 
 logger = logging.getLogger(__name__)
 
-# What zip files made on a Mac, network drives (@eaDir: thumbnails, as images), Windows and file systems add.
+# Added by zip files made on a Mac, network drives (@eaDir: thumbnails, as images), Windows and file systems.
 SYSTEM = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 SHOWN_KINDS = 5  # extensions that a warning names
 LEFT_OUT = HIDDEN, REPEATED, SPECIAL = "hidden", "linked twice or in a loop", "neither file nor folder"
 
 
 def class_folders(folder: str | os.PathLike) -> list[str]:
-    """Names of the folders in `folder`, sorted as text, so that the i-th has label i.
+    """Names of the folders in `folder`, sorted as text: the i-th has label i.
 
-    Raises a UserError if `folder` cannot be read, or if a link in it leads nowhere: the labels may depend on it.
+    Raises a UserError if `folder` cannot be read, or contains a broken link: the labels may depend on it.
     """
     inside, names = os.path.join(os.path.realpath(folder), ""), []
     for entry in _entries(folder):
@@ -56,9 +56,9 @@ def class_folders(folder: str | os.PathLike) -> list[str]:
 
 @cache  # one warning, not one per split
 def warn_about_numbers(root: str, classes: Sequence[str]) -> None:
-    """Warn if the names are numbers that sort in another order than as text. `root`: the folder with the splits.
+    """Warn if the names are numbers whose numeric order differs from their text order. `root`: the folder of splits.
 
-    A network trained elsewhere, in numeric order, gets other labels here.
+    A network trained elsewhere with labels in numeric order gets different labels here.
     """
     if all(re.fullmatch(r"[-+]?\d+(\.\d+)?", name) for name in classes) and sorted(classes, key=float) != list(classes):
         shown = ", ".join(f"{name} has label {label}" for label, name in enumerate(classes[:6]))
@@ -71,11 +71,11 @@ def warn_about_numbers(root: str, classes: Sequence[str]) -> None:
 
 
 def files_below(root: str | os.PathLike, extensions: Sequence[str], *, noun: str) -> list[str]:
-    """Paths, relative to `root`, of all files below it that have one of the extensions, class by class: sorted by the
-    folder in `root`, then by the file's own folder, then by name.
+    """Paths, relative to `root`, of all files below it with one of the extensions, class by class: sorted by the folder
+    in `root`, then by the file's own folder, then by name.
 
-    One warning counts what is left out and calls the files `noun`s. A link that leads nowhere is listed, as a missing
-    file: an error when it is read is better than a smaller data set.
+    One warning counts what was left out and calls the files `noun`s. A broken link is listed: an error on reading it is
+    better than a silently smaller data set.
 
     Raises a UserError if a folder cannot be read.
     """
@@ -88,7 +88,7 @@ def files_below(root: str | os.PathLike, extensions: Sequence[str], *, noun: str
 
     inside = os.path.join(os.path.realpath(root), "")
     files, links, seen = [], deque([""]), set()  # seen: real paths
-    while links:  # `root` itself first, so that a file has the label of the folder that it lies in
+    while links:  # `root` itself first, so that a file gets the label of the folder it is in
         link = links.popleft()
         path = os.path.join(root, link)
         real = os.path.realpath(path)
@@ -130,24 +130,24 @@ def files_below(root: str | os.PathLike, extensions: Sequence[str], *, noun: str
     return sorted(files, key=lambda path: (path.split(os.sep, 1)[0], *os.path.split(path)))
 
 
-@cache  # a training also lists what its evaluations will read
+@cache  # training also lists the data of its evaluations
 def _warn(message: str) -> None:
     logger.warning("%s", message)
 
 
 def same_in_nfc(name: str, others: Iterable[str]) -> bool:
-    """Whether one of `others` looks like `name` without being equal: e with an accent is one character or two."""
+    """Whether one of `others` looks like `name` without being equal: an accented e is one character or two."""
     form = unicodedata.normalize("NFC", name)
     return any(other != name and unicodedata.normalize("NFC", other) == form for other in others)
 
 
 def advise_nfc(names: Iterable[str], others: Collection[str], *, folder: str, root: str) -> str:
-    """What to type if `folder`, which has no class folder of one of `names`, has one whose name looks the same."""
+    """What to type if `folder` lacks a class folder in `names` but has one whose name looks the same."""
     if not any(same_in_nfc(name, others) for name in names):
         return ""
     return (
-        f" {folder} has the same in other characters (macOS writes an accent as one of its own, others do not). To "
-        f"make the names equal type convmv -r -f utf8 -t utf8 --nfc --notest {root}"
+        f" {folder} has the same name in other Unicode characters (macOS stores accents separately). To make the names "
+        f"equal, type convmv -r -f utf8 -t utf8 --nfc --notest {root}"
     )
 
 
@@ -156,9 +156,9 @@ def _is_hidden(name: str) -> bool:
 
 
 def _walk(top: str | os.PathLike[str], skipped: Counter[str]) -> tuple[list[str], list[str], list[str]]:
-    """The files, folders and links below `top`, relative to it, without following links; counts what it skips."""
+    """The files, folders and links below `top`, relative to it. Does not follow links; counts what it skips."""
     files, folders, links = list[str](), list[str](), list[str]()
-    for folder in chain([""], folders):  # which grows
+    for folder in chain([""], folders):  # `folders` grows while iterating
         for entry in _entries(os.path.join(top, folder)):
             path = os.path.join(folder, entry.name)
             if _is_hidden(entry.name):

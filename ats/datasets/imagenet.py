@@ -27,7 +27,7 @@ from ats.errors import NoSuchSplit, UserError, counted, printable
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own default limit; checked here too because some programs turn that off
-# Not every format Pillow can open: for EPS it would start Ghostscript, whatever the file's name.
+# Not every format Pillow can open: for EPS it would start Ghostscript, whatever the extension.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 # Tags of TIFF, and their values.
 BITS_PER_SAMPLE, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339
@@ -49,8 +49,8 @@ class ImageNet(FileDataset):
     def __post_init__(self) -> None:
         self.folder = os.path.join(os.path.expanduser(self.root), self.split)
         self.classes, files = _scan(self.folder)  # the names of the class folders, sorted
-        # Arrays, not lists: reading a list entry writes its reference count, so copy-on-write would end up giving
-        # every worker its own copy of the 1.3 million paths.
+        # Arrays, not lists: reading a list entry writes its reference count, so copy-on-write would give every worker
+        # its own copy of the 1.3 million paths.
         self.files = np.array(list(map(os.fsencode, files)))
         label = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([label[_class_of(path)] for path in files])  # int64, one per image
@@ -69,8 +69,8 @@ class ImageNet(FileDataset):
 
 
 def read_image(path: str) -> Image.Image:
-    """Decode an image file and convert it to RGB, as torchvision's ImageFolder does: neither turned as its EXIF data
-    say, nor put on a background where it is transparent.
+    """Decode an image file and convert it to RGB like torchvision's ImageFolder, which ignores the EXIF orientation and
+    drops the alpha channel without blending.
 
     Raises a UserError if the file is missing, is not an image, is damaged, is too large to decode safely, or holds
     numbers of unknown range.
@@ -89,7 +89,7 @@ def read_image(path: str) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image with 8 bits for each of red, green and blue.
 
-    Of 16 bits the upper 8 are taken. Pillow itself does so where there are several channels, but clips single ones.
+    16-bit values keep their upper 8 bits. Pillow does the same for several channels, but clips single-channel images.
     """
     tags = getattr(image, "tag_v2", {})  # of TIFF
     bits = max(tags.get(BITS_PER_SAMPLE, (16,)))
@@ -152,7 +152,7 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
         logger.warning(message, folder, counted(num_beside, "image is", "images are"))
     if empty := sorted(known - set(map(_class_of, files))):
         names = ", ".join(map(printable, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        message = "%d of the %d class folders in %s hold no image: %s. Their labels keep their places."
+        message = "%d of the %d class folders in %s hold no image: %s. They keep their labels."
         logger.warning(message, len(empty), len(classes), folder, names)
     warn_about_numbers(root, tuple(classes))
     return classes, files

@@ -3,8 +3,8 @@
     abseiling/4YTwq0-73Y8_000044_000054.mp4 0
     air drumming/-VtLx-mcPds_000012_000022.mp4 1
 
-The label follows the last separator, so paths may contain separators. A path in quotation marks is read as pandas and
-Excel write it.
+The label follows the last separator, so paths may contain separators. Quoted paths are read as pandas and Excel write
+them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ats.files import encoding_of
 logger = logging.getLogger(__name__)
 
 SEPARATORS = (" ", ",", "\t", ";")
-NO_TABLE = "Remove it; pandas leaves it out with to_csv(..., header=False, index=False)."
+NO_TABLE = "Remove it; pandas omits it with to_csv(..., header=False, index=False)."
 
 
 class Listing(NamedTuple):
     """The videos of a csv file."""
 
     csv: str  # its path
-    folder: str  # that relative paths start from
+    folder: str  # root of relative paths
     paths: np.ndarray  # bytes
     labels: np.ndarray
     lines: np.ndarray  # line numbers, from 1
@@ -62,10 +62,10 @@ class Kinetics(FileDataset):
     num_clips: int = 1
 
     def __post_init__(self) -> None:
-        import_av()  # if it is missing, no file is to blame
+        import_av()  # fail here, so that no file is blamed
         self.num_videos, self.num_views = len(self.listing.labels), self.num_clips * len(self.transforms)
         assert self.split == "test" or self.num_views == 1, "only testing has several views"
-        self._last: tuple[tuple[int, int], np.ndarray] | None = None  # (video, clip) and frames decoded last
+        self._last: tuple[tuple[int, int], np.ndarray] | None = None  # the last decoded (video, clip) and its frames
 
     def __len__(self) -> int:
         return self.num_videos * self.num_views
@@ -90,7 +90,7 @@ class Kinetics(FileDataset):
             return self.transforms[0](read_clip(self.path(index), self.sampling))
         # The crops of a clip are consecutive samples: decode once for all of them.
         if self._last is None or self._last[0] != (video, clip):
-            # SlowFast validates on random clips; the middle one is the same in every run.
+            # SlowFast validates on random clips; the middle clip is deterministic.
             use_offset = self.sampling.use_offset_sampling or self.split == "val"
             sampling = self.sampling._replace(use_offset_sampling=use_offset)
             self._last = (video, clip), read_clip(self.path(index), sampling, clip=clip, num_clips=self.num_clips)
@@ -119,8 +119,8 @@ def read_csv(path: str, *, separator: str, num_classes: int, prefix: str = "", a
     Args:
         separator: between path and label; the label follows the last one. A tab may be typed as backslash and t.
         num_classes: labels are 0 to `num_classes - 1`.
-        prefix: folder that paths start from and must stay in; `..` in them is resolved. "": they start from the
-            folder of the file, and any path will do.
+        prefix: root folder that paths must stay in; `..` in them is resolved. "": the folder of the csv file, and any
+            path is allowed.
         allow_outside: accept paths that leave `prefix`.
 
     Raises:
@@ -135,7 +135,7 @@ def read_csv(path: str, *, separator: str, num_classes: int, prefix: str = "", a
             f"There is no {path}. DATA.PATH_TO_DATA_DIR must be a folder with train.csv, val.csv and test.csv: one "
             f"line `path{separator}label` per video; tools/prepare_kinetics.py writes them."
         )
-    # As in SlowFast, except that without a prefix SlowFast resolves relative paths against the working directory.
+    # As in SlowFast, but without a prefix SlowFast resolves relative paths against the working directory.
     folder = os.path.expanduser(prefix) or os.path.dirname(path)
     lines = _lines(path)
     if not lines:
@@ -160,7 +160,7 @@ def _lines(path: str) -> list[tuple[int, str]]:
 
 
 def _split(line: str, separator: str) -> tuple[str, int] | None:
-    """The path and the label of a line; None if it is not of this form."""
+    """The path and the label of a line; None if it has no such form."""
     path, _, label = line.rpartition(separator)
     mark = separator.strip() or separator[0]
     if '"' in line and len(mark) == 1:
@@ -206,8 +206,8 @@ def _shown(line: str) -> str:
 
 
 def _as_here(videos: list[str], *, folder: str, separator: str, listing: str) -> list[str]:
-    """The paths with / for the \\ of Windows. Refuses the numbers of columns or lines that pandas adds. A line that
-    names a file as it stands is right.
+    """Replace the \\ of Windows paths by /; refuse the column or row numbers that pandas adds. A line that names an
+    existing file is taken unchanged.
     """
 
     def exists(video: str) -> bool:
@@ -221,15 +221,15 @@ def _as_here(videos: list[str], *, folder: str, separator: str, listing: str) ->
     first = next((video for video in videos if "\\" in video), None)
     if first is None or exists(first) or not exists(first.replace("\\", "/")):
         return videos
-    logger.warning("%s: its paths are Windows', so each \\ is read as /.", listing)
+    logger.warning("%s has Windows paths: each \\ is read as /.", listing)
     return [video.replace("\\", "/") for video in videos]
 
 
 def _resolve(path: str, prefix: str, *, where: str) -> str:
-    """The path with `..` resolved. Refuses absolute paths and paths that climb out of the prefix: the author of the csv
-    must not choose which files are read. Symbolic links are followed, because the owner of the folder made them.
+    """Resolve `..` in a path. Refuses absolute paths and paths that leave the prefix: the author of the csv must not
+    choose which files are read. Symbolic links are followed, because the owner of the folder made them.
     """
-    # Not left to the system, which would resolve the .. of `link/../file` after following the link.
+    # Not left to the OS, which would resolve the .. of `link/../file` after following the link.
     inside = os.path.normpath(path)
     if os.path.isabs(inside) or inside.split("/")[0] == "..":
         raise UserError(

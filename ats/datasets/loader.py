@@ -1,8 +1,7 @@
-"""Which samples form which batch, and the DataLoader: how its workers report bad files, die and are stopped.
+"""Batch samplers, and a DataLoader whose workers report bad files, and die and stop cleanly.
 
 The order of an epoch is a pure function of (seed, epoch), and each process takes its slice of every global batch. So
-neither the number of processes nor stopping and resuming in mid-epoch changes anything. Batch sizes are global: over
-all processes.
+neither the number of processes nor resuming in mid-epoch changes anything. Batch sizes are global: over all processes.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ WORKER_DEATH_WAIT = 5.0  # seconds; a worker that closed its pipe has died by th
 class TrainBatchSampler(Sampler[list[Draw]]):
     """One process's share of shuffled batches of `Draw`. Drops an incomplete last batch.
 
-    With `num_repeats` R, an epoch holds R consecutive draws of every R-th image of the shuffled order: the repeated
+    With `num_repeats` R, an epoch draws each of the first 1 / R of the shuffled images R times in a row: the repeated
     augmentation of Hoffer et al., as in DeiT's RASampler. The epoch keeps its length and sees fewer images more often.
 
-    Shares of a batch may differ by one sample. With `pairs` a process takes samples i and B - 1 - i of the batch
-    together: Mixup mixes exactly these, so it mixes the same samples for any number of processes.
+    Shares of a batch may differ by one sample. With `pairs`, samples i and B - 1 - i of the batch go to the same
+    process. Mixup mixes exactly these pairs, so the result does not depend on the number of processes.
 
     Raises:
         UserError: a batch is larger than the data set, or smaller than the number of processes (twice that number with
@@ -73,7 +72,7 @@ class TrainBatchSampler(Sampler[list[Draw]]):
         self.epoch, self.start_batch = epoch, start_batch
 
     def global_order(self) -> list[Draw]:
-        """All draws of the epoch over all processes, in order: batch b is `[b * batch_size : (b + 1) * batch_size]`."""
+        """All draws of the epoch, over all processes: batch b is `[b * batch_size : (b + 1) * batch_size]`."""
         rng, epoch_size = np.random.default_rng([self.seed, self.epoch]), self.num_batches * self.batch_size
         permutation = rng.permutation(self.num_samples)
         seeds = rng.integers(2**32, size=epoch_size)
@@ -91,7 +90,7 @@ class TrainBatchSampler(Sampler[list[Draw]]):
 
 @dataclass(eq=False)
 class EvalBatchSampler(Sampler[list[int]]):
-    """Batches of indices in order: each sample exactly once over all processes; none is repeated to fill a batch.
+    """Batches of indices in order: each sample exactly once over all processes, with no padding of the last batch.
 
     Each process gets a slice of every global batch. At the end it may get one sample, or one batch, fewer than another.
     """
@@ -113,12 +112,12 @@ class EvalBatchSampler(Sampler[list[int]]):
 
 
 def _share(batch, rank: int, world_size: int):
-    """The slice of a global batch (list or range) of `rank`; sizes differ by at most one."""
+    """The slice of a global batch (list or range) for `rank`; sizes differ by at most one."""
     return batch[len(batch) * rank // world_size : len(batch) * (rank + 1) // world_size]
 
 
 def _share_of_pairs(batch: list, rank: int, world_size: int) -> list:
-    """The pairs (i, B - 1 - i) of `rank`, in an order that makes i and B' - 1 - i of the share a pair again."""
+    """The pairs (i, B - 1 - i) of `rank`, ordered so that positions i and B' - 1 - i of the share are again pairs."""
     num_pairs = len(batch) // 2
     first, last = num_pairs * rank // world_size, num_pairs * (rank + 1) // world_size
     middle = batch[num_pairs : len(batch) - num_pairs] if rank == 0 else []
@@ -128,12 +127,12 @@ def _share_of_pairs(batch: list, rank: int, world_size: int) -> list:
 class Loader(DataLoader):
     """A DataLoader that raises a worker's UserError unchanged, and a worker's death always as a RuntimeError.
 
-    A plain DataLoader would put the worker's traceback into the error's text. So the data set returns the error in
-    place of the batch (`__getitems__`), and it is raised here when its batch is due.
+    A plain DataLoader would put the worker's traceback into the message. So the data set returns the error instead of
+    the batch (`__getitems__`), and the loader raises it when that batch is due.
     """
 
     dataset: Any  # a `Dataset` with a length, which PyTorch's class does not promise
-    batch_sampler: Any  # of `build_loader`: a `TrainBatchSampler` or an `EvalBatchSampler`
+    batch_sampler: Any  # from `build_loader`: a `TrainBatchSampler` or an `EvalBatchSampler`
 
     def __init__(self, dataset: Dataset, **settings: Any):
         super().__init__(dataset, collate_fn=collate, worker_init_fn=init_worker, **settings)
@@ -142,16 +141,16 @@ class Loader(DataLoader):
         try:
             for batch in super().__iter__():
                 if isinstance(batch, UserError):
-                    # A new one: raising `batch` itself would create a reference cycle with this frame, and an iterator
-                    # freed as part of a cycle waits five seconds for each of its workers.
+                    # A copy: raising `batch` itself would create a reference cycle with this frame, and an iterator
+                    # freed as part of a cycle waits five seconds for each worker.
                     raise type(batch)(*batch.args)
                 yield batch
         except (OSError, EOFError) as error:
             if not self.num_workers:
                 raise
-            # A worker that dies while handing over a batch does not always give PyTorch's own error: its pipe closes
-            # before its SIGCHLD arrives. PyTorch raises that error, which says what killed the worker, when the signal
-            # comes. Wait for it here: while the iterator is being deleted, Python would only print it.
+            # A worker that dies while handing over a batch closes its pipe before its SIGCHLD arrives. On that signal
+            # PyTorch raises an error that says what killed the worker. Wait for it here: raised while the iterator is
+            # being deleted, Python would only print it.
             time.sleep(WORKER_DEATH_WAIT)
             raise RuntimeError(
                 f"DataLoader worker exited unexpectedly while a batch was read from it ({error!r})."
@@ -174,22 +173,23 @@ def _no_way_to_hand_over(error: Exception) -> UserError:
     return UserError(
         f"A data worker cannot hand over its batch: {error}. If /dev/shm is full, give the container more (docker run "
         "--shm-size=8g); if too many files are open, type ulimit -n 65535 first; if a path is too long, type export "
-        "TMPDIR=/tmp first. Or set DATA_LOADER.NUM_WORKERS to a smaller number: 0 needs none of these. The same "
-        "command goes on from the last checkpoint."
+        "TMPDIR=/tmp first. Or lower DATA_LOADER.NUM_WORKERS: 0 needs none of these. Run the same command to resume "
+        "from the last checkpoint."
     )
 
 
 def _hand_over_error(queue: Queue, error: Exception, batch: tuple[int, object]) -> None:
-    """Put the error in place of the batch that the queue's thread could not write. Its own way is to print a traceback
-    and go on, and the training would wait for that batch for ever.
+    """Send the error instead of the batch that the queue's thread could not write.
+
+    By default the thread prints a traceback and goes on, and training waits for that batch forever.
     """
     queue.put((batch[0], _no_way_to_hand_over(error)))
 
 
 def init_worker(worker: int) -> None:
-    """A `worker_init_fn`: leave stopping to the training process, since schedulers and terminals signal whole groups.
+    """A `worker_init_fn`: ignore stop signals, which schedulers and terminals send to whole process groups.
 
-    A SIGTERM from that process itself still counts: PyTorch ends a worker that way if it does not exit on its own.
+    A SIGTERM from the training process itself still counts: PyTorch ends workers that way if they do not exit.
     """
     Queue._on_queue_feeder_error = _hand_over_error  # type: ignore[attr-defined]  # in this process only
     for signum in STOP_SIGNALS:
@@ -208,6 +208,6 @@ def _exit_on_parents_sigterm() -> None:
 
 
 def num_cores() -> int:
-    """Cores per process that torchrun started on this machine, within a container's CPU limit where one can be read."""
+    """CPU cores for each process that torchrun started on this machine. Respects CPU affinity, but no CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // environment_number("LOCAL_WORLD_SIZE", 1), 1)

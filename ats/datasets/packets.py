@@ -1,7 +1,7 @@
-"""What a video file says without decoding it: how many frames each packet shows, and whether the file is complete.
+"""Inspects a video file without decoding it: how many frames each packet shows, and whether the file is complete.
 
-FFmpeg knows neither. A packet of VP8, VP9 or AV1 may hold only a picture that later ones refer to (an alternate
-reference frame), which decodes to nothing; and FFmpeg reads a file that was cut off as if it were complete.
+FFmpeg tells neither. A packet of VP8, VP9 or AV1 may hold only an alternate reference frame, which later frames refer
+to and which decodes to nothing. And FFmpeg reads a truncated file as if it were complete.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# Top-level boxes of mp4 and mov. Anything else may be data that somebody appended.
+# Top-level boxes of mp4 and mov. Anything else may be appended data.
 BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"sidx", b"mfra", b"uuid", b"udta"}
 
-TINY = 20  # bytes; codecs without a parser here mark a skipped frame by a packet smaller than this (FFmpeg's limit)
+TINY = 20  # bytes; for other codecs, a packet smaller than this marks a skipped frame (FFmpeg's limit)
 
 
 def num_shown(codec: str, data: memoryview) -> int | None:
@@ -31,7 +31,7 @@ def num_shown(codec: str, data: memoryview) -> int | None:
 
 
 def _vp9_frames(data: memoryview) -> Iterator[memoryview]:
-    """The frames of a packet, which is one frame or a superframe: several, then an index of their sizes."""
+    """The frames of a packet: either one, or a superframe of several followed by an index of their sizes."""
     marker, start = data[-1], 0
     num_frames, num_bytes = (marker & 7) + 1, (marker >> 3 & 3) + 1
     index = data[-(2 + num_frames * num_bytes) :]
@@ -57,11 +57,11 @@ def _av1_is_shown(header: memoryview) -> bool:
 
 
 def _av1_frame_headers(data: memoryview) -> Iterator[memoryview]:
-    """The OBUs of a packet that begin with a frame header: OBU_FRAME_HEADER and OBU_FRAME."""
+    """The OBUs of a packet that start with a frame header: OBU_FRAME_HEADER and OBU_FRAME."""
     position = 0
     while position < len(data):
         header = data[position]
-        position += 1 + (header >> 2 & 1)  # the header, perhaps with an extension
+        position += 1 + (header >> 2 & 1)  # the header and its optional extension
         size = len(data) - position
         if header >> 1 & 1:
             size, position = _leb128(data, position)
@@ -71,7 +71,7 @@ def _av1_frame_headers(data: memoryview) -> Iterator[memoryview]:
 
 
 def _leb128(data: memoryview, position: int) -> tuple[int, int]:
-    """A number of 7 bits per byte, lowest first, and the position after it."""
+    """A number with 7 bits per byte, lowest first, and the position after it."""
     value = 0
     for i, byte in enumerate(data[position : position + 8]):
         value |= (byte & 127) << 7 * i
@@ -83,7 +83,7 @@ def _leb128(data: memoryview, position: int) -> tuple[int, int]:
 def is_cut_off(path: str | os.PathLike) -> bool:
     """Whether an mp4, mov, mkv, webm or avi file ends before its last box, segment or chunk; False for other formats.
 
-    A file without sizes (a live recording), or cut between two fragments, looks complete.
+    A file without sizes (a live recording), or one cut between two fragments, looks complete.
     """
     end = os.path.getsize(path)
     with open(path, "rb") as file:

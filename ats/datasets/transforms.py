@@ -1,9 +1,9 @@
-"""Transforms for training and evaluation: of images timm's, which are DeiT's; of clips SlowFast's and XViT's.
+"""Transforms for training and evaluation: timm's (DeiT's) for images, SlowFast's and XViT's for clips.
 
-Images are RGB PIL images and become float32 [3, crop_size, crop_size]. Clips are uint8 RGB frames [T, H, W, 3] and
-become float32 [3, T, crop_size, crop_size], with one random draw per clip: all its frames are cropped, flipped and
-coloured alike. Both are normalised by mean and std. Draws come from the global generators of `random`, `numpy` and
-`torch`, which the data set seeds for each sample.
+PIL RGB images become float32 [3, crop_size, crop_size]. Clips, uint8 RGB frames [T, H, W, 3], become float32
+[3, T, crop_size, crop_size], with one random draw per clip: all its frames get the same crop, flip and colours. Both
+are normalised by mean and std. Random numbers come from the global generators of `random`, `numpy` and `torch`, which
+the data set seeds for each sample.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ Transform = Callable[[Image.Image], Tensor]
 ClipTransform = Callable[[np.ndarray], Tensor]
 RGB = Sequence[float]  # a number per channel
 
-# Long side / short side up to which images and clips are enlarged as a whole.
+# Images and clips up to this long side / short side are resized as a whole.
 MAX_IMAGE_ASPECT, MAX_CLIP_ASPECT = 64, 8
 
 
 class Augmentation(NamedTuple):
-    """The random part of training transforms: arguments of timm's `create_transform`, and what they mean for clips."""
+    """The random part of training transforms: arguments of timm's `create_transform`, and their meaning for clips."""
 
-    scale: Sequence[float] = ()  # range of crop area / image area; (): 0.08 to 1, and for clips another kind of crop
+    scale: Sequence[float] = ()  # range of crop area / image area; (): 0.08 to 1, or for clips another kind of crop
     ratio: Sequence[float] = (3 / 4, 4 / 3)  # range of the crop's width / height
     hflip: float = 0.5  # probability
-    interpolation: str = "bicubic"  # of images' crop ("random" draws bilinear or bicubic), of clips' rotations
+    interpolation: str = "bicubic"  # of image crops ("random" draws bilinear or bicubic), or of rotations of clips
     auto_augment: str = ""  # timm's policy name, such as "rand-m9-mstd0.5-inc1" or "v0"; "" for none
-    color_jitter: float | None = None  # strength, of images only; as in DeiT, not combined with `auto_augment`
-    re_prob: float = 0.0  # random erasing, after normalisation; the rectangles are the same in all frames of a clip
+    color_jitter: float | None = None  # strength, images only; as in DeiT, not combined with `auto_augment`
+    re_prob: float = 0.0  # random erasing, after normalisation; all frames of a clip get the same rectangles
     re_mode: str = "pixel"
     re_count: int = 1
 
@@ -73,8 +73,8 @@ def eval_transform(
 
 @dataclass(frozen=True)
 class ResizeAndCrop:
-    """`resize` the short side, then `crop` the centre. Of an image much longer than wide, only what the crop shows is
-    resized: the whole of 60,000 x 1 pixels, a PNG of 254 bytes, would take 12 GB.
+    """`resize` the short side, then `crop` the centre. Of a very elongated image, only the cropped part is resized:
+    60,000 x 1 pixels, a PNG of 254 bytes, would otherwise take 12 GB.
     """
 
     resize: Resize
@@ -89,7 +89,7 @@ class ResizeAndCrop:
             resized = int(short_resized * length / short)
             first = round((resized - side) / 2)
             start, end = first * length / resized, (first + side) * length / resized
-            # Cut the image too, because Pillow rounds the box to 24 bits; the filters look 2 pixels beyond the box.
+            # Crop the image too, because Pillow rounds the box to 24 bits; the filters reach 2 pixels beyond the box.
             low, high = max(0, math.floor(start) - 4), min(length, math.ceil(end) + 4)
             starts.append(start - low)
             ends.append(end - low)
@@ -120,7 +120,7 @@ def fix_posterize(policy: Callable) -> None:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **kwargs: object) -> Image.Image:
-    """timm's posterize. At full strength timm 1.0.31 keeps 0 bits, which is black, but Pillow 13 refuses 0."""
+    """timm's posterize. At full strength timm 1.0.31 keeps 0 bits, i.e. black, but Pillow 13 refuses 0."""
     return timm_posterize(image, bits_to_keep, **kwargs) if bits_to_keep else image.point(lambda _: 0)
 
 
@@ -185,8 +185,8 @@ def sample_along(clip: Tensor, dim: int, length: int, *, start: int, size: int) 
 
 
 def crop_along(clip: Tensor, *, short_side: int, size: int, crop: int) -> Tensor:
-    """[3, T, H, W] -> [3, T, size, size] of the resized clip: left (0), middle (1), right (2); if upright, top, middle,
-    bottom.
+    """[3, T, H, W] -> [3, T, size, size] of the resized clip: left (0), middle (1), right (2); top, middle, bottom for
+    a portrait clip.
     """
     height, width = resized_shape(clip.shape[2], clip.shape[3], short_side)
     tops, lefts = ((0, math.ceil(free / 2), free) for free in (height - size, width - size))
@@ -221,8 +221,8 @@ def train_clip_transform(
 ) -> ClipTransform:
     """Crop and flip, with AutoAugment or RandAugment and random erasing.
 
-    There are three kinds of crop. With `multi_scales` (crop sides / short side of the frame): XViT's, before the
-    augmentation. With `augmentation.scale`: MViT's random resized crop. With neither: SlowFast's and TimeSformer's
+    There are three kinds of crop. `multi_scales` (crop sides / short side of the frame) selects XViT's, before the
+    augmentation; `augmentation.scale` selects MViT's random resized crop; with neither, SlowFast's and TimeSformer's
     random crop, after resizing the short side to a random size in `jitter_scales` (pixels).
 
     Raises:
@@ -255,7 +255,7 @@ def train_clip_transform(
     return Compose(steps)
 
 
-# The steps are functions of this module, not closures: data workers that are not forked get them as a pickle.
+# The steps are module-level functions, not closures, because they are pickled for data workers that are not forked.
 
 
 def jittered_crop(clip: Tensor, *, scales: tuple[float, float], size: int) -> Tensor:
@@ -267,7 +267,7 @@ def jittered_crop(clip: Tensor, *, scales: tuple[float, float], size: int) -> Te
 
 
 def multi_scale_crop(frames: np.ndarray, *, crop_size: int, scales: Sequence[float]) -> np.ndarray:
-    """TSN's crop: sides of equal or adjacent scales, at one of 13 places, resized to `crop_size` with antialiasing."""
+    """TSN's crop: sides of equal or adjacent scales, at one of 13 places; resized to `crop_size` with antialiasing."""
     sides = [(i, j) for i in range(len(scales)) for j in range(len(scales)) if abs(i - j) <= 1]
     # Corners, centre, middles of the borders and of the quarters, in quarters of the free space.
     places = [(y, x) for y in range(5) for x in range(5) if (y + x) % 2 == 0]
@@ -283,7 +283,7 @@ def multi_scale_crop(frames: np.ndarray, *, crop_size: int, scales: Sequence[flo
 
 
 def erase_alike(clip: Tensor, *, erase: RandomErasing) -> Tensor:
-    """Random erasing with frames as channels: the rectangle is the same in all, the noise is not."""
+    """Random erasing with frames as channels: all frames share the rectangle, but not the noise."""
     return erase(clip.view(-1, *clip.shape[2:])).view_as(clip)
 
 

@@ -7,8 +7,8 @@
 A file holds SlowFast's `model_state`, `optimizer_state`, `epoch` (the last finished one, counted from 0) and `cfg`
 (YAML text), plus `step` (steps done in the next epoch), `sizes` (of data, batch and epoch), `scaler_state`,
 `ema_state` (with EMA), `best_top1`, `log_state` (the running averages of the next log line) and `cpu_kernels` (the
-fastest on this CPU; others would compute other last bits). Random states are not saved: the random numbers of a step
-follow from (RNG_SEED, epoch, step), those of a sample from (RNG_SEED, epoch, its place in the order).
+kernels chosen on this CPU; others would round differently). Random states are not saved: a step's random numbers
+depend only on (RNG_SEED, epoch, step), a sample's only on (RNG_SEED, epoch, its place in the order).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class TrainState:
     epoch: int = 0  # number of finished epochs, which is also the index of the current one
     step: int = 0  # steps done in the current epoch
     best_top1: float = -1.0  # best validation accuracy so far, in percent; -1 before the first evaluation
-    log_state: dict = field(default_factory=dict)  # of the log and the count of bad files, at the last checkpoint
-    sizes: dict[str, int] = field(default_factory=dict)  # of data, batch and epoch, which give `step` its meaning
+    log_state: dict = field(default_factory=dict)  # state of the log and of the bad-file count at the last checkpoint
+    sizes: dict[str, int] = field(default_factory=dict)  # sizes of data, batch and epoch that `step` refers to
 
     @property
     def eval_model(self) -> nn.Module:
@@ -70,12 +70,12 @@ class TrainState:
         return contents if self.ema is None else contents | {"ema_state": self.ema.module.state_dict()}
 
     def restore(self, contents: dict) -> None:
-        """Load the contents of a checkpoint file that `_misfit` has nothing against."""
+        """Load the contents of a checkpoint file that passed `_misfit`."""
         load_weights(self.model, contents["model_state"])
         own = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(contents["optimizer_state"])
         for group, set_by_cfg in zip(self.optimizer.param_groups, own, strict=True):
-            # load_state_dict brings back the old settings, which --force may have changed.
+            # load_state_dict restores the old settings, but --force may have changed them.
             names = {"weight_decay", "momentum", "lr_scale"} & set_by_cfg.keys()
             group.update({name: set_by_cfg[name] for name in names})
         if self.scaler.is_enabled() and contents.get("scaler_state"):
@@ -107,25 +107,25 @@ def newest_checkpoint(output_dir: Path) -> str:
 
 
 class Checkpoints:
-    """Writes a run's checkpoints on process 0, as `TRAIN.CHECKPOINT_*` say, and deletes old ones."""
+    """Writes a run's checkpoints on process 0, following `TRAIN.CHECKPOINT_*`, and deletes old ones."""
 
     def __init__(self, output_dir: Path, cfg: CfgNode) -> None:
         self._output_dir, self._settings, self._cfg_text = output_dir, cfg.TRAIN, cfg.dump()
         self._last_save = time.monotonic()
         if is_main():
-            (output_dir / "checkpoints").mkdir(exist_ok=True)  # fails here rather than after hours
-            # Left by runs that were killed while they saved.
+            (output_dir / "checkpoints").mkdir(exist_ok=True)  # fail now rather than after hours
+            # Left by runs that were killed while saving.
             for path in (output_dir / "checkpoints").glob(".*.tmp"):
                 path.unlink()
 
     def is_due(self, steps_done: int) -> bool:
-        """Whether to save now within an epoch, `steps_done` steps after the start of the training."""
+        """Whether to save now, in mid-epoch, `steps_done` steps after the start of training."""
         seconds, steps = 60 * self._settings.CHECKPOINT_MINUTES, self._settings.CHECKPOINT_STEPS
         by_time = seconds > 0 and time.monotonic() - self._last_save >= seconds
         return by_time or (steps > 0 and steps_done % steps == 0)
 
     def save(self, state: TrainState) -> None:
-        """Write the checkpoint of `state` and delete those that are too old.
+        """Write the checkpoint of `state` and delete outdated ones.
 
         Raises a UserError if the file cannot be written; earlier checkpoints are then intact.
         """
@@ -140,7 +140,7 @@ class Checkpoints:
                     "Make room and run the same command to resume from it."
                 ) from error
             saved, keep = list_checkpoints(self._output_dir), self._settings.CHECKPOINT_KEEP
-            # Those of a later place are damaged, or of batches of another size: the next run must not prefer them.
+            # Later ones are damaged, or counted in batches of another size: the next run must not resume from them.
             later, saved = saved[: saved.index(path)], saved[saved.index(path) :]
             for old in later + (saved[keep:] if keep else []):
                 old.unlink()
@@ -159,15 +159,15 @@ class Checkpoints:
 def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = False) -> Path | None:
     """Load the newest readable checkpoint into `state` and return its path; None if there is none.
 
-    Warns about damaged ones and skips them. Process 0 reads the file and sends it to the others. Without
-    TRAIN.AUTO_RESUME, nothing is loaded and there must be no checkpoints.
+    Skips damaged ones with a warning. Process 0 reads the file and broadcasts it. Without TRAIN.AUTO_RESUME, nothing is
+    loaded and there must be no checkpoints.
 
     Args:
         force: accept a checkpoint of another configuration; without TRAIN.AUTO_RESUME, delete the checkpoints.
 
     Raises:
-        UserError: the checkpoint belongs to another training, model or optimizer; or there are checkpoints although
-            this training does not resume.
+        UserError: the checkpoint belongs to another training, model or optimizer; or there are checkpoints but
+            TRAIN.AUTO_RESUME is False.
     """
     if not cfg.TRAIN.AUTO_RESUME:
         if (old := list_checkpoints(output_dir)) and not force:
@@ -202,20 +202,20 @@ def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = F
     batch_size, _ = changes.get("TRAIN.BATCH_SIZE", (cfg.TRAIN.BATCH_SIZE, None))
     state.restore({"sizes": {"batch_size": batch_size}} | contents)
     if changes and is_main():
-        logger.warning("%s was saved with other settings; from here on the new ones hold.%s", path, listed)
+        logger.warning("%s was saved with other settings; the new ones apply from now on.%s", path, listed)
     return path
 
 
 def _misfit(
     state: TrainState, contents: dict, changes: dict[str, tuple[Any, Any]]
 ) -> tuple[str, list[str], str | None] | None:
-    """Why `state` cannot go on from a checkpoint, which of the changed keys may be the cause, and what else to type to
-    start from its weights (None: they do not fit either). None: it can.
+    """Why `state` cannot resume from a checkpoint, which changed keys may be the cause, and what else to type to start
+    from its weights (None if they do not fit either). Returns None if it can resume.
     """
     there = {key: tuple(value.shape) for key, value in contents["model_state"].items()}
     here = {key: tuple(value.shape) for key, value in state.model.state_dict().items()}
     start = "" if here == there else _start_from(state.model, contents["model_state"])
-    # Weights may fit once they are adapted, e.g. resized to other images, but the state of the optimizer does not.
+    # Weights may fit after adaptation, e.g. resized to other images, but the optimizer state does not.
     if start != "" or any(there.get(key, shape) != shape for key, shape in here.items()):
         keys = [key for key in here | there if here.get(key) != there.get(key)]
         shown = [f"{key} {there.get(key, 'missing')} there, {here.get(key, 'missing')} now" for key in keys[:3]]
@@ -258,11 +258,11 @@ def _read_newest(output_dir: Path) -> tuple[Path | None, dict]:
 
 
 def _changes(cfg: CfgNode, contents: dict) -> dict[str, tuple[Any, Any]]:
-    """Key -> (value in the checkpoint, value now) of the settings that make this another training."""
+    """Key -> (value in the checkpoint, value now), for the settings that make this a different training."""
     earlier = get_cfg()
     try:
         earlier.merge_from_other_cfg(yaml.safe_load(contents.get("cfg", "")) or {})
-    except (UserError, yaml.YAMLError) as error:  # an older version's; loading the weights will tell whether they fit
+    except (UserError, yaml.YAMLError) as error:  # from an older version; loading the weights shows whether they fit
         logger.warning("The checkpoint's configuration cannot be compared with this one: %s", error)
         return {}
     free = {name for name, key in keys().items() if key.free}

@@ -1,10 +1,10 @@
-"""Where a run computes: its device, precision and random seeds, and its processes.
+"""Device, precision, random seeds and processes of a run.
 
     with process_group("auto"):       # does nothing in a single process
         train(cfg)
 
 torchrun starts the processes; each handles its share of the samples. Every function also works in a single process,
-where there is nothing to exchange. CPU tensors are exchanged by gloo, GPU tensors by NCCL.
+without communication. CPU tensors use gloo, GPU tensors NCCL.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ats.tokens import KeptTokens
 
 
 def select_device(name: str) -> torch.device:
-    """The device of `DEVICE`: "cpu", "cuda", or "auto": this process's GPU if there is one, else the CPU.
+    """The device for `DEVICE` "cpu", "cuda" or "auto" (this process's GPU if there is one, else the CPU).
 
     Turns TF32 off, so float32 is exact. Raises a UserError for "cuda" if PyTorch sees no GPU.
     """
@@ -55,8 +55,8 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 def seed_everything(*key: int) -> None:
     """Seed Python, NumPy and PyTorch (all devices) with a hash of `key`, e.g. (RNG_SEED, epoch, step).
 
-    Training reseeds at every step, so a step's random numbers depend on nothing but its key, and a resumed run draws
-    the same ones as an uninterrupted run.
+    Training reseeds at every step, so a step's random numbers depend only on its key, and a resumed run draws the same
+    ones as an uninterrupted run.
     """
     low, high = (int(word) for word in np.random.SeedSequence([word % 2**32 for word in key]).generate_state(2))
     random.seed(low)
@@ -106,7 +106,7 @@ def process_group(device: str = "auto", *, timeout_minutes: float = 10) -> Itera
     with explain_lost_process():
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
         yield
-        dist.destroy_process_group()  # skipped after an error: it would wait for processes that are gone
+        dist.destroy_process_group()  # skipped after an error: it would wait for dead processes
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def explain_lost_process() -> Iterator[None]:
                 f"MASTER_PORT {os.environ.get('MASTER_PORT', '')} is in use on this machine, perhaps by another run: "
                 "type torchrun --standalone ..., or give torchrun another --master_port."
             ) from error
-        # gloo has no exception type of its own; its errors name their source file or say "gloo".
+        # gloo has no exception type; its errors mention its source file or "gloo".
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise UserError(
                 f"Process {rank()} of {world_size()} stops because another one has stopped or cannot be reached; the "
@@ -137,14 +137,14 @@ def explain_lost_process() -> Iterator[None]:
 
 
 def all_reduce(values: Tensor, method: str = "sum") -> Tensor:
-    """The "sum" or "max" of `values` (same shape and dtype everywhere) over all processes, in place."""
+    """The "sum" or "max" of `values` over all processes (same shape and dtype on each), in place."""
     if world_size() > 1:
         dist.all_reduce(values, op=getattr(dist.ReduceOp, method.upper()))
     return values
 
 
 def wait_for_all() -> None:
-    """A barrier: return once every process has called it."""
+    """A barrier: returns once every process has called it."""
     all_reduce(torch.zeros(1))
 
 
@@ -165,8 +165,8 @@ def broadcast(item: Any) -> Any:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the buffers of process 0, e.g. the running statistics of batch norm: each process has updated
-    them with its own samples.
+    """Copy the buffers of process 0 to all processes, e.g. batch norm's running statistics, which each process updates
+    with its own samples.
     """
     for buffer in model.buffers() if world_size() > 1 else ():
         contiguous = buffer.contiguous()
@@ -176,7 +176,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 class _ForwardTokens(nn.Module):
-    """`forward_tokens` as `forward`, the method that DistributedDataParallel wraps."""
+    """Exposes `forward_tokens` as `forward`, which DistributedDataParallel wraps."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -193,6 +193,6 @@ def data_parallel(model: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return _ForwardTokens(model)
-    # Without find_unused_parameters, DDP rebuilds its buckets after the first step. A resumed run would then add the
-    # gradients of three or more processes in another order than the uninterrupted run.
+    # Without find_unused_parameters, DDP rebuilds its buckets after the first step. With three or more processes, a
+    # resumed run would then sum the gradients in a different order than the uninterrupted run.
     return DistributedDataParallel(_ForwardTokens(model), find_unused_parameters=True)

@@ -3,8 +3,8 @@
     result = evaluate(model, loader, device=torch.device("cpu"))
     result = evaluate_weights(cfg)      # the config's model, weights and data -> OUTPUT_DIR/result.json and a table
 
-Records are kept per sample and sorted by index before they are averaged, so the result depends neither on the batch
-size, nor on the order of the samples, nor on the number of processes.
+Records are kept per sample and sorted by index before averaging, so the result does not depend on the batch size, the
+order of the samples or the number of processes.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     tally: Tally | None = None,
 ) -> Result:
-    """Run `model` (on `device`) once over every sample of `loader`, in eval mode, then restore its mode. It computes in
-    the type of its weights.
+    """Run `model` (on `device`) once over every sample of `loader`, in eval mode and in the dtype of its weights, then
+    restore its mode.
 
-    With several processes, each runs over its own `loader` and all return the result of all samples.
+    With several processes, each runs over its own `loader`; all return the result over all samples.
 
     Args:
         ensemble: an empty one, for videos in several views. Videos with a clip marked `bad` are left out.
-        amp_dtype: autocast to this type.
-        tally: an empty one, if the caller wants this process's per-sample records.
+        amp_dtype: autocast to this dtype.
+        tally: an empty one, to get this process's per-sample records.
 
     Raises:
         UserError: there is nothing to evaluate.
@@ -105,11 +105,10 @@ def evaluate(
 
 @torch.no_grad()
 def check_samples(cfg: CfgNode, model: nn.Module, loaders: dict[Split, Loader], *, device: torch.device) -> None:
-    """Run `model` (on `device`) on the first sample of every split, so that what it cannot take shows before a run's
-    first step.
+    """Run `model` (on `device`) on the first sample of every split, so that a mismatch shows before the first step.
 
     Raises:
-        UserError: it cannot take a sample, or the sample cannot be read.
+        UserError: the model rejects a sample, or the sample cannot be read.
     """
     was_training = model.training
     model.eval()
@@ -124,7 +123,7 @@ def check_samples(cfg: CfgNode, model: nn.Module, loaders: dict[Split, Loader], 
             gflops(model, trace, x.shape)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # networks refuse a shape with any exception
+        except Exception as error:  # networks reject a shape with any exception
             size = f"DATA.{'TRAIN' if split == 'train' else 'TEST'}_CROP_SIZE {x.shape[-1]}"
             name = f"TEST.DATASET {cfg.TEST.DATASET}" if split == "test" else f"TRAIN.DATASET {cfg.TRAIN.DATASET}"
             shape = " x ".join(map(str, x.shape[1:]))
@@ -148,7 +147,7 @@ def build_test(cfg: CfgNode) -> tuple[Loader, Ensemble | None]:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """The type of a network's weights."""
+    """The dtype of a network's weights."""
     return next(model.parameters()).dtype
 
 
@@ -160,7 +159,7 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
     """Evaluate a network on `TEST.DATASET`; write OUTPUT_DIR/result.json and print the table.
 
     Args:
-        weights: the weights just trained. Without them: `TEST.CHECKPOINT_FILE_PATH`; without that: the weights that
+        weights: the weights just trained. Default: `TEST.CHECKPOINT_FILE_PATH`, or if that is empty the weights that
             timm downloads for TIMM.PRETRAINED.
 
     Raises:
@@ -207,14 +206,14 @@ def evaluate_weights(cfg: CfgNode, *, weights: str | Path = "") -> Result:
 def check_weights(cfg: CfgNode, weights: str, *, why: str = "there are no weights to evaluate", hint: str = "") -> None:
     """Raise a UserError if there is no weights file and timm downloads none for TIMM.PRETRAINED.
 
-    The message says `why` random weights are of no use; `hint`: what else to type.
+    `why`: why random weights are useless, for the message. `hint`: what else to type.
     """
     if not weights and not (cfg.MODEL.NAME.startswith("timm/") and cfg.TIMM.PRETRAINED):
         raise UserError(f"TEST.CHECKPOINT_FILE_PATH is empty: {why}. Type TEST.CHECKPOINT_FILE_PATH FILE{hint}.")
 
 
 def describe_weights(cfg: CfgNode, weights: str | Path) -> str:
-    """Where the weights of a network come from: a file, with its full path and kind; timm; or nowhere."""
+    """Where a network's weights come from: a file (full path and kind), timm, or random initialisation."""
     if not weights:
         from_timm = cfg.MODEL.NAME.startswith("timm/") and cfg.TIMM.PRETRAINED
         return f"timm's for {cfg.MODEL.NAME.removeprefix('timm/')}" if from_timm else f"random, RNG_SEED {cfg.RNG_SEED}"
@@ -225,7 +224,7 @@ def describe_weights(cfg: CfgNode, weights: str | Path) -> str:
 
 
 def build_trained(cfg: CfgNode, weights: str, *, advice: str = "") -> nn.Module:
-    """The network of `cfg` on the CPU, with the weights of a file if one is given; `advice`: see `load_weights`."""
+    """The network of `cfg` on the CPU, with weights from a file if given; `advice`: see `load_weights`."""
     model = build_model(cfg)
     if weights:
         load_weights(model, weights, advice=advice)
@@ -233,33 +232,31 @@ def build_trained(cfg: CfgNode, weights: str, *, advice: str = "") -> nn.Module:
     return model
 
 
-# What a network and its input follow from. Where these differ from the training's, weights may fit all the same.
+# Keys that define a network and its input. Weights may load even if these differ from the training's.
 OF_THE_NETWORK = re.compile(
     r"(MODEL|VIT|TIMM|XVIT|TIMESFORMER|MVIT|CVT|PSVIT|TEMPORAL_HEAD)\.|DATA\.(MEAN|STD|TEST_CROP_\w+|NUM_FRAMES|SAMPLING_RATE)$"
 )
 
 
 def network_settings(cfg: CfgNode) -> dict[str, object]:
-    """The keys that decide what a network computes of an image or clip, but those of ATS."""
+    """The keys, other than ATS's, that decide what a network computes from an image or clip."""
     others = ("TIMM.PRETRAINED", "MODEL.ACT_CHECKPOINT", "MODEL.NUM_CLASSES")
     return {key: value for key, value in flatten(cfg) if OF_THE_NETWORK.match(key) and key not in others}
 
 
 def _warn_of_other_settings(cfg: CfgNode, weights: str) -> None:
-    """Compare with the settings that a training left in the header of its weights."""
+    """Compare `cfg` with the settings that training stored in the header of the weights."""
     said, now = read_metadata(weights), network_settings(cfg)
     then = json.loads(said.get("network", "{}"))
     if others := {key: value for key, value in then.items() if key in now and value != now[key]}:
-        logger.warning("%s was trained with other settings. As there, type: %s", weights, typed(others))
+        logger.warning("%s was trained with other settings. To use them, type: %s", weights, typed(others))
     if not cfg.ATS.ENABLE and (settings := json.loads(said.get("ats", "{}"))):
         text = "%s was trained with ATS, and this network keeps all tokens. To sample: %s"
         logger.warning(text, weights, typed(settings))
 
 
 def write_result(cfg: CfgNode, result: Result, path: Path) -> None:
-    """Write result.json atomically: the fields of `Result`, the versions and device, what is done to images, and a
-    hash of the config.
-    """
+    """Write result.json atomically: the fields of `Result`, versions and device, preprocessing, and a config hash."""
     contents = asdict(result)
     contents |= contents.pop("video") or {}
     del contents["token_counts"]
@@ -276,14 +273,14 @@ def versions() -> dict[str, str]:
 
 
 def model_name(cfg: CfgNode) -> str:
-    """The model's name for tables: with the titles of its reductions, or "dense"."""
+    """The model's name for tables, with the titles of its reductions or "dense"."""
     if not cfg.ATS.ENABLE:
         return f"{cfg.MODEL.NAME} dense"
     return f"{cfg.MODEL.NAME} + {' + '.join(titles(cfg))}"
 
 
 def describe_model(cfg: CfgNode, model: nn.Module) -> str:
-    """Name, ATS blocks, size and dense cost of a model, for the head of the log."""
+    """Name, ATS blocks, size and dense cost of a model, for the start of the log."""
     blocks = ", ".join(str(block.reduction.block) for block in ats_blocks(model))
     name = model_name(cfg) + (f" in blocks {blocks}" if blocks else "")
     cost = dense_gflops(model, (1, *input_shape(cfg)))
@@ -291,7 +288,7 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> str:
 
 
 def format_table(results: dict[str, Result], *, style: str = "simple") -> str:
-    """An aligned table with a row per result; videos show their GFLOPs as per view x views.
+    """An aligned table with a row per result; videos show GFLOPs per view x number of views.
 
     `style` is one of tabulate's, e.g. "pipe" for markdown.
     """

@@ -1,7 +1,8 @@
-"""What a run writes in OUTPUT_DIR and on the console: one run at a time, and one configuration.
+"""What a run writes to OUTPUT_DIR and the console; one run at a time, with one configuration.
 
-`config.yaml` is the run's configuration and loads as it is. `log.txt` has its messages (`log_rank1.txt` those of the
-second process); DEBUG messages go nowhere else. The process that runs holds `.lock`. `train_log.py` writes the numbers.
+`config.yaml` is the run's configuration and loads unchanged. `log.txt` has its messages (`log_rank1.txt` those of the
+second process), including DEBUG messages, which go nowhere else. The running process holds `.lock`. `train_log.py`
+writes the numbers.
 """
 
 from __future__ import annotations
@@ -32,19 +33,20 @@ ROOT = logging.getLogger("ats")
 # What runs write in OUTPUT_DIR, besides checkpoints that come and go.
 FILES: tuple[str, ...] = (".lock", "log.txt", "log.jsonl", "config.yaml", "model.safetensors", "result.json")
 FILES += ("checkpoints/checkpoint_best.pyth",)
-_locks: dict[Path, IO] = {}  # folder -> its lock, which this process holds until it ends
+_locks: dict[Path, IO] = {}  # folder -> its lock, held until this process ends
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to stderr without breaking a running progress bar. If that fails, because the terminal or the reader is
-    gone or the disk full, it says so once; `log.txt` has the messages too.
+    """Writes to stderr without breaking a running progress bar.
+
+    If that fails (terminal or reader gone, disk full), it says so once; `log.txt` has the messages too.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except OSError as error:
-            self.setLevel(logging.CRITICAL + 1)  # removing it here would make this message miss the next handler
+            self.setLevel(logging.CRITICAL + 1)  # not removed: this message would then miss the next handler
             ROOT.warning("Nothing more is printed: the console cannot be written to (%s).", error.strerror)
 
 
@@ -77,7 +79,7 @@ def process_prefix() -> str:
 
 
 def setup_logging() -> None:
-    """Send the package's messages to the console, and buffer them for the file that `log_to_file` will name.
+    """Send the package's messages to the console, and buffer them for the file of `log_to_file`.
 
     Only the first process prints INFO messages; the others print warnings.
     """
@@ -90,7 +92,7 @@ def setup_logging() -> None:
 
 
 def log_to_file(path: Path) -> None:
-    """From now on append the package's messages to this file, starting with those buffered since `setup_logging`."""
+    """Append the package's messages to this file from now on, preceded by those buffered since `setup_logging`."""
     if not ROOT.handlers:
         setup_logging()
     file = _FileHandler(path, encoding="utf-8")
@@ -115,13 +117,13 @@ def open_output_dir(cfg: CfgNode) -> Path:
 
     Raises a UserError if another run is using it, or if it cannot be created or written to.
     """
-    from ats.engine.device import is_main, rank, wait_for_all  # needs PyTorch: imported once the config is right
+    from ats.engine.device import is_main, rank, wait_for_all  # imports PyTorch, so only once the config is valid
 
     output_dir = Path(cfg.OUTPUT_DIR)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         for path in (output_dir / name for name in FILES):
-            if path.is_dir() or path.is_fifo():  # which would end the run after hours, or make it wait for ever
+            if path.is_dir() or path.is_fifo():  # would end the run after hours, or block it forever
                 what = "folder" if path.is_dir() else "FIFO"
                 raise UserError(f"{path} is a {what}, but a file goes there. Remove it, or give another OUTPUT_DIR.")
         if is_main():
@@ -142,7 +144,7 @@ def _lock(folder: Path) -> None:
         return
     file = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115 - stays open as long as the process lives
     try:
-        # A POSIX lock ends with its process, even if the data workers live on for some seconds after a SIGKILL.
+        # A POSIX lock ends with its process, even if data workers survive a SIGKILL by some seconds.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -162,12 +164,12 @@ def _lock(folder: Path) -> None:
 
 
 def settings(cfg: CfgNode) -> dict[str, object]:
-    """Every setting that can change a result: the same on every machine and for every OUTPUT_DIR."""
+    """Every setting that can change a result; independent of the machine and of OUTPUT_DIR."""
     machine = {name for name, key in keys().items() if key.machine}
-    # ATS.STAGES came later than the first results: where it is not used, their hashes hold.
+    # ATS.STAGES is newer than the first results: left out if unused, so that their hashes stay valid.
     later = set() if cfg.ATS.STAGES else {"ATS.STAGES"}
     values = {name: value for name, value in flatten(cfg) if name not in machine | later}
-    # The default of ATS.BLOCKS was a list, until it followed the depth: where the blocks are the same, hashes hold too.
+    # The default of ATS.BLOCKS used to be a list; now it follows the depth. Same blocks, same hash.
     is_12_deep = cfg.MODEL.NAME in ("ViT", "XViT", "TimeSformer") and cfg.VIT.DEPTH == 12
     if cfg.ATS.BLOCKS is None and (is_12_deep or not cfg.ATS.ENABLE):
         values["ATS.BLOCKS"] = default_blocks(12)

@@ -1,6 +1,6 @@
-"""One optimizer step, and what it needs: optimizer, learning-rate schedule, gradient clipping, recipe.
+"""One optimizer step and its parts: optimizer, learning-rate schedule, gradient clipping, recipe.
 
-As in SlowFast, the learning rate is a pure function of the training progress, so checkpoints need no scheduler state.
+As in SlowFast, the learning rate is a pure function of training progress, so checkpoints need no scheduler state.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ats.errors import UserError, suggest
 
 
 def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.Optimizer:
-    """Build timm's optimizer as `SOLVER.*` says; call `set_lr` before every step.
+    """Build timm's optimizer from `SOLVER.*`; call `set_lr` before every step.
 
     With `SOLVER.ZERO_WD_1D_PARAM`, one-dimensional parameters (biases, norms) and those in `model.no_weight_decay()`
     (position embedding, prefix tokens) get no weight decay. `SOLVER.LAYER_DECAY` scales the learning rate block by
@@ -54,11 +54,11 @@ def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.Optimizer:
 
 
 def lr_schedule(cfg: CfgNode) -> Callable[[float], float]:
-    """The learning rate as a function of the progress in epochs, which may be fractional.
+    """The learning rate as a function of progress in (fractional) epochs.
 
     SOLVER.LR_POLICY "constant" is BASE_LR; "cosine" goes from BASE_LR, after the warm-up (at epoch 0 without
     COSINE_AFTER_WARMUP), down to COSINE_END_LR at MAX_EPOCH; "steps_with_relative_lrs" is BASE_LR times the entry of
-    LRS that begins at an epoch of STEPS. Over the first WARMUP_EPOCHS the rate rises linearly from WARMUP_START_LR to
+    LRS for the latest epoch of STEPS. During the first WARMUP_EPOCHS the rate rises linearly from WARMUP_START_LR to
     the policy's value at their end.
 
     Raises:
@@ -116,7 +116,7 @@ def clip_gradients(
 
 
 class Recipe:
-    """How to make a step, by `SOLVER.*`, `MIXUP.*` and `TRAIN.*`.
+    """How to make a step, from `SOLVER.*`, `MIXUP.*` and `TRAIN.*`.
 
     Raises a UserError if two settings contradict each other.
     """
@@ -127,7 +127,7 @@ class Recipe:
         self.amp_dtype = getattr(torch, cfg.TRAIN.AMP_DTYPE) if cfg.TRAIN.MIXED_PRECISION else None  # None: no autocast
         self.clip_norm, self.clip_value = cfg.SOLVER.CLIP_GRAD_L2NORM, cfg.SOLVER.CLIP_GRAD_VAL
         mixup, self.mixup = cfg.MIXUP, None
-        # Takes the soft targets of `mixup`, or labels without it.
+        # Takes the soft targets of `mixup`; without mixup, labels.
         self.criterion: nn.Module = LabelSmoothingCrossEntropy(mixup.LABEL_SMOOTH_VALUE)
         if not mixup.ENABLE:
             return
@@ -146,7 +146,7 @@ class Recipe:
         )
 
 
-MIN_LOSS_SCALE = 2.0**-14  # it begins at 2**16, and every skipped step halves it
+MIN_LOSS_SCALE = 2.0**-14  # the scale starts at 2**16, and every skipped step halves it
 
 
 class NonFiniteError(ArithmeticError):
@@ -174,8 +174,8 @@ def train_step(
         batch_size: size of the batch over all processes; default: B.
 
     Raises:
-        NonFiniteError: the loss is not finite, or the gradient is not and no scaler would skip the step, or it has
-            skipped one after the other. Raised on every process if it happens on one.
+        NonFiniteError: the loss is not finite; or the gradient is not, and there is no scaler to skip the step or it
+            has already skipped too many in a row. Raised on all processes if it happens on one.
     """
     optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
@@ -184,7 +184,7 @@ def train_step(
     chunks = list(zip(x.chunk(recipe.num_chunks), target.chunk(recipe.num_chunks), strict=True))
     for number, (x_chunk, target_chunk) in enumerate(chunks, start=1):
         share = len(x_chunk) / batch_size
-        # Processes exchange the gradients that have accumulated in the last chunk.
+        # Processes exchange the accumulated gradients only in the last chunk.
         with forward.no_sync() if number < len(chunks) and world_size() > 1 else nullcontext():
             with autocast(x.device, recipe.amp_dtype):
                 logits, trace = forward(x_chunk)
@@ -197,7 +197,7 @@ def train_step(
     scaler.unscale_(optimizer)
     grad_norm = clip_gradients(forward.parameters(), max_norm=recipe.clip_norm, max_value=recipe.clip_value)
     sums = all_reduce(torch.stack([loss, *tokens.values()]))
-    grad_norm, loss, *token_means = torch.cat([grad_norm[None], sums]).tolist()  # the only host wait
+    grad_norm, loss, *token_means = torch.cat([grad_norm[None], sums]).tolist()  # the only host synchronisation
     if not math.isfinite(loss):
         raise NonFiniteError(f"The loss is {loss}")
     if not math.isfinite(grad_norm) and not scaler.is_enabled():
@@ -207,7 +207,7 @@ def train_step(
     scale = scaler.get_scale() if scaler.is_enabled() else None
     if scale is not None and scale < MIN_LOSS_SCALE and not math.isfinite(grad_norm):
         raise NonFiniteError(
-            f"The gradient's norm is {grad_norm} (loss {loss:.4g}), however small float16's loss scale ({scale:.3g}); "
-            "TRAIN.AMP_DTYPE bfloat16 needs none. It happened"
+            f"The gradient's norm is {grad_norm} (loss {loss:.4g}), even at float16's loss scale {scale:.3g}; "
+            "TRAIN.AMP_DTYPE bfloat16 needs no loss scale. It happened"
         )
     return StepStats(loss, grad_norm, dict(zip(tokens, token_means, strict=True)), loss_scale=scale)

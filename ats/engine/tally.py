@@ -1,4 +1,4 @@
-"""The per-sample records of an evaluation, the scores of videos in several views, and the `Result` of both.
+"""Per-sample records of an evaluation, scores of videos in several views, and the `Result` of both.
 
 ensemble = Ensemble(num_videos=len(dataset) // 3, num_views=3)
 ensemble.add(logits, label, index)      # batch by batch, in any order
@@ -37,9 +37,9 @@ def hits(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class Result:
-    """The result of an evaluation; its fields are those of result.json.
+    """The result of an evaluation, with the fields of result.json.
 
-    For videos in several views samples are clips, `gflops` is per view, and `top1` and `top5` are per video.
+    For videos in several views, samples are clips, `gflops` is per view, and `top1` and `top5` are per video.
     """
 
     top1: float  # percent
@@ -49,7 +49,7 @@ class Result:
     gflops: dict[str, float]  # as run: mean, std, min, p5, p50, p95, max over the samples; paper_mean; dense (no ATS)
     tokens_per_block: dict[int, float]  # ATS block -> mean number of tokens kept, prefix tokens included
     images_per_second: float  # of the forward passes, summed over the processes; see `Tally.rate`
-    wall_seconds: float  # duration of the whole evaluation, with data loading
+    wall_seconds: float  # duration of the whole evaluation, including data loading
     params_m: float
     device: str
     token_counts: dict[int, list[int]]  # ATS block -> how many sequences kept 0, 1, 2, ... tokens; not in result.json
@@ -59,7 +59,7 @@ class Result:
 
 @dataclass
 class Tally:
-    """Per-sample records, in the order in which the samples arrived."""
+    """Per-sample records, in order of arrival."""
 
     # Per batch [B, 6] float64: index, top-1 hit, top-5 hit, non-finite, GFLOPs as run, GFLOPs as the paper counts.
     rows: list[Tensor] = field(default_factory=list)
@@ -78,17 +78,17 @@ class Tally:
         self.timing.append((len(index), seconds))
 
     def rate(self) -> float:
-        """Samples per second of forward pass, without the first batch unless it is the only one."""
+        """Samples per second of forward passes, excluding the first batch unless it is the only one."""
         timing = self.timing[1:] or self.timing
         return sum(n for n, _ in timing) / sum(seconds for _, seconds in timing) if timing else 0.0
 
     def result(self, *, ensemble: Ensemble | None, start: float, params_m: float, device: str) -> Result:
-        """The averages over the samples of all processes, without the clips of skipped videos.
+        """Averages over the samples of all processes, without the clips of skipped videos.
 
-        `start` of the evaluation is by `time.perf_counter`. Raises a UserError if there are no samples.
+        `start`: `time.perf_counter` at the start of the evaluation. Raises a UserError if there are no samples.
         """
         parts = all_gather(self)
-        # Ordered by index: the sums then depend neither on the batch size nor on the number of processes.
+        # Sorted by index, so that the sums do not depend on the batch size or the number of processes.
         rows = torch.cat([torch.zeros(0, 6, dtype=torch.float64), *(rows for part in parts for rows in part.rows)])
         rows = rows[rows[:, 0].argsort()]
         if (rows[1:, 0] == rows[:-1, 0]).any():
@@ -156,7 +156,7 @@ class Ensemble:
         self.labels[video[self.labels[video] < 0]] = label[self.labels[video] < 0]
         if wrong := index[self.labels[video] != label].tolist():
             raise RuntimeError(f"Clip {wrong[0]} has another label than the other clips of its video.")
-        # In float64 the order in which clips arrive changes no significant digit of the sum.
+        # In float64, the order of the clips does not change any significant digit of the sum.
         scores = logits.detach().to("cpu", torch.float64)
         if self.clip_score == "softmax":
             scores = scores.softmax(dim=1)
@@ -168,7 +168,7 @@ class Ensemble:
             self._scores.scatter_reduce_(0, video[:, None].expand_as(scores), scores, "amax")
 
     def drop_bad(self, batch: Sample) -> Sample:
-        """The batch without the clips that cannot be read; their videos are marked as skipped and named in the log."""
+        """Drop unreadable clips from a batch; their videos are marked as skipped and logged."""
         good = torch.tensor([not path for path in batch.bad])
         for path in sorted(set(filter(None, batch.bad))):
             logger.warning("%s cannot be read; its video is left out.", printable(path))
@@ -190,7 +190,7 @@ class Ensemble:
         return torch.full((self.num_videos, num_classes), start, dtype=torch.float64)
 
     def exchange(self) -> None:
-        """Merge the clips of all processes, so that each holds all; a RuntimeError if two have seen the same clip."""
+        """Merge the clips of all processes into each; raises a RuntimeError if two have seen the same clip."""
         seen = all_reduce(self.seen.to(torch.int32))
         if (seen > 1).any():
             raise RuntimeError(f"Processes have seen the same clips: {(seen > 1).nonzero()[:10].tolist()}.")
@@ -204,7 +204,7 @@ class Ensemble:
             all_reduce(self._scores, self.method)
 
     def scores(self) -> Tensor:
-        """[num_videos, classes] float64, every clip counted once; raises a RuntimeError if a clip is missing.
+        """Scores [num_videos, classes], float64, each clip counted once; raises a RuntimeError if a clip is missing.
 
         The rows of skipped videos are meaningless.
         """
@@ -214,13 +214,13 @@ class Ensemble:
         return self._scores
 
     def accuracy(self) -> tuple[float, float]:
-        """Top-1 and top-5 accuracy in percent, over the videos that are not skipped; needs all clips, as `scores`."""
+        """Top-1 and top-5 accuracy in percent, over the videos not skipped; like `scores`, needs all clips."""
         hit1, hit5, _ = hits(self.scores()[~self.skipped], self.labels[~self.skipped])
         return 100 * hit1.double().mean().item(), 100 * hit5.double().mean().item()
 
 
 def build_ensemble(cfg: CfgNode, dataset: object) -> Ensemble | None:
-    """The ensemble for a test set of clips; None for images, which have one view: asking for more is a UserError."""
+    """The ensemble for a test set of clips; None for images. Raises a UserError for images in several views."""
     if not isinstance(dataset, Kinetics):
         if cfg.TEST.NUM_ENSEMBLE_VIEWS not in (1, 10):  # 10 is the default, meant for clips
             raise UserError(f"TEST.NUM_ENSEMBLE_VIEWS {cfg.TEST.NUM_ENSEMBLE_VIEWS}: images have one view; type 1.")

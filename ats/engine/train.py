@@ -1,12 +1,12 @@
-"""Train a model with DeiT's recipe, or fine-tune `TRAIN.CHECKPOINT_FILE_PATH` with ATS; both use the same loop.
+"""Train a model with DeiT's recipe, or fine-tune `TRAIN.CHECKPOINT_FILE_PATH` with ATS, in the same loop.
 
     weights = train(cfg)        # -> OUTPUT_DIR/model.safetensors
 
-Random numbers are functions of their place in the training: those of a step (mixup, dropout, stochastic depth) follow
-from (RNG_SEED, epoch, step), those of a sample's augmentation from (RNG_SEED, epoch, its place in the order). So a run
-resumed at any step equals the uninterrupted run bit for bit. With several processes (`device.process_group`), each
-takes its share of every batch, and the result is the same up to round-off. SIGTERM (from a scheduler) and SIGINT
-(Ctrl-C), and the other `STOP_SIGNALS`, end a training after the current step, with a checkpoint.
+Random numbers of a step (mixup, dropout, stochastic depth) depend only on (RNG_SEED, epoch, step), those of a sample's
+augmentation only on (RNG_SEED, epoch, its place in the order). So a run resumed at any step equals the uninterrupted
+run bit for bit. With several processes (`device.process_group`), each takes its share of every batch, and results agree
+up to round-off. SIGTERM (from a scheduler), SIGINT (Ctrl-C) and the other `STOP_SIGNALS` end training after the current
+step, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ Draw = Callable[[nn.Module, Sequence[Sample]], Tensor | None]
 
 
 def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Path:
-    """Train as `cfg` says, export the weights to OUTPUT_DIR/model.safetensors and return that path.
+    """Train as configured, export the weights to OUTPUT_DIR/model.safetensors and return that path.
 
     With EMA.ENABLE, the exported weights are the EMA's.
 
     Args:
-        force: resume from checkpoints in OUTPUT_DIR although they belong to another configuration, or, without
+        force: resume from checkpoints in OUTPUT_DIR even if they belong to another configuration; without
             TRAIN.AUTO_RESUME, delete them.
-        draw: a function that draws a network on the validation data, for TensorBoard: [3, H, W] in 0..1, or None.
+        draw: draws a network's kept tokens on validation data for TensorBoard; returns [3, H, W] in 0..1, or None.
 
     Raises:
         UserError: bad settings, data, weights or checkpoints; OUTPUT_DIR belongs to another training or is in use; too
@@ -95,7 +95,7 @@ def train(cfg: CfgNode, *, force: bool = False, draw: Draw | None = None) -> Pat
 
 
 class Trainer:
-    """A training that is ready to run or resume: the model, data and log of a config. For the arguments see `train`."""
+    """A training ready to run or resume: model, data and log of a config. For the arguments, see `train`."""
 
     def __init__(self, cfg: CfgNode, output_dir: Path, *, force: bool = False, draw: Draw | None = None) -> None:
         self.cfg, self.output_dir, self.draw = cfg, output_dir, draw
@@ -104,7 +104,7 @@ class Trainer:
         self.train_loader, self.val_loader = loaders["train"], loaders.get("val")
         self.sampler = self.train_loader.batch_sampler
         self.num_epochs, self.num_steps = cfg.SOLVER.MAX_EPOCH, self.sampler.num_batches
-        # What a checkpoint will replace is not read: the file may be gone by now, and timm's server out of reach.
+        # Do not read weights that a checkpoint will replace: the file may be gone by now, or timm's server unreachable.
         resumes = cfg.TRAIN.AUTO_RESUME and bool(list_checkpoints(output_dir))
         self.state = build_state(cfg, self.device, read_weights=not resumes)
         check_samples(cfg, self.state.model, loaders, device=self.device)
@@ -115,7 +115,7 @@ class Trainer:
             write(output_dir / "config.yaml", cfg.dump())
             drop_lines_after(output_dir / "log.jsonl", self.state.epoch, self.state.step)
         log_plan(self._plan(resumed))
-        # Again, in case the earlier run stopped during the evaluation.
+        # Evaluate again, in case the earlier run stopped during the evaluation.
         self.evaluate_first = self.state.epoch > 0 and self.state.step == 0
         self._continue_by_samples()
         if resumed:
@@ -139,8 +139,8 @@ class Trainer:
         self._end_if_stopped(self._agree(stop)[0])
 
     def _continue_by_samples(self) -> None:
-        """Where the data or the batch size changed since the checkpoint was saved, say so, and go on after as many
-        samples of the epoch as it has seen, or with the next epoch if none are left.
+        """If the data or the batch size changed since the checkpoint, warn, and continue after as many samples of the
+        epoch as it has seen, or with the next epoch if none are left.
         """
         state, batch_size = self.state, self.sampler.batch_size
         sizes = {"train_samples": self.sampler.num_samples, "batch_size": batch_size, "steps_per_epoch": self.num_steps}
@@ -152,7 +152,7 @@ class Trainer:
         seen = state.step * before.get("batch_size", batch_size)
         step, state.step = state.step, min(seen // batch_size, self.num_steps)
         if is_main() and (changes or state.step != step):
-            goes_on = f" It goes on after the {seen} samples that epoch {state.epoch + 1} has seen." if step else ""
+            goes_on = f" Continuing after the {seen} samples that epoch {state.epoch + 1} has seen." if step else ""
             what = ", ".join(changes) or f"step {step} of the checkpoint, steps per epoch {self.num_steps}"
             logger.warning("The data or the batch size changed since the last run: %s.%s", what, goes_on)
 
@@ -160,10 +160,10 @@ class Trainer:
         state, settings = self.state, self.cfg.TRAIN
         epoch = state.epoch
         if state.step == 0:
-            self.log.window = Window()  # the time of the evaluation before the epoch does not count
+            self.log.window = Window()  # do not count the time of the evaluation before this epoch
         state.model.train()
         self.sampler.set_epoch(epoch, start_batch=state.step)
-        seed_everything(self.recipe.seed, epoch)  # starting the loader draws from the global generator
+        seed_everything(self.recipe.seed, epoch)  # because starting the loader draws from the global generator
         waiting_since = perf_counter()
         for batch in self.train_loader:
             seconds_waited = perf_counter() - waiting_since
@@ -177,7 +177,7 @@ class Trainer:
                 self._save()
                 self._end_if_stopped(signum)
             waiting_since = perf_counter()
-        if state.step == self.num_steps:  # also if nothing was left of the epoch
+        if state.step == self.num_steps:  # even if nothing was left of the epoch
             state.epoch, state.step = epoch + 1, 0
         signum, _ = self._agree(stop)
         epoch_is_due = state.step == 0 and self._is_due(settings.EVAL_PERIOD, settings.CHECKPOINT_PERIOD)
@@ -190,22 +190,22 @@ class Trainer:
         self.checkpoints.save(self.state)
 
     def _end_if_stopped(self, signum: int) -> None:
-        """Raise `Stopped` on every process if they agree on a signal."""
+        """Raise `Stopped` on every process if one of them got a signal."""
         if signum:
             wait_for_all()  # torchrun kills the others as soon as one process ends
             epoch, step = divmod(self._steps_done() - 1, self.num_steps)
             raise Stopped(signum, f"after step {step + 1} of {self.num_steps} of epoch {epoch + 1}")
 
     def _step(self, batch: Sample) -> tuple[StepStats, float]:
-        """One step on this process's share of a batch; returns its numbers and its learning rate."""
+        """One step on this process's share of a batch; returns its statistics and learning rate."""
         state, recipe = self.state, self.recipe
         seed_everything(recipe.seed, state.epoch, state.step)
         lr = recipe.lr_at(state.epoch + state.step / self.num_steps)
         set_lr(state.optimizer, lr)
         x, target = (t.to(self.device, non_blocking=True) for t in (batch.x, batch.label))
-        if recipe.mixup is not None:  # before the batch is cut into chunks, so that the number of chunks has no effect
+        if recipe.mixup is not None:  # before chunking, so that the number of chunks has no effect
             x, target = recipe.mixup(x, target)
-        if rank():  # all processes share mixup's random numbers, but not those of dropout and stochastic depth
+        if rank():  # processes share the random numbers of mixup, but not of dropout and stochastic depth
             seed_everything(recipe.seed, state.epoch, state.step, rank())
         try:
             stats = train_step(self.forward, x, target, state, recipe, self.sampler.batch_size)
@@ -224,7 +224,7 @@ class Trainer:
         return stats, lr
 
     def _agree(self, stop: StopSignals, *, num_bad: int = 0) -> tuple[int, int]:
-        """Over all processes: the signal that any of them received (0: none), and the number of bad files."""
+        """Over all processes: the signal that any of them received (0 if none), and the number of bad files."""
         received = [stop.received == signum for signum in STOP_SIGNALS]
         *counts, num_bad = all_reduce(torch.tensor([*received, num_bad], dtype=torch.int64)).tolist()
         return next((signum for signum, count in zip(STOP_SIGNALS, counts, strict=True) if count), 0), num_bad
@@ -233,24 +233,24 @@ class Trainer:
         return self.state.epoch * self.num_steps + self.state.step
 
     def _is_due(self, *periods: int) -> bool:
-        """Whether the last epoch is done, or one of these periods of epochs is over (0: never)."""
+        """Whether the last epoch is done, or the epoch count is a multiple of one of these periods (0: never)."""
         epoch = self.state.epoch
         return epoch == self.num_epochs or any(period > 0 and epoch % period == 0 for period in periods)
 
     def _after_epoch(self, stop: StopSignals) -> None:
-        """Evaluate if due. The checkpoint is already written, so a run that stops in here evaluates again."""
+        """Evaluate if due. The checkpoint is already written, so a run stopped here evaluates again on resuming."""
         if self.val_loader is None or not self._is_due(self.cfg.TRAIN.EVAL_PERIOD):
             return
         state = self.state
         with stop.interruptible(f"in the evaluation after epoch {state.epoch} of {self.num_epochs}"):
-            broadcast_buffers(state.eval_model)  # process 0 saves its own
+            broadcast_buffers(state.eval_model)  # evaluate what process 0 saved
             result = evaluate(state.eval_model, self.val_loader, device=self.device)
         draw = None if self.draw is None else partial(self.draw, state.eval_model, self.val_loader.dataset)
         self.log.evaluation(result, is_ema=state.ema is not None, draw=draw)
         self.checkpoints.keep_best(state, result.top1)
 
     def _plan(self, resumed: Path | None) -> dict[str, str]:
-        """What the training will do, for the head of the log."""
+        """What the training will do, for the start of the log."""
         cfg, settings = self.cfg, self.cfg.TRAIN
         passes = f" in {settings.GRAD_ACCUM_STEPS} passes" if settings.GRAD_ACCUM_STEPS > 1 else ""
         precision = settings.AMP_DTYPE if settings.MIXED_PRECISION else "float32"
@@ -280,8 +280,9 @@ class Trainer:
 
 
 def _build_loaders(cfg: CfgNode) -> dict[Split, Loader]:
-    """The loaders of all data that the run will read, also of the test that follows: what is wrong shows before it
-    trains. "val" is missing if the run evaluates nothing.
+    """Loaders of all data that the run will read, including the final test, so that mistakes show before training.
+
+    Has no "val" if the run evaluates nothing.
     """
     share = {"rank": rank(), "world_size": world_size()}
     loaders: dict[Split, Loader] = {"train": build_loader(cfg, "train", **share)}
@@ -298,8 +299,8 @@ def _build_loaders(cfg: CfgNode) -> dict[Split, Loader]:
 
 
 def build_state(cfg: CfgNode, device: torch.device, *, read_weights: bool = True) -> TrainState:
-    """Model, optimizer, scaler and EMA before the first step; the weights of `TRAIN.CHECKPOINT_FILE_PATH` if given, or
-    timm's (TIMM.PRETRAINED). Random ones without `read_weights`.
+    """Model, optimizer, scaler and EMA before the first step, with the weights of `TRAIN.CHECKPOINT_FILE_PATH` or timm
+    (TIMM.PRETRAINED). Weights are random if there are neither, or without `read_weights`.
     """
     seed_everything(cfg.RNG_SEED)
     if not read_weights:
@@ -324,8 +325,8 @@ class StopSignals:
     _interruptible_part = ""
 
     def __enter__(self) -> StopSignals:
-        is_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers in no other
-        # nohup ignores SIGHUP, and so does the run then.
+        is_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
+        # nohup ignores SIGHUP; then the run does too.
         signals = [s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
         self._previous = {signum: signal.signal(signum, self._handle) for signum in signals if is_main_thread}
         return self
@@ -336,7 +337,7 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self, where: str) -> Iterator[None]:
-        """A context in which a signal raises `Stopped` at once, because there is nothing to finish or save."""
+        """A context in which a signal raises `Stopped` at once, as there is nothing to finish or save."""
         self._interruptible_part = where
         try:
             if self.received:
@@ -359,6 +360,6 @@ class StopSignals:
 
 
 def _print_now(text: str) -> None:
-    """Print in a signal handler, if the console is still there: after a SIGHUP it is not."""
+    """Print from a signal handler, unless the console is gone, as after a SIGHUP."""
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())

@@ -1,5 +1,5 @@
-"""The numbers of a training: the bar or the lines on the console; `log.jsonl` and `tensorboard/` in OUTPUT_DIR; the
-count of unreadable files.
+"""Training progress: a bar or lines on the console, `log.jsonl` and `tensorboard/` in OUTPUT_DIR, and the count of
+unreadable files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Window:
-    """Averages over the steps of a line of the log. The arguments are the `state()` of the window to continue."""
+    """Averages over the steps of a log line. The arguments are the `state()` of the window to continue."""
 
     def __init__(self, *, sums: dict | None = None, num_steps: int = 0, seconds: float = 0.0) -> None:
         self._sums: dict[str | int, float] = defaultdict(float, sums or {})
@@ -55,10 +55,10 @@ class Window:
 
 
 class TrainLog:
-    """Shows a bar on a terminal, else a line every LOG_PERIOD steps; writes `log.jsonl` and TensorBoard's files.
+    """Shows a bar on a terminal, else a line every LOG_PERIOD steps; writes `log.jsonl` and TensorBoard files.
 
-    Only process 0 shows and writes anything. The log counts epochs and steps from 1; an epoch has `num_steps`. Reports
-    the memory of `device` if it is a GPU. A resumed run continues after `steps_done` with its last `window`.
+    Only process 0 shows and writes anything. Epochs and steps count from 1; an epoch has `num_steps`. Reports the
+    memory of `device` if it is a GPU. A resumed run continues after `steps_done` with its last `window`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TrainLog:
         """Record a step; every LOG_PERIOD steps and at the end of an epoch, log the averages since the last line.
 
         Args:
-            num_images: size of the batch. seconds_waited: for its data. num_bad: bad files since the training began.
+            num_images: size of the batch. seconds_waited: for its data. num_bad: bad files since training began.
         """
         own: dict[Any, float] = {"loss": stats.loss, "grad_norm": stats.grad_norm, **stats.tokens}
         self.window.add(own | {"images": num_images, "waited": seconds_waited})
@@ -108,7 +108,7 @@ class TrainLog:
             values["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         self._write("train", values)
         self._bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {lr:.2e}", refresh=False)
-        # At the mean pace of this run so far, evaluations and checkpoints included.
+        # Extrapolates the mean pace of this run so far, including evaluations and checkpoints.
         pace = (time.perf_counter() - self._start) / (self._done - self._done_before)
         time_left = timedelta(seconds=round(pace * (self._bar.total - self._done)))
         bad_files = f", {counted(num_bad, 'bad file')}" if num_bad else ""
@@ -176,7 +176,7 @@ class TrainLog:
 
 
 def _let_the_main_thread_report(error: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread ends with a full disk's error; the main thread gets it at its next call."""
+    """If the disk is full, TensorBoard's thread dies silently; the main thread gets the error at its next call."""
     is_tensorboards = type(error.thread).__module__.startswith("tensorboard")
     if not (is_tensorboards and isinstance(error.exc_value, OSError)):
         threading.__excepthook__(error)
@@ -192,7 +192,7 @@ def drop_lines_after(path: Path, epoch: int, step: int) -> None:
                 return values["epoch"] < epoch
             return values["epoch"] <= epoch or (values["epoch"] == epoch + 1 and values["step"] <= step)
         except (ValueError, LookupError, TypeError):
-            return False  # half a line, or zeros: the run was killed, or the power cut, while it wrote
+            return False  # half a line, or zeros: the run was killed, or the power failed, while writing
 
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     write(path, "".join(f"{line}\n" for line in lines if is_kept(line)))
@@ -200,7 +200,7 @@ def drop_lines_after(path: Path, epoch: int, step: int) -> None:
 
 @dataclass
 class BadFiles:
-    """Counts the unreadable files that training replaced, names each once, and stops a run with too many of them."""
+    """Counts the unreadable files that training replaced, logs each once, and stops a run with too many."""
 
     max_fraction: float  # largest allowed share of bad samples among those read so far
     counts: Sequence[int] = (0, 0)  # samples read and bad samples so far, from the checkpoint if the run continues

@@ -283,8 +283,8 @@ def test_mistakes_of_a_call(arguments, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--keep", "0.5", "--threads", "1"], "--threads is of what is timed"),
-        (["--speedup", "1.5", "--batch-size", "1"], "--batch-size is of what is timed"),
+        (["--keep", "0.5", "--threads", "1"], "--threads affects only timing"),
+        (["--speedup", "1.5", "--batch-size", "1"], "--batch-size affects only timing"),
         (["--latency-ms", "5", "--refine"], "--refine keeps the GFLOPs, not the time"),
         (["--latency-ms", "5", "--time-speedup", "2"], "not allowed with argument"),
     ],

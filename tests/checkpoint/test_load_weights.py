@@ -148,7 +148,7 @@ def test_truncated_file(tmp_path, weights):
 def test_missing_file_and_wrong_contents(tmp_path):
     with pytest.raises(UserError, match="No checkpoint file"):
         load_checkpoint(tmp_path / "none.pth")
-    how = r"A training writes it: .* TRAIN\.ENABLE True OUTPUT_DIR output/a\."
+    how = r"Training writes it: .* TRAIN\.ENABLE True OUTPUT_DIR output/a\."
     with pytest.raises(UserError, match=rf"file output/a/model\.safetensors\. {how}"):
         load_checkpoint("output/a/model.safetensors")
     with pytest.raises(UserError, match=r"deit_at\.safetensors\. Did you mean deit_ats\.safetensors"):  # shipped
@@ -291,7 +291,7 @@ def test_weights_of_another_precision_are_taken(weights):
 def test_weights_that_are_no_numbers_are_named(value, weights, caplog):
     weights["blocks.1.mlp.fc1.bias"][2] = weights["head.weight"][0, 0] = value
     load_weights(vit(), weights)
-    text = "holds NaN or infinite weights, as diverged trainings leave them: head.weight, blocks.*.mlp.fc1.bias."
+    text = "holds NaN or infinite weights, perhaps from a diverged training: head.weight, blocks.*.mlp.fc1.bias."
     assert text in caplog.text
     caplog.clear()
     weights["blocks.1.mlp.fc1.bias"][2] = 0

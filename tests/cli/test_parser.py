@@ -109,7 +109,7 @@ def test_a_path_begins_at_home_and_is_not_empty(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert to_path("~/x") == tmp_path / "x"
     assert split_words(["~/x.png", "A.B", "~", "y.png"]) == ([tmp_path / "x.png", Path("y.png")], ["A.B", "~"])
-    with pytest.raises(UserError, match=r"An empty word is no file"):
+    with pytest.raises(UserError, match=r"An empty argument is not a file"):
         split_words([""])
     parser = Parser()
     parser.option("--output", "", type=to_path)

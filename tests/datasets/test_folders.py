@@ -259,7 +259,7 @@ def test_names_that_look_the_same(tree, tmp_path):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     (tree / "train" / "n00000000").rename(tree / "train" / composed)
     (tree / "val" / "n00000000").rename(tree / "val" / decomposed)
-    advice = r"has the same in other characters .* convmv -r -f utf8 -t utf8 --nfc --notest "
+    advice = r"has the same name in other Unicode characters .* convmv -r -f utf8 -t utf8 --nfc --notest "
     with pytest.raises(UserError, match=rf"no folder for: {composed}\..*{advice}"):
         build_dataset(make_cfg(tree), "val")
     for split, name in (("train", composed), ("val", decomposed)):
@@ -267,7 +267,7 @@ def test_names_that_look_the_same(tree, tmp_path):
         (tmp_path / "videos" / split / name / "a.mp4").touch()
     with pytest.raises(UserError, match=advice):
         prepare_kinetics.find_videos(tmp_path / "videos")
-    with pytest.raises(UserError, match=r"there is no such file, but one with this name in other characters"):
+    with pytest.raises(UserError, match=r"there is no such file, but one with this name in other Unicode characters"):
         Video(tmp_path / "videos" / "val" / composed / "a.mp4")
     with pytest.raises(UserError, match=r"there is no such file\."):
         Video(tmp_path / "videos" / "val" / composed / "b.mp4")

@@ -248,7 +248,7 @@ def test_paths_written_on_windows(tmp_path, caplog):
         (tmp_path / name).touch()
     listing = read_csv(write(tmp_path, "a\\b.mp4 0\na\\none.mp4 1\n"), separator=" ", num_classes=2)
     assert [os.fsdecode(path) for path in listing.paths] == ["a/b.mp4", "a/none.mp4"]
-    assert "its paths are Windows', so each \\ is read as /." in caplog.text
+    assert "has Windows paths: each \\ is read as /." in caplog.text
     listing = read_csv(write(tmp_path, "we\\ird.mp4 0\n"), separator=" ", num_classes=2)
     assert [os.fsdecode(path) for path in listing.paths] == ["we\\ird.mp4"]
     (tmp_path / "videos").mkdir()

@@ -290,7 +290,7 @@ def test_other_settings_than_those_of_the_training_are_named(make_cfg, caplog):
     evaluate.build_trained(make_cfg("DATA.MEAN", "[0.5,0.5,0.5]", "ATS.NUM_TOKENS", "9"), weights)
     assert "other settings" not in caplog.text
     evaluate.build_trained(make_cfg(), weights)
-    assert "was trained with other settings. As there, type: DATA.MEAN '[0.5,0.5,0.5]'" in caplog.text
+    assert "was trained with other settings. To use them, type: DATA.MEAN '[0.5,0.5,0.5]'" in caplog.text
 
 
 def test_ema_follows_the_weights(make_cfg):

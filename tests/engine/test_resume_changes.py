@@ -91,7 +91,7 @@ def test_an_epoch_goes_on_after_the_samples_seen(
     assert steps_of(cfg) == expected[expected.index(first) :]
     assert warnings(caplog).count("changed since the last run") == 1
     assert f"steps per epoch 4 -> {steps_per_epoch}" in warnings(caplog)
-    assert f"goes on after the {16 * step} samples that epoch 1 has seen" in warnings(caplog)
+    assert f"Continuing after the {16 * step} samples that epoch 1 has seen" in warnings(caplog)
     caplog.clear()
     train.train(cfg)  # and the last checkpoint is the new one
     assert "2 of 2 epochs are done." in caplog.text
@@ -111,7 +111,7 @@ def test_data_that_grew_and_data_that_changed_between_epochs(cfg_of, data, caplo
     caplog.clear()
     train.train(cfg_of())
     assert "train samples 80 -> 77" in warnings(caplog)
-    assert "goes on after" not in warnings(caplog)
+    assert "Continuing after" not in warnings(caplog)
 
 
 @pytest.mark.parametrize("step", [2, 3])

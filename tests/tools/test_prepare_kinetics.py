@@ -79,7 +79,7 @@ def test_prepare_kinetics_names_what_is_wrong(raw, tmp_path, capsys):
     assert "type --output FOLDER" in error("--videos", raw, "--short-side", 48)
     assert "--short-side 47 must be an even" in error("--videos", raw, "--output", tmp_path / "o", "--short-side", 47)
     (raw / "val" / "lion").mkdir()
-    assert "val has classes that train/ has not: lion" in error("--videos", raw)
+    assert "val has classes that train/ does not have: lion" in error("--videos", raw)
     (tmp_path / "flat" / "train" / "cat").mkdir(parents=True)
     assert "hold no videos (.mp4" in error("--videos", tmp_path / "flat")
     (tmp_path / "flat" / "train" / "cat" / "a.mp4").write_text("")
