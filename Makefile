@@ -105,6 +105,11 @@ format: environment
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+ifdef ACTIVE
+active:
+	@$(BIN)/python -c '$(HAS_ALL)' 2>/dev/null || \
+		{ echo "Installing requirements.txt into $(VENV): it lacks some of these packages" >&2; $(PIP_INSTALL); }
+else
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; say which with: make PYTHON=python3.12" >&2; exit 1; }
@@ -112,10 +117,7 @@ $(INSTALLED): requirements.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL)
 	@touch $@
-
-active:
-	@$(BIN)/python -c '$(HAS_ALL)' 2>/dev/null || \
-		{ echo "Installing requirements.txt into $(VENV): it lacks some of these packages" >&2; $(PIP_INSTALL); }
+endif
 
 environment: $(INSTALLED)
 	@echo "Using $(VENV)$(if $(ACTIVE),$(comma) the environment that is active)" >&2

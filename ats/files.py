@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ats.errors import UserError
+from ats.errors import UserError, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,15 @@ def write_picture(path: str | Path, save: Callable[..., object], **options: obje
     buffer = io.BytesIO()
     save(buffer, format=Path(path).suffix.removeprefix(".") or "png", **options)
     write(path, buffer.getvalue(), sync=False)
+
+
+def similar_folder(path: str | Path) -> str:
+    """`" Did you mean custom?"`, with the folders beside `path` of nearly its name; "" if there are none."""
+    path = Path(path)
+    try:
+        return suggest(path.name, sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()))
+    except OSError:
+        return ""
 
 
 def link(path: Path, other: Path) -> None:

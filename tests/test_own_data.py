@@ -22,7 +22,9 @@ from clips import encode
 from documents import ROOT, blocks_of
 from PIL import Image
 
+from ats.checkpoint import load_weights
 from ats.config import load_config
+from ats.models import build_model
 
 PAGE = "docs/OWN_DATA.md"
 COMMANDS = [block.code for block in blocks_of(PAGE) if block.language == "bash" and block.is_run]
@@ -130,7 +132,7 @@ def test_videos(clone):
     assert (clone / "output" / "custom_videos.html").is_file()
 
 
-@pytest.mark.parametrize("name", ["ViT", "XViT"])
+@pytest.mark.parametrize("name", ["ViT", "ViT_small", "XViT"])
 def test_the_configs_follow_from_each_other(name):
     """The page has the commands of their headers, and the config with ATS begins with what the dense one wrote."""
     page, folder = (ROOT / PAGE).read_text(), ROOT / "configs" / "Custom"
@@ -142,6 +144,13 @@ def test_the_configs_follow_from_each_other(name):
     assert not ats.TRAIN.RESET_HEAD
     for path in folder.glob(f"{name}*.yaml"):
         assert not [line for line in re.findall(r"^#   (python .*)$", path.read_text(), re.M) if line not in page]
+
+
+def test_the_small_network_starts_from_the_weights_that_are_here():
+    """All of them but the head fit, so step 2 needs neither internet nor a file."""
+    cfg = load_config(ROOT / "configs" / "Custom" / "ViT_small.yaml", ["MODEL.NUM_CLASSES", 3])
+    load_weights(build_model(cfg), cfg.TRAIN.CHECKPOINT_FILE_PATH, skip=("head.",))
+    assert not cfg.TIMM.PRETRAINED
 
 
 def test_the_page_is_short():

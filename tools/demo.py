@@ -97,7 +97,8 @@ def time_together(
 
     from ats.interleave import interleave
 
-    print(f"timing: all {len(models)} in turn, {rounds} times", file=sys.stderr)
+    advice = "other programs disturb it, and tools/benchmark.py says by how much"
+    print(f"timing: all {len(models)} in turn, {rounds} times; {advice}", file=sys.stderr)
     with torch.inference_mode():
         runs = {name: partial(model.eval(), x) for name, model in models.items()}
         seconds, _ = interleave(runs, rounds=rounds)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LEGEND = """\
 GFLOPs: multiply-adds of one sample, as run; "paper": as the paper counts them.
 efficiency: (dense time / time) / (dense FLOPs / FLOPs). At 1, time falls as much as FLOPs do.
-linear alone: the efficiency of the linear layers by themselves, a bound for the network's.
+dense time / time: median of the ratios within a round. linear alone: efficiency of the linear layers by themselves.
 MB: peak memory with the weights; in training, what is kept for the backward pass.
 Parts of a network: per cent of its time. In brackets: 5th to 95th percentile; of tokens, the standard deviation."""
 

@@ -30,6 +30,7 @@ dense FLOPs / FLOPs.
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ from ats.options import COUNT, FROM_0, Range
 
 if TYPE_CHECKING:
     from ats.config import CfgNode
+
+logger = logging.getLogger(__name__)
 
 BATCH, SIDE, THREADS = Range(1, 2**16), Range(1, 2**14), Range(1, 1024)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -117,6 +120,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def run_config(args: argparse.Namespace) -> None:
     """Measure one config; print the tables and write them to OUTPUT_DIR at once, in case a later one fails."""
+    import torch
+
     from ats.benchmark import tables
     from ats.benchmark.synthetic_counts import describe_counts
     from ats.benchmark.timing import BenchmarkSettings, measure
@@ -139,7 +144,7 @@ def run_config(args: argparse.Namespace) -> None:
     about: dict[str, Any] = {"command": sys.argv[1:], "title": Path(args.cfg).stem, "counts": counts}
     entries: list[dict] = []
     text: list[str] = []
-    print(counts)
+    print(f"{counts}\nThreads: {args.threads or torch.get_num_threads()}")
     for side, dtype in kinds:
         batches = {size: read_batch(cfg, size, side) for size in args.batch_size}
         found: list[dict] = []
@@ -155,7 +160,20 @@ def run_config(args: argparse.Namespace) -> None:
                 print("", *text[-len(heading) - 1 :], sep="\n\n", flush=True)
                 tables.write(output, entries, "\n\n".join(text), **about)
     print(f"\n{tables.LEGEND}")
+    low, high = widest_range(entries)
+    if high > 1.5 * low:
+        logger.warning(
+            "dense time / time lies between %.2f and %.2f: other programs use this machine. Type --threads 1, or more "
+            "--rounds, for a figure to rely on.",
+            *(low, high),
+        )
     print(f"\nWritten: {output}/results.json, table.md, speed.png{', size.png' if len(set(sides)) > 1 else ''}")
+
+
+def widest_range(entries: Sequence[dict]) -> tuple[float, float]:
+    """5th and 95th percentile of dense time / time where they are furthest apart."""
+    ranges = [(row["speedup"]["p5"], row["speedup"]["p95"]) for entry in entries for row in entry["rows"]]
+    return max(ranges, key=lambda pair: pair[1] / pair[0])
 
 
 def run_peers(cfg: CfgNode, args: argparse.Namespace, kinds: Sequence[tuple], how: dict, output: Path) -> None:

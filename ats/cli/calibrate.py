@@ -144,6 +144,7 @@ def format_report(found: Calibration, *, noun: str, split: str) -> str:
     if len(found.found.changes):
         change = 100 * found.found.changes.mean().item()
         figures.append(("change", f"{change:.3g} % of the probability moves to other classes than the dense network's"))
+    points = found.setting and all(reduction.name == "inverse_transform" for reduction in found.setting)
     rows = zip(found.blocks, found.num_tokens, (f"{t:.1f}" for t in found.found.tokens), strict=True)
     return "\n\n".join([
         *([] if found.timing is None else [format_timing(found.timing)]),
@@ -151,6 +152,7 @@ def format_report(found: Calibration, *, noun: str, split: str) -> str:
             f"{unit}, {counted(len(found.found.gflops), noun)} of {split}, {found.passes} passes",
             tabulate(figures, tablefmt="plain"),
             tabulate(rows, headers=["block", "K", "tokens kept"]),
+            *(["K counts sample points. Several may fall on one token, so K may exceed the tokens."] if points else []),
         ]),
     ])  # fmt: skip
 

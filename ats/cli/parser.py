@@ -113,9 +113,12 @@ def command(run: Callable[[list[str]], None], **options: str) -> Callable[[list[
 
 def say_weights(cfg: CfgNode) -> None:
     """Print to stderr which weights a command uses."""
+    from ats.config import find_shipped
     from ats.engine.evaluate import describe_weights
 
-    print(f"Weights: {describe_weights(cfg, cfg.TEST.CHECKPOINT_FILE_PATH)}", file=sys.stderr)
+    weights = cfg.TEST.CHECKPOINT_FILE_PATH
+    if not weights or find_shipped(weights).is_file():  # else an error says so
+        print(f"Weights: {describe_weights(cfg, weights)}", file=sys.stderr)
 
 
 def looks_like_key(word: str) -> bool:

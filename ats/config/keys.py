@@ -371,7 +371,7 @@ SECTIONS: tuple[Section, ...] = (
         Key("TENSORBOARD.NUM_IMAGES", 4, "Validation images to draw, always the same.", COUNT, machine=True),
     )),
     Section("", "The run as a whole.", (
-        Key("OUTPUT_DIR", "output", "Folder for config.yaml, log, checkpoints and result.json; . is the current folder.",
+        Key("OUTPUT_DIR", "output", "Folder of config.yaml, log, checkpoints, result.json; . is the current folder.",
             path=True, required=True, machine=True),
         Key("DEVICE", "auto", "auto: this process's GPU if there is one, else the CPU.",
             choices=("auto", "cpu", "cuda"), machine=True),

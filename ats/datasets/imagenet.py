@@ -23,6 +23,7 @@ from ats.datasets.base import FileDataset, read_errors
 from ats.datasets.folders import class_folders, files_below, warn_about_numbers
 from ats.datasets.transforms import Transform
 from ats.errors import NoSuchSplit, UserError, counted, printable
+from ats.files import similar_folder
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
         names = ", ".join(map(printable, found[:3])) + ", ..." * (len(found) > 3)
         hint = f"\n{root} has the folders {names}. If these are the classes, move them into train/ and val/."
         is_flat = found and not {"train", "val"} & {*found}
-        raise NoSuchSplit(f"The data folder {folder} does not exist. {expected}{hint * bool(is_flat)}")
+        near = "" if os.path.isdir(root) else similar_folder(root)
+        raise NoSuchSplit(f"The data folder {folder} does not exist.{near} {expected}{hint * bool(is_flat)}")
     classes = class_folders(folder)
     if not classes:
         raise UserError(f"The data folder {folder} has no class folders in it. {expected}")

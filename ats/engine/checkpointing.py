@@ -186,8 +186,8 @@ def resume(state: TrainState, output_dir: Path, cfg: CfgNode, *, force: bool = F
     listed = "".join(lines[:8]) + (f"\n  and {len(lines) - 8} more settings" if len(lines) > 8 else "")
     if changes and not force:
         raise UserError(
-            f"Cannot resume from {path}: it belongs to another training.{listed}\nTo start over, delete that folder or "
-            "give another OUTPUT_DIR; or restore the settings. --force resumes from it with the new settings."
+            f"Cannot resume from {path}: it belongs to another training.{listed}\nTo start over, delete {path.parent} "
+            "or give another OUTPUT_DIR; or restore the settings. --force resumes from it with the new settings."
         )
     if misfit := _misfit(state, contents, changes):
         reason, causes, start = misfit

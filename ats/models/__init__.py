@@ -15,6 +15,7 @@ from torch import nn
 
 from ats.config.schema import warn_of_unread_keys
 from ats.errors import UserError, suggest
+from ats.files import similar_folder
 from ats.models.activation_checkpoint import set_grad_checkpointing
 
 __all__ = ["MODELS", "build_model"]
@@ -44,7 +45,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
     if cfg.MODEL.NUM_CLASSES is None:
         folder = cfg.DATA.PATH_TO_DATA_DIR
         if folder and not os.path.exists(os.path.expanduser(folder)):
-            raise UserError(f"There is no folder {folder} (DATA.PATH_TO_DATA_DIR).")
+            raise UserError(f"There is no folder {folder} (DATA.PATH_TO_DATA_DIR).{similar_folder(folder)}")
         raise UserError(
             "MODEL.NUM_CLASSES is None and there are no classes to count in DATA.PATH_TO_DATA_DIR "
             f"({folder or 'not set'}): it needs train/<class>/*.jpg, or train.csv for videos. "

@@ -22,7 +22,10 @@ def test_command_writes_json_table_and_plot(tmp_path, capsys):
     keys = [*map(str, TINY), "DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
     command = ["--cfg", "configs/ImageNet/DeiT_S.yaml", "--batch-size", "1", "2", "--rounds", "2", *keys]
     assert tool.main(command) == 0
-    assert "Token counts: imposed, drawn for every image from the paper's histograms" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Token counts: imposed, drawn for every image from the paper's histograms" in said
+    assert f"Threads: {torch.get_num_threads()}\n" in said
+    assert "At 1, time falls as much as FLOPs do." in said
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(row["variant"], row["batch_size"]) for row in results["rows"]] == [
         ("dense", 1), ("ats", 1), ("dense", 2), ("ats", 2),
@@ -37,6 +40,12 @@ def test_command_writes_json_table_and_plot(tmp_path, capsys):
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.startswith("Token counts: imposed")
     assert all(text in table for text in ("efficiency", "tokens kept", "GFLOPs, paper"))
+
+
+def test_the_widest_range():
+    """Of all rows, relative to its lower end: what a warning about a busy machine goes by."""
+    rows = [{"speedup": {"p5": low, "p95": high}} for low, high in ((1.0, 1.0), (4.0, 5.0), (0.5, 0.9))]
+    assert tool.widest_range([{"rows": rows[:1]}, {"rows": rows[1:]}]) == (0.5, 0.9)
 
 
 def test_sizes_and_dtypes_without_data(tmp_path, capsys):

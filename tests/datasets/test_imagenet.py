@@ -168,6 +168,15 @@ def test_classes_are_counted(tree, missing):
     assert load_config(None, [*words, "MODEL.NUM_CLASSES", 5]).MODEL.NUM_CLASSES == 5  # as given, and then refused
 
 
+def test_a_misspelt_folder_names_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "custom").mkdir(parents=True)
+    for words in ([], ["MODEL.NUM_CLASSES", None]):
+        cfg = load_config(None, ["MODEL.NUM_CLASSES", 3, "DATA.PATH_TO_DATA_DIR", "data/costum", *words])
+        with pytest.raises(UserError, match=r"Did you mean custom\?"):
+            build_loader(cfg, "test") if cfg.MODEL.NUM_CLASSES else build_model(cfg)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
