@@ -301,6 +301,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 ATTENTION = {"fused": _fused, "products": _products, "onednn": _products_by_onednn}
 
 
+MISUSE = "The output of an MLP's first layer, computed with its GELU, did not go to that GELU; use cpu_backend torch."
+
+
 class Kernels(TorchFunctionMode):
     """Runs linear layers and attention on the kernels of a `Choice` wherever these compute the same.
 
@@ -322,9 +325,13 @@ class Kernels(TorchFunctionMode):
     def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
         return self.handlers.get(function, function)(*args, **(kwargs or {}))
 
+    def __exit__(self, kind: object, *rest: object) -> None:
+        super().__exit__(kind, *rest)
+        assert kind is not None or self.activated is None, MISUSE
+
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear`, by oneDNN where it can."""
-        assert self.activated is None  # else an output meant for GELU went elsewhere
+        assert self.activated is None, MISUSE
         tensors = (x, weight) if bias is None else (x, weight, bias)
         rows = x.numel() // max(x.shape[-1], 1)
         if rows < MIN_ROWS or weight.ndim != 2 or not weight.is_contiguous() or not _takes(*tensors):

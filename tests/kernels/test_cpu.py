@@ -338,6 +338,19 @@ def test_gelu_runs_with_the_layer_before_it(fused):
         torch.testing.assert_close(got, model(x), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("then", [lambda mlp: mlp.fc2(torch.randn(9, 192)), lambda mlp: None], ids=["layer", "end"])
+def test_a_first_layer_by_itself_is_an_error_and_not_a_wrong_number(then):
+    """At the next layer, or at the end."""
+    mlp, x = small().blocks[0].mlp, torch.randn(9, 48)
+
+    def run() -> None:
+        with cpu.Kernels(cpu.BACKENDS["onednn"], before_gelu=frozenset([id(mlp.fc1.weight)])):
+            then((mlp, mlp.fc1(x))[0])
+
+    with torch.no_grad(), pytest.raises(AssertionError, match="did not go to that GELU"):
+        run()
+
+
 def see_output(mlp: nn.Module, seen: list[torch.Tensor]) -> None:
     mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out))
 
