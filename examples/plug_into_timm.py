@@ -36,6 +36,9 @@ CIFAR10_DATA = {"input_size": (3, 32, 32), "crop_pct": 1.0}
 CIFAR10_DATA |= {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
 
 
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,8 +98,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"input tokens: {model.num_prefix_tokens + model.patch_embed.num_patches}")
     for kept in trace:
         print(f"kept by block {kept.block:2d}: {kept.num_tokens.tolist()}")
-    print(f"GFLOPs: {', '.join(f'{value:.3g}' for value in cost.as_run.tolist())} instead of {cost.dense:.3g}")
-    print(f"classes: {logits.argmax(dim=1).tolist()}")
+    print(
+        f"GFLOPs per picture: {', '.join(f'{value:.3g}' for value in cost.as_run.tolist())} instead of {cost.dense:.3g}"
+    )
+    names = CIFAR10_CLASSES if args.model is None else list(map(str, range(logits.shape[1])))
+    print(f"classes: {', '.join(names[label] for label in logits.argmax(dim=1))}")
 
     # 4. Draw the kept tokens.
     views = look(model, x)[2]
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     model.ats.num_tokens = 0.5
     model(x)
     print(f"with num_tokens 0.5 block {model.ats.last[-1].block} keeps {model.ats.last[-1].num_tokens.tolist()}")
-    print(f"dense again: classes {ats.unpatch(model)(x).argmax(dim=1).tolist()}")
+    print(f"dense again: classes {', '.join(names[label] for label in ats.unpatch(model)(x).argmax(dim=1))}")
 
 
 def main(argv: list[str]) -> int:
