@@ -9,8 +9,9 @@ threads.
         ...                                     # F.linear and F.scaled_dot_product_attention, in this thread only
 
 All kernels compute in float32 and differ by round-off. Other dtypes, autocast, compilers, FLOP counters and torch.func
-transforms get PyTorch's own operations. A `TorchFunctionMode` replaces the two functions, so hooks, adapters and
-parametrizations around them still work, and nothing changes outside the `with`.
+transforms get PyTorch's own operations. A `TorchFunctionMode` replaces these functions, so hooks, adapters and
+parametrizations around them still work, and nothing changes outside the `with`. In timm's MLP, F.gelu runs within the
+product before it.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def _fastest(block: nn.Module, num_tokens: Callable[[], int]) -> Choice:
 def _measured_once(block: nn.Module, key: Key, num_tokens: Callable[[], int]) -> Choice:
     """The choice measured by this process, or by an earlier one."""
     threads, width, training = key
-    question = {"threads": threads, "width": width, "training": training}
+    rules = {"margins": [MARGIN, TRAINING_MARGIN], "kernels": list(ATTENTION)}  # other rules measure again
+    question = {"threads": threads, "width": width, "training": training} | rules
     linear, attention = remembered(question, lambda: list(astuple(_measure(block, num_tokens()))))
     return Choice(linear, attention)
 
@@ -168,10 +170,10 @@ def _measure(block: nn.Module, num_tokens: int) -> Choice:
     inputs = [layer.weight.new_full((rows, layer.in_features), 0.5) for layer in layers]
     with_gradients = torch.is_grad_enabled()
 
-    def run(linear: Callable, linear_gelu: Callable) -> Callable[[], None]:
+    def run(linear: Callable, with_gelu: Callable) -> Callable[[], None]:
         def through_all() -> None:
             for layer, own in zip(layers, inputs, strict=True):
-                product = linear_gelu if id(layer.weight) in before_gelu and not with_gradients else linear
+                product = with_gelu if id(layer.weight) in before_gelu and not with_gradients else linear
                 out = product(own, layer.weight.detach().requires_grad_(with_gradients), None)
                 if with_gradients:
                     out.sum().backward()
